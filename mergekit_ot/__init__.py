@@ -1,0 +1,1 @@
+"""Optimal-transport merging across architectures for mergekit."""

@@ -1,0 +1,1 @@
+"""Calibrated 4-bit weights, activations and KV cache for transformers."""

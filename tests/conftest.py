@@ -1,0 +1,42 @@
+"""Fixtures shared by all tests: seeds, and the real assets (skipped with a reason when they cannot be fetched)."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.assets import Unavailable, fetch
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a model hub
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def asset_or_skip(name: str) -> Path:
+    """Folder of an asset; skips with the reason when it cannot be had, fails instead under `ASSETS_REQUIRED=1`."""
+    try:
+        return fetch(name)
+    except Unavailable as error:
+        if os.environ.get("ASSETS_REQUIRED") == "1":
+            raise
+        pytest.skip(f"asset {name!r} not available: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    return asset_or_skip("smollm2")
+
+
+@pytest.fixture(scope="session")
+def handbook() -> Path:
+    return asset_or_skip("handbook") / "text.txt"
+
+
+@pytest.fixture(scope="session")
+def brown() -> Path:
+    return asset_or_skip("brown") / "text.txt"

