@@ -68,16 +68,7 @@ OPTIONAL = {
 # From cellar to roof; a file that stands on no floor here is not checked for direction, only for circles.
 FLOORS = {
     "optimum_freeact": [
-        [
-            "affine.py",
-            "packing.py",
-            "clipping.py",
-            "kronecker.py",
-            "hadamard.py",
-            "metrics.py",
-            "config.py",
-            "token_types.py",
-        ],
+        ["numerics/*.py", "config.py", "token_types.py"],
         ["moments.py", "transforms/*.py", "rounding/*.py", "kernels/*.py"],
         ["modules/*.py"],
         ["calibration/*.py"],
@@ -93,8 +84,8 @@ FLOORS = {
         ["cli.py"],
     ],
     "mergekit_ot": [
-        ["costs.py", "plan.py"],
-        ["solvers.py", "transport.py"],
+        ["costs.py", "plan.py", "sinkhorn.py"],
+        ["solvers.py", "transport.py", "maps.py", "rows.py"],
         ["anchors.py", "activations.py", "structure.py", "layer_map.py"],
         ["solve.py", "bundle.py"],
         ["method.py", "registration.py", "recipe.py", "pipeline.py", "adaptation.py", "controls.py"],
