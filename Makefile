@@ -1,11 +1,12 @@
-# Concord: two commands for a newcomer (first-run, test), four for those who work on it.
+# Concord: two commands for a newcomer (first-run, test), a few more for those who work on it (make help).
 #
 # Everything happens in one virtual environment, $(VENV), which is made once and brought up to date only when
-# pyproject.toml changes. Choose the interpreter with `make PYTHON=python3.12 ...`, arguments for pytest with
-# `make test PYTEST_ARGS="tests/freeact -k packing"`.
+# pyproject.toml changes. Variables: the interpreter (`make PYTHON=python3.12 test`), the torch to install
+# (`TORCH=torch==2.13.0`; by default pip's choice) and arguments for pytest (`PYTEST_ARGS="tests/freeact -k packing"`).
 
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= torch
 PYTEST_ARGS ?=
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet
 
@@ -16,6 +17,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
 
 first-run: $(VENV)/.installed-run ## install, fetch a small real model, quantize it, talk to it
+	@echo "Fetching the model (once) ..."
 	$(VENV)/bin/python tools/assets.py smollm2
 	$(VENV)/bin/python examples/quantize_and_chat.py
 
@@ -43,9 +45,13 @@ $(VENV)/bin/python:
 
 # A stamp appears only after a whole installation, so an interrupted one is simply taken up again.
 $(VENV)/.installed-run: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing into $(VENV) (once; torch is large) ..."
+	$(PIP_INSTALL) '$(TORCH)'
 	$(PIP_INSTALL) --editable '.[gguf,plots]'
-	touch $@
+	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing into $(VENV) (once; torch is large) ..."
+	$(PIP_INSTALL) '$(TORCH)'
 	$(PIP_INSTALL) --editable '.[dev]'
-	touch $@
+	@touch $@
