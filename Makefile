@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch
 PYTEST_ARGS ?=
-PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet
+PIP_INSTALL = $(VENV)/bin/python -m pip install -qq
 
 .DEFAULT_GOAL := help
 .PHONY: help first-run test quality format results clean
