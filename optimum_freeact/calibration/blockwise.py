@@ -46,7 +46,11 @@ def check_model(model: nn.Module, config: FreeActConfig) -> None:
                 raise ValueError(f"The weight of {full!r} holds NaN or inf: repair or exclude it before quantizing.")
             found += 1
     if not found:
-        raise ValueError(f"modules_to_not_convert={config.modules_to_not_convert} leaves no linear to quantize.")
+        kinds = sorted({type(m).__name__ for m in blocks.modules() if isinstance(m, nn.Linear)})
+        raise ValueError(
+            f"No linear to quantize: the blocks hold {kinds}, of which only plain nn.Linear is supported, and "
+            f"modules_to_not_convert={config.modules_to_not_convert}."
+        )
 
 
 def calibrate(
