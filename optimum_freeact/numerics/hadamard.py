@@ -66,7 +66,9 @@ def flat_rotation(n: int, generator: torch.Generator) -> torch.Tensor:
     matrix = hadamard_matrix(n)
     if matrix is None:
         power = n & -n
-        matrix = torch.kron(hadamard_matrix(power), (random_orthogonal(n // power, generator) * (n // power) ** 0.5).contiguous())
+        matrix = torch.kron(
+            hadamard_matrix(power), (random_orthogonal(n // power, generator) * (n // power) ** 0.5).contiguous()
+        )
     signs = torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
     order = torch.randperm(n, generator=generator)
     return signs[:, None] * matrix[order] / n**0.5
