@@ -96,7 +96,8 @@ class _Round(torch.autograd.Function):
 
 def fake_quantize_ste(values: torch.Tensor, qparams: QParams, bits: int) -> torch.Tensor:
     """[`fake_quantize`] that is differentiable in `values`, `scale` and `offset`: rounding passes the gradient,
-    clamping stops it, as FlatQuant and LSQ do."""
+    clamping stops it, as FlatQuant and LSQ do.
+    """
     qmin, qmax = code_range(bits)
     shifted = values if qparams.offset is None else values - qparams.offset
     return dequantize(torch.clamp(_Round.apply(shifted / qparams.scale), qmin, qmax), qparams)

@@ -62,11 +62,14 @@ def random_orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:
 
 def flat_rotation(n: int, generator: torch.Generator) -> torch.Tensor:
     """Orthogonal matrix of size `n` whose entries are as even as can be: a Hadamard matrix over sqrt(n) with random
-    signs and rows permuted; where none is constructed, (largest power of two) x (random orthogonal remainder)."""
+    signs and rows permuted; where none is constructed, (largest power of two) x (random orthogonal remainder).
+    """
     matrix = hadamard_matrix(n)
     if matrix is None:
         power = n & -n
-        matrix = torch.kron(hadamard_matrix(power), (random_orthogonal(n // power, generator) * (n // power) ** 0.5).contiguous())
+        matrix = torch.kron(
+            hadamard_matrix(power), (random_orthogonal(n // power, generator) * (n // power) ** 0.5).contiguous()
+        )
     signs = torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
     order = torch.randperm(n, generator=generator)
     return signs[:, None] * matrix[order] / n**0.5
