@@ -40,6 +40,8 @@ def _paley_2(q: int) -> torch.Tensor:
 
 def hadamard_matrix(n: int) -> torch.Tensor | None:
     """A Hadamard matrix of order `n` (entries +-1, float64), or `None` where no construction here reaches it."""
+    if n < 1:
+        raise ValueError(f"a Hadamard matrix has a positive order, got {n}.")
     if n == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     if n == 2:
