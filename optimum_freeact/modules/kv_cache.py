@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from optimum_freeact.modules.kv_layer import CacheSpec, FreeActCacheLayer, FreeActSlidingWindowLayer
+from optimum_freeact.modules.kv_layer import FreeActCacheLayer, FreeActSlidingWindowLayer
+from optimum_freeact.modules.kv_store import PER_LAYER, CacheSpec
 
 
 def convert_cache(cache: DynamicCache, spec: CacheSpec, num_layers: int) -> bool:
@@ -150,7 +151,7 @@ def install_kv_cache(model: nn.Module, spec: CacheSpec) -> KVCacheHandle:
 
     Raises:
         `ValueError`: if the model is no decoder with a `past_key_values` cache, or an encoder-decoder model, or `spec`
-            has a number of means other than the number of layers.
+            does not have one entry per layer.
 
     Example:
     ```python
@@ -170,9 +171,10 @@ def install_kv_cache(model: nn.Module, spec: CacheSpec) -> KVCacheHandle:
             f"{type(decoder).__name__} of {name} takes no past_key_values, so it has no KV cache to quantize; use bits=16."
         )
     layers = decoder.config.num_hidden_layers
-    for field, means in (("key_mean", spec.key_mean), ("value_mean", spec.value_mean)):
-        if means is not None and len(means) != layers:
-            raise ValueError(f"{field} has {len(means)} entries, {name} has {layers} layers; pass one per layer.")
+    for field in PER_LAYER:
+        entries = getattr(spec, field)
+        if entries is not None and len(entries) != layers:
+            raise ValueError(f"{field} has {len(entries)} entries, {name} has {layers} layers; pass one per layer.")
     handle = KVCacheHandle(decoder, spec)
     handle.remove()
     if spec.bits != 16:

@@ -15,133 +15,10 @@ Gradients reach the states of the current call unchanged (straight-through); cac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from optimum_freeact.numerics.hadamard import flat_rotation
-from optimum_freeact.numerics.vector_codec import decode, encode, grid_dtype
-
-
-@dataclass(frozen=True, eq=False)
-class CacheSpec:
-    """How to store keys and values.
-
-    Args:
-        bits (`int`, *optional*, defaults to 4): 4, 8, or 16 for the model's own cache, left as it is.
-        rotate (`bool`, *optional*, defaults to `False`):
-            Rotate each vector by a random Hadamard matrix before rounding and back after. Exact without rounding.
-        sink_tokens (`int`, *optional*, defaults to 1):
-            Number of positions, from the first real token of each row on, kept in the model's type. The first token
-            is the attention sink: its keys and values are unlike all others and every later token reads them.
-        key_mean (sequence of `torch.Tensor` of shape `(key_value_heads, head_dim)`, *optional*):
-            One per model layer (`None` entries are skipped): subtracted before rounding and added back after.
-        value_mean (sequence of `torch.Tensor` of shape `(key_value_heads, head_dim)`, *optional*):
-            The same for values.
-        seed (`int`, *optional*, defaults to 0): Of the rotation.
-
-    Raises:
-        `ValueError`: if `bits` or `sink_tokens` is not allowed.
-    """
-
-    bits: int = 4
-    rotate: bool = False
-    sink_tokens: int = 1
-    key_mean: Sequence[torch.Tensor | None] | None = None
-    value_mean: Sequence[torch.Tensor | None] | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.bits not in (4, 8, 16):
-            raise ValueError(f"bits of the KV cache must be 4, 8 or 16, got {self.bits!r}; 16 leaves it unquantized.")
-        if not isinstance(self.sink_tokens, int) or self.sink_tokens < 0:
-            raise ValueError(f"sink_tokens must be an integer of at least 0, got {self.sink_tokens!r}; 0 keeps none.")
-
-
-@lru_cache(maxsize=32)
-def _rotation(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """One rotation of `size`, shared by all layers of all caches; never modified."""
-    with torch.inference_mode(False):  # it outlives the caller's inference mode
-        return flat_rotation(size, torch.Generator().manual_seed(seed)).to(device=device, dtype=dtype)
-
-
-class StateStore:
-    """One kind of states (keys or values) of one layer: rows in and out, and the exact states of the sink.
-
-    Args:
-        spec ([`CacheSpec`]): Bits, rotation, number of sink tokens.
-        mean (`torch.Tensor` of shape `(heads, head_dim)`, *optional*): Subtracted before rounding, added back after.
-        states (`torch.Tensor` of shape `(batch, heads, tokens, head_dim)`): Sets sizes, type and device; not stored.
-
-    Raises:
-        `ValueError`: if `mean` does not fit the states.
-    """
-
-    def __init__(self, spec: CacheSpec, mean: torch.Tensor | None, states: torch.Tensor):
-        batch, heads, _, self.size = states.shape
-        self.spec, self.dtype = spec, states.dtype
-        self.compute_dtype = torch.promote_types(states.dtype, torch.float32)
-        if mean is not None and mean.shape != (heads, self.size):
-            raise ValueError(
-                f"the mean of a KV cache has shape {tuple(mean.shape)}, the states have {heads} heads of {self.size}; "
-                f"pass one of shape {(heads, self.size)} per model layer."
-            )
-        # (heads, 1, head_dim)
-        self.mean = None if mean is None else mean.to(states.device, self.compute_dtype)[:, None, :]
-        self.exact = states.new_zeros(batch, heads, spec.sink_tokens, self.size)
-
-    def _rotation(self, device: torch.device) -> torch.Tensor:
-        return _rotation(self.size, self.spec.seed, self.compute_dtype, device)
-
-    @torch.no_grad()
-    def encode(self, states: torch.Tensor) -> torch.Tensor:
-        """Rows `(batch, heads, tokens, row bytes)` of states `(batch, heads, tokens, head_dim)`."""
-        values = states.to(self.compute_dtype)
-        if self.mean is not None:
-            values = values - self.mean
-        if self.spec.rotate:
-            values = values @ self._rotation(states.device)
-        return encode(values, self.spec.bits, grid_dtype(self.dtype))
-
-    @torch.no_grad()
-    def decode(self, rows: torch.Tensor) -> torch.Tensor:
-        """States of `rows`, in the type of the states first seen."""
-        values = decode(rows, self.spec.bits, self.size, grid_dtype(self.dtype), self.compute_dtype)
-        if self.spec.rotate:
-            values = values @ self._rotation(rows.device).mT
-        if self.mean is not None:
-            values = values + self.mean
-        return values.to(self.dtype)
-
-    @torch.no_grad()
-    def keep_sink(self, states: torch.Tensor, start: torch.Tensor, position: int) -> None:
-        """Remember those of `states`, the first at `position`, that lie in each row's sink from `start` (batch) on."""
-        offset = start[:, None] + torch.arange(self.spec.sink_tokens) - position  # (B, sink), on the CPU: no waiting
-        fresh = (offset >= 0) & (offset < states.shape[-2])
-        if fresh.any():
-            found = _take_tokens(states, offset.clamp(0, states.shape[-2] - 1))
-            self.exact = torch.where(fresh[:, None, :, None].to(states.device), found, self.exact)
-
-    @torch.no_grad()
-    def restore_sink(self, states: torch.Tensor, start: torch.Tensor, position: int) -> None:
-        """Overwrite the sink's share of `states`, the first at `position`, with the exact ones. Modifies `states`."""
-        first = max(int(start.min()) - position, 0)
-        last = min(int(start.max()) + self.spec.sink_tokens - position, states.shape[-2])
-        if first >= last or self.spec.sink_tokens == 0:
-            return
-        offset = torch.arange(first, last) + position - start[:, None]  # (B, last - first)
-        inside = ((offset >= 0) & (offset < self.spec.sink_tokens))[:, None, :, None].to(states.device)
-        exact = _take_tokens(self.exact, offset.clamp(0, self.spec.sink_tokens - 1))
-        states[:, :, first:last] = torch.where(inside, exact, states[:, :, first:last])
-
-
-def _take_tokens(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Tokens `index` (batch, n) of each row of `states` (batch, heads, tokens, head_dim)."""
-    index = index.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
-    return states.gather(2, index)
+from optimum_freeact.modules.kv_store import PER_LAYER, CacheSpec, StateStore
 
 
 class FreeActCacheLayer(DynamicLayer):
@@ -155,18 +32,19 @@ class FreeActCacheLayer(DynamicLayer):
         kwargs: Of the transformers layer this one is combined with, e.g. `sliding_window`.
 
     Raises:
-        `ValueError`: if `spec.bits` is 16, or `spec` has means but none for `layer_idx`.
+        `ValueError`: if `spec.bits` is 16, or `spec` has entries per layer but none for `layer_idx`.
     """
 
     def __init__(self, spec: CacheSpec, layer_idx: int = 0, **kwargs):
         super().__init__(**kwargs)
         if spec.bits not in (4, 8):
             raise ValueError(f"a quantized cache layer has 4 or 8 bits, got {spec.bits}; use DynamicLayer for 16.")
-        for name, means in (("key_mean", spec.key_mean), ("value_mean", spec.value_mean)):
-            if means is not None and layer_idx >= len(means):
+        for name in PER_LAYER:
+            entries = getattr(spec, name)
+            if entries is not None and layer_idx >= len(entries):
                 raise ValueError(
-                    f"{name} of the CacheSpec has {len(means)} entries, there is none for layer {layer_idx}; pass one "
-                    "per model layer (None for a layer without)."
+                    f"{name} of the CacheSpec has {len(entries)} entries, there is none for layer {layer_idx}; pass "
+                    "one per model layer (None for a layer without)."
                 )
         self.spec, self.layer_idx = spec, layer_idx
         self.start: torch.Tensor | None = None  # (batch,) on the CPU: position of each row's first real token
@@ -175,10 +53,13 @@ class FreeActCacheLayer(DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take over sizes, type and device of the first states."""
         super().lazy_initialization(key_states, value_states)
-        means = (self.spec.key_mean, self.spec.value_mean)
-        self.stores = tuple(
-            StateStore(self.spec, None if mean is None else mean[self.layer_idx], states)
-            for mean, states in zip(means, (key_states, value_states))
+        key_mean, key_frequencies, value_mean = (
+            None if entries is None else entries[self.layer_idx]
+            for entries in (getattr(self.spec, name) for name in PER_LAYER)
+        )
+        self.stores = (
+            StateStore(self.spec, key_states, key_mean, key_frequencies),
+            StateStore(self.spec, value_states, value_mean),
         )
         self.keys, self.values = self.keys.to(torch.uint8), self.values.to(torch.uint8)
 
@@ -208,12 +89,12 @@ class FreeActCacheLayer(DynamicLayer):
         new, position = (key_states, value_states), self.get_seq_length()
         for store, states in zip(self.stores, new):
             store.keep_sink(states, self.start, position)
-        rows = super().update(*(store.encode(states) for store, states in zip(self.stores, new)), *args, **kwargs)
+        rows = (store.encode(states, self.start, position) for store, states in zip(self.stores, new))
+        rows = super().update(*rows, *args, **kwargs)
         return tuple(self._read(*item) for item in zip(self.stores, rows, new))
 
     def _read(self, store: StateStore, rows: torch.Tensor, new: torch.Tensor | None = None) -> torch.Tensor:
-        states = store.decode(rows)
-        store.restore_sink(states, self.start, self.get_seq_length() - rows.shape[-2])
+        states = store.decode(rows, self.start, self.get_seq_length() - rows.shape[-2])
         if new is not None and new.requires_grad and torch.is_grad_enabled():
             past, current = states.split((rows.shape[-2] - new.shape[-2], new.shape[-2]), dim=-2)
             states = torch.cat((past, current + (new - new.detach())), dim=-2)

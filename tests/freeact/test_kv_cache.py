@@ -9,7 +9,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 
 from optimum_freeact.modules.kv_cache import convert_cache, install_kv_cache, row_starts
-from optimum_freeact.modules.kv_layer import CacheSpec, FreeActCacheLayer, FreeActSlidingWindowLayer
+from optimum_freeact.modules.kv_layer import FreeActCacheLayer, FreeActSlidingWindowLayer
+from optimum_freeact.modules.kv_store import CacheSpec
 from tests.helpers.tiny_decoders import FAMILIES, prompt, tiny_decoder
 
 

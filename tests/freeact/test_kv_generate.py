@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
+from optimum_freeact.calibration.kv_means import cache_means
 from optimum_freeact.modules.kv_cache import install_kv_cache
-from optimum_freeact.modules.kv_layer import CacheSpec
+from optimum_freeact.modules.kv_store import CacheSpec
 from tests.helpers.tiny_decoders import FAMILIES, prompt, tiny_decoder
 
 
@@ -75,10 +76,12 @@ def test_assisted_and_chunked_generate_equal_the_plain_one(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sink_tokens", [0, 1, 2])
-def test_left_padding_changes_nothing(family, sink_tokens):
+@pytest.mark.parametrize("centred", [False, True])
+def test_left_padding_changes_nothing(family, sink_tokens, centred):
     """The sink is each row's first real token: rows of a padded batch get the logits they get alone."""
     model, ids = tiny_decoder(family), prompt(batch=3, tokens=12)
-    install_kv_cache(model, CacheSpec(4, sink_tokens=sink_tokens))
+    means = cache_means(model, prompt(tokens=20))._asdict() if centred else {}
+    install_kv_cache(model, CacheSpec(4, sink_tokens=sink_tokens, **means))
     padding = [0, 5, 9]
     mask = torch.ones_like(ids)
     for row, length in enumerate(padding):

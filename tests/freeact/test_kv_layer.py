@@ -4,23 +4,9 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from optimum_freeact.modules.kv_layer import CacheSpec, FreeActCacheLayer, FreeActSlidingWindowLayer
-from optimum_freeact.numerics.vector_codec import outward_grid
-
-
-HEADS, SIZE = 2, 16
-
-
-def states(batch=3, tokens=9, size=SIZE, dtype=torch.float64):
-    return torch.randn(batch, HEADS, tokens, size, dtype=dtype), torch.randn(batch, HEADS, tokens, size, dtype=dtype)
-
-
-def quantized(spec, keys, values, start=None):
-    """What a fresh layer makes of states that arrive at once."""
-    layer = FreeActCacheLayer(spec)
-    if start is not None:
-        layer.set_start(torch.tensor(start))
-    return layer.update(keys, values)
+from optimum_freeact.modules.kv_layer import FreeActCacheLayer, FreeActSlidingWindowLayer
+from optimum_freeact.modules.kv_store import CacheSpec
+from tests.helpers.cache_states import HEADS, SIZE, quantized, states
 
 
 def assert_same(layer, plain):
@@ -29,62 +15,6 @@ def assert_same(layer, plain):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     assert layer.get_seq_length() == plain.get_seq_length()
     assert layer.get_mask_sizes(2) == plain.get_mask_sizes(2)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_error_is_at_most_half_a_step(bits):
-    keys, values = states()
-    returned = quantized(CacheSpec(bits, sink_tokens=0), keys, values)
-    for got, exact in zip(returned, (keys, values)):
-        scale = outward_grid(exact, bits, torch.float16)[0].double()
-        assert ((got - exact).abs() <= scale / 2 * (1 + 1e-9)).all()
-        assert not torch.equal(got, exact)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_rotation_is_undone(bits):
-    """A rotated error keeps its norm, so it stays below the bound of the grid of the rotated vector."""
-    keys, values = states()
-    spec = CacheSpec(bits, rotate=True, sink_tokens=0)
-    layer = FreeActCacheLayer(spec)
-    returned = layer.update(keys, values)
-    rotation = layer.stores[0]._rotation(keys.device)
-    torch.testing.assert_close(rotation @ rotation.mT, torch.eye(SIZE).double(), rtol=0, atol=1e-12)
-    for got, exact in zip(returned, (keys, values)):
-        scale = outward_grid(exact @ rotation, bits, torch.float16)[0].double()
-        assert ((got - exact).norm(dim=-1) <= scale[..., 0] / 2 * SIZE**0.5 * (1 + 1e-9)).all()
-
-
-def test_rotation_spreads_an_outlier():
-    keys, values = states()
-    keys[..., 3] *= 40
-    plain = quantized(CacheSpec(4), keys, values)[0]
-    rotated = quantized(CacheSpec(4, rotate=True), keys, values)[0]
-    others = [channel for channel in range(SIZE) if channel != 3]
-    energy = keys[..., others].square().sum()
-    assert (rotated - keys)[..., others].square().sum() < 0.7 * (plain - keys)[..., others].square().sum()
-    assert (plain - keys)[..., others].square().sum() > 0.3 * energy  # the case is not trivial
-
-
-@pytest.mark.parametrize("rotate", [False, True])
-def test_states_equal_to_their_mean_are_exact(rotate):
-    means = torch.randn(2, HEADS, SIZE, dtype=torch.float64) * 10
-    spec = CacheSpec(4, rotate=rotate, sink_tokens=0, key_mean=[None, means[0]], value_mean=[None, means[1]])
-    shape = (3, HEADS, 5, SIZE)
-    keys, values = means[0][None, :, None].expand(shape), means[1][None, :, None].expand(shape)
-    got_keys, got_values = FreeActCacheLayer(spec, 1).update(keys, values)
-    torch.testing.assert_close(got_keys, keys, rtol=0, atol=1e-12)
-    torch.testing.assert_close(got_values, values, rtol=0, atol=1e-12)
-
-
-def test_mean_narrows_the_grid():
-    keys, values = states()
-    mean = torch.randn(HEADS, SIZE, dtype=torch.float64) * 20
-    shifted = keys + mean[:, None]
-    centred = quantized(CacheSpec(4, key_mean=[mean]), shifted, values)[0]
-    torch.testing.assert_close(centred, quantized(CacheSpec(4), keys, values)[0] + mean[:, None], rtol=0, atol=1e-10)
-    plain = quantized(CacheSpec(4), shifted, values)[0]
-    assert (centred - shifted).square().mean() < 0.1 * (plain - shifted).square().mean()
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 1, 3])
@@ -262,5 +192,9 @@ def test_layer_errors():
         FreeActCacheLayer(CacheSpec(16))
     with pytest.raises(ValueError, match="key_mean of the CacheSpec has 1 entries, there is none for layer 1"):
         FreeActCacheLayer(CacheSpec(key_mean=[None]), 1)
+    with pytest.raises(ValueError, match="key_mean is None; pass both or neither"):
+        CacheSpec(key_frequencies=[torch.ones(2)])
+    with pytest.raises(ValueError, match="9 rotary frequencies do not fit a head_dim of 16"):
+        FreeActCacheLayer(CacheSpec(key_mean=[torch.zeros(2, 16)], key_frequencies=[torch.ones(9)])).update(*states())
     with pytest.raises(ValueError, match=r"mean .* shape \(3, 16\), the states have 2 heads of 16"):
         FreeActCacheLayer(CacheSpec(value_mean=[torch.zeros(3, 16)])).update(*states())
