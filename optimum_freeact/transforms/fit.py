@@ -75,7 +75,7 @@ def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSp
         mean = moments.mean().unsqueeze(0)
     else:
         mean = None
-    zero = torch.zeros_like(moments.shift, dtype=torch.float64)
+    zero = torch.zeros_like(moments.shift[0])
     c, cross, total = torch.zeros_like(h), torch.zeros_like(h), moments.count.sum()
     energies = []
     for k in kinds:
