@@ -51,6 +51,13 @@ class TypeState:
         return types.reshape(x.shape[:-1]) if x.shape[:-1].numel() == types.numel() else None
 
 
+def attach_state(model: nn.Module) -> TypeState:
+    """The model's [`TypeState`], made on first use."""
+    if "_freeact_state" not in model.__dict__:
+        model.__dict__["_freeact_state"] = TypeState()
+    return model.__dict__["_freeact_state"]
+
+
 def _past_length(arguments: dict[str, Any]) -> int | torch.Tensor:
     cache = arguments.get("past_key_values")
     return cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
