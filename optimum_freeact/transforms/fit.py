@@ -48,7 +48,8 @@ class InputStatistics:
 
     Args:
         c (`torch.Tensor` of shape `(d, d)`): Activation second moments about the type means, mixed over types.
-        h (`torch.Tensor` of shape `(d, d)`): W^T W summed over the linears that share the input.
+        h (`torch.Tensor` of shape `(d, d)`): W^T W summed over the linears that share the input, each normalised by
+            its output energy.
         mean (`torch.Tensor` of shape `(n_types or 1, d)`, *optional*): The centres.
         cross (`torch.Tensor` of shape `(d, d)`, *optional*): Full-precision inputs against actual ones.
     """
@@ -67,7 +68,8 @@ def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSp
     Types are mixed by their share of tokens after each is normalised by its own output energy tr(C_k H), so that one
     sink token with a thousand times the energy of the others does not decide the transform of all.
     """
-    h = sum(w.double().mT @ w.double() for w in weights)
+    grams = [w.double().mT @ w.double() for w in weights]
+    h = sum(grams)
     kinds = [k for k in range(moments.n_types) if moments.count[k] > 0]
     if spec.centring == "per_type":
         mean = torch.stack([moments.mean(k) for k in range(moments.n_types)])
@@ -89,6 +91,9 @@ def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSp
             centre_y = zero if mean is None else moments.mean_of_pair(k if len(mean) > 1 else None)
             cross += share * moments.cross_covariance(k, centre_y, centre)
     scale = sum(share * energy for share, energy in energies)  # back to the units of the activations
+    if len(grams) > 1:  # linears count by their relative output error: a weak k_proj as much as a strong q_proj
+        outputs = [(c * gram).sum().clamp_min(torch.finfo(torch.float64).tiny) for gram in grams]
+        h = sum(gram / output for gram, output in zip(grams, outputs)) * sum(outputs) / len(outputs)
     weight_peak = torch.stack([w.abs().amax(0) for w in weights]).amax(0).double()
     return InputStatistics(
         c * scale, h, mean, cross * scale if moments.paired else None, moments.peak.double(), weight_peak
