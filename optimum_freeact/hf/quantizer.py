@@ -79,10 +79,6 @@ class FreeActHfQuantizer(HfQuantizer):
             _dispatch(model, self._user_device_map)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:  # noqa: ARG002
-        """The plain state dict serves; the header names the format for those who open the file without us."""
-        return None, {"quant_method": "freeact", "format_version": str(self.quantization_config.format_version)}
-
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         from optimum_freeact.modules.runtime import dequantize_
 
