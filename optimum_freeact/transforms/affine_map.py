@@ -51,11 +51,11 @@ class InputMap:
         return x if self.mean is None else x - pick(self.mean, types)
 
     def apply(self, x: torch.Tensor, types: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """z and p of rows `x` of shape `(..., d)`."""
+        """Coordinates z and p of rows `x` of shape `(..., d)`."""
         return self.apply_centred(self.centre(x, types))
 
     def apply_centred(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """z and p of rows that are centred already."""
+        """Coordinates z and p of rows that are centred already."""
         if self.channel_scale is not None:
             u = u * self.channel_scale
         p = None
