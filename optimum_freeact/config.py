@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
 # known only while calibrating; never written
 RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress")
 # written by the quantizer for those who load
-RECORDED = ("input_groups", "weight_dtype", "calibration_record")
+RECORDED = ("input_groups", "weight_dtype", "cache_shapes", "calibration_record")
 
 
 class FreeActConfig(QuantizationConfigMixin):

@@ -11,8 +11,13 @@ from torch import nn
 
 from optimum_freeact.calibration.blockwise import calibrate, check_model
 from optimum_freeact.calibration.data import load_samples
+from optimum_freeact.calibration.kv_means import cache_means, rotary_frequencies
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.hf.quantizer import FreeActHfQuantizer, attach_state
+from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
+from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
+from optimum_freeact.modules.kv_cache import install_kv_cache
+from optimum_freeact.modules.kv_store import CacheSpec
 from optimum_freeact.modules.layout import find_blocks, find_decoder, unquantized_parameters
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.surgery import input_name, quantized_linears
@@ -86,6 +91,8 @@ def run_calibration(model: nn.Module, config: FreeActConfig) -> list:
     state, decoder = attach_state(model), find_decoder(model)
     handle = install_typer(decoder, TokenTyper(config.token_types), state)
     start = time.perf_counter()
+    if config.kv_bits < 16 and config.centring != "none":
+        measure_cache(model, config, samples)
     try:
         records = list(calibrate(model, config, samples, state, device))
     finally:
@@ -117,13 +124,32 @@ def activate(model: nn.Module, config: FreeActConfig) -> None:
         old.remove()
     hooks = [install_typer(find_decoder(model), TokenTyper(config.token_types), attach_state(model))]
     if config.kv_bits < 16:
-        from optimum_freeact.modules.kv_cache import CacheSpec, install_kv_cache
-
-        sinks = 1 if "sink" in config.token_types else 0
-        hooks.append(install_kv_cache(model, CacheSpec(bits=config.kv_bits, rotate=True, sink_tokens=sinks)))
+        hooks.append(install_kv_cache(model, cache_spec(model, config)))
     model.__dict__["_freeact_hooks"] = hooks
     for module in quantized_linears(model).values():
         module.prepare()
+
+
+CACHE_SAMPLES = 8  # a few thousand tokens fix a mean; each costs one full-precision forward
+
+
+def measure_cache(model: nn.Module, config: FreeActConfig, samples: torch.Tensor) -> None:
+    """Measure the means of keys and values in the full-precision model and store them in its decoder."""
+    means = cache_means(model, samples[:CACHE_SAMPLES], sink_tokens=int("sink" in config.token_types))
+    config.cache_shapes = [[] if key is None else list(key.shape) for key in means.key_mean]
+    buffers = CacheMeanBuffers(config.cache_shapes)
+    buffers.fill(means.key_mean, means.value_mean)
+    find_decoder(model).add_module(CACHE_NAME, buffers)
+
+
+def cache_spec(model: nn.Module, config: FreeActConfig) -> CacheSpec:
+    """How the cache is stored: about its means where they were measured, else rotated if the config rotates."""
+    sinks = int("sink" in config.token_types)
+    decoder = find_decoder(model)
+    buffers = getattr(decoder, CACHE_NAME, None)
+    if buffers is not None:
+        return buffers.spec(config.kv_bits, sinks, rotary_frequencies(decoder))
+    return CacheSpec(config.kv_bits, rotate=config.transform != "none", sink_tokens=sinks)
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -144,6 +170,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     for name in inputs:
         parent, _, leaf = input_name([name]).rpartition(".")
         model.get_submodule(parent)._modules.pop(leaf, None)
+    find_decoder(model)._modules.pop(CACHE_NAME, None)
     for hook in model.__dict__.pop("_freeact_hooks", []):
         hook.remove()
     return model
