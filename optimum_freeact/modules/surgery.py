@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -40,6 +43,17 @@ def check_linear(name: str, module: nn.Linear, config: FreeActConfig) -> None:
         )
 
 
+@contextmanager
+def float32_default() -> Iterator[None]:
+    """Scales, maps and biases are float32 in every model: `from_pretrained(dtype=...)` sets another default around us."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def replace_group(
     block: nn.Module, group: list[str], config: FreeActConfig, state: TypeState, device: torch.device | str
 ) -> tuple[FreeActInput, list[FreeActLinear]]:
@@ -47,7 +61,7 @@ def replace_group(
     first = block.get_submodule(group[0])
     n = first.in_features
     means = {"none": 0, "shared": 1, "per_type": config.n_types}[config.centring]
-    with torch.device(device):
+    with torch.device(device), float32_default():
         source = FreeActInput(
             n,
             n_types=config.n_types,
