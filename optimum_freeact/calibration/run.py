@@ -12,7 +12,14 @@ from torch import nn
 from optimum_freeact.calibration.blockwise import calibrate, check_model
 from optimum_freeact.calibration.data import load_samples
 from optimum_freeact.config import FreeActConfig
+<<<<<<< HEAD
 from optimum_freeact.modules.layout import find_blocks, find_decoder, is_plain_linear, unquantized_parameters
+=======
+from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
+from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
+from optimum_freeact.modules.kv_means import cache_means
+from optimum_freeact.modules.layout import find_blocks, find_decoder, unquantized_parameters
+>>>>>>> main
 from optimum_freeact.token_types import TokenTyper, attach_state, install_typer
 
 
@@ -35,6 +42,7 @@ def find_tokenizer(model: nn.Module, config: FreeActConfig) -> Any:
         return None
 
 
+<<<<<<< HEAD
 def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor | list | None = None) -> list:
     """Calibrate and replace all blocks; the records go to `config.calibration_record`.
 
@@ -43,6 +51,22 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
         config ([`FreeActConfig`]): Settings; what was recorded is filled in.
         data (*optional*): The config's dataset as `read_data` returns it, if it was read already.
     """
+=======
+CACHE_SAMPLES = 8  # a few thousand tokens fix a mean; each costs one full-precision forward
+
+
+def measure_cache(model: nn.Module, config: FreeActConfig, samples: torch.Tensor) -> None:
+    """Measure the means of keys and values in the full-precision model and store them in its decoder."""
+    means = cache_means(model, samples[:CACHE_SAMPLES], sink_tokens=int("sink" in config.token_types))
+    config.cache_shapes = [[] if key is None else list(key.shape) for key in means.key_mean]
+    buffers = CacheMeanBuffers(config.cache_shapes)
+    buffers.fill(means.key_mean, means.value_mean)
+    find_decoder(model).add_module(CACHE_NAME, buffers)
+
+
+def run_calibration(model: nn.Module, config: FreeActConfig) -> list:
+    """Calibrate and replace all blocks; the records go to `config.calibration_record`."""
+>>>>>>> main
     check_model(model, config)
     data = config.dataset if data is None else data
     is_ids = isinstance(data, torch.Tensor)
@@ -64,6 +88,8 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
     state, decoder = attach_state(model), find_decoder(model)
     handle = install_typer(decoder, TokenTyper(config.token_types), state)
     start = time.perf_counter()
+    if config.kv_bits < 16 and config.centring != "none":
+        measure_cache(model, config, samples)
     try:
         records = list(calibrate(model, config, samples, state, device))
     finally:

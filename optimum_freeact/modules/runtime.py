@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from optimum_freeact.config import FreeActConfig
-from optimum_freeact.modules.kv_cache import CacheSpec, install_kv_cache
+from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
+from optimum_freeact.modules.kv_cache import install_kv_cache
+from optimum_freeact.modules.kv_means import rotary_frequencies
+from optimum_freeact.modules.kv_store import CacheSpec
 from optimum_freeact.modules.layout import find_decoder
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.surgery import input_name, quantized_linears
@@ -19,11 +22,20 @@ def activate(model: nn.Module, config: FreeActConfig) -> None:
         old.remove()
     hooks = [install_typer(find_decoder(model), TokenTyper(config.token_types), attach_state(model))]
     if config.kv_bits < 16:
-        sinks = 1 if "sink" in config.token_types else 0
-        hooks.append(install_kv_cache(model, CacheSpec(bits=config.kv_bits, rotate=True, sink_tokens=sinks)))
+        hooks.append(install_kv_cache(model, cache_spec(model, config)))
     model.__dict__["_freeact_hooks"] = hooks
     for module in quantized_linears(model).values():
         module.prepare()
+
+
+def cache_spec(model: nn.Module, config: FreeActConfig) -> CacheSpec:
+    """How the cache is stored: about its means where they were measured, else rotated if the config rotates."""
+    sinks = int("sink" in config.token_types)
+    decoder = find_decoder(model)
+    buffers = getattr(decoder, CACHE_NAME, None)
+    if buffers is not None:
+        return buffers.spec(config.kv_bits, sinks, rotary_frequencies(decoder))
+    return CacheSpec(config.kv_bits, rotate=config.transform != "none", sink_tokens=sinks)
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -51,6 +63,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     for name in found:
         parent, _, leaf = input_name([name]).rpartition(".")
         model.get_submodule(parent)._modules.pop(leaf, None)
+    find_decoder(model)._modules.pop(CACHE_NAME, None)
     for hook in model.__dict__.pop("_freeact_hooks", []):
         hook.remove()
     return model

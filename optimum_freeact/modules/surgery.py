@@ -10,7 +10,9 @@ from torch import nn
 
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
-from optimum_freeact.modules.layout import find_blocks
+from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
+from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
+from optimum_freeact.modules.layout import find_blocks, find_decoder
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.token_types import TypeState
 
@@ -99,6 +101,9 @@ def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> No
         raise ValueError(
             "The checkpoint's config lacks 'input_groups': it was not written by FreeActConfig's quantizer."
         )
+    if config.cache_shapes:
+        with torch.device("meta"):
+            find_decoder(model).add_module(CACHE_NAME, CacheMeanBuffers(config.cache_shapes))
     for index, block in enumerate(blocks):
         for group in groups.get(str(index), groups.get("*", [])):
             replace_group(block, group, config, state, "meta")
