@@ -12,14 +12,10 @@ from torch import nn
 from optimum_freeact.calibration.blockwise import calibrate, check_model
 from optimum_freeact.calibration.data import load_samples
 from optimum_freeact.config import FreeActConfig
-<<<<<<< HEAD
-from optimum_freeact.modules.layout import find_blocks, find_decoder, is_plain_linear, unquantized_parameters
-=======
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.kv_means import cache_means
-from optimum_freeact.modules.layout import find_blocks, find_decoder, unquantized_parameters
->>>>>>> main
+from optimum_freeact.modules.layout import find_blocks, find_decoder, is_plain_linear, unquantized_parameters
 from optimum_freeact.token_types import TokenTyper, attach_state, install_typer
 
 
@@ -42,16 +38,6 @@ def find_tokenizer(model: nn.Module, config: FreeActConfig) -> Any:
         return None
 
 
-<<<<<<< HEAD
-def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor | list | None = None) -> list:
-    """Calibrate and replace all blocks; the records go to `config.calibration_record`.
-
-    Args:
-        model: A decoder in full precision; changed in place.
-        config ([`FreeActConfig`]): Settings; what was recorded is filled in.
-        data (*optional*): The config's dataset as `read_data` returns it, if it was read already.
-    """
-=======
 CACHE_SAMPLES = 8  # a few thousand tokens fix a mean; each costs one full-precision forward
 
 
@@ -64,9 +50,14 @@ def measure_cache(model: nn.Module, config: FreeActConfig, samples: torch.Tensor
     find_decoder(model).add_module(CACHE_NAME, buffers)
 
 
-def run_calibration(model: nn.Module, config: FreeActConfig) -> list:
-    """Calibrate and replace all blocks; the records go to `config.calibration_record`."""
->>>>>>> main
+def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor | list | None = None) -> list:
+    """Calibrate and replace all blocks; the records go to `config.calibration_record`.
+
+    Args:
+        model: A decoder in full precision; changed in place.
+        config ([`FreeActConfig`]): Settings; what was recorded is filled in.
+        data (*optional*): The config's dataset as `read_data` returns it, if it was read already.
+    """
     check_model(model, config)
     data = config.dataset if data is None else data
     is_ids = isinstance(data, torch.Tensor)

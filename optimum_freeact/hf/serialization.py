@@ -8,13 +8,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-<<<<<<< HEAD
-=======
-from optimum_freeact.modules.activation import FreeActInput
-from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
-from optimum_freeact.modules.linear import FreeActLinear
-
->>>>>>> main
 
 def check_checkpoint(files: list[str] | None) -> None:
     """Refuse files that are no whole safetensors, before the model is built.
@@ -50,7 +43,6 @@ def check_loaded(model: nn.Module) -> None:
     same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
     inner = model if same_class else getattr(model, "base_model", model)
     missing = []
-<<<<<<< HEAD
     for name, tensor in inner.state_dict(keep_vars=True).items():
         if tensor.device.type == "meta":  # offloaded: read from the checkpoint later
             continue
@@ -58,15 +50,6 @@ def check_loaded(model: nn.Module) -> None:
             missing.append(name)
         elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"The checkpoint's tensor {name!r} holds NaN or inf: it is damaged.")
-=======
-    for name, module in model.named_modules():
-        if isinstance(module, (FreeActLinear, FreeActInput, CacheMeanBuffers)):
-            for key, tensor in module.state_dict(keep_vars=True).items():
-                if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False):
-                    missing.append(f"{name}.{key}")
-                elif tensor.is_floating_point() and tensor.device.type != "meta" and not torch.isfinite(tensor).all():
-                    raise ValueError(f"The checkpoint's tensor {name}.{key} holds NaN or inf: it is damaged.")
->>>>>>> main
     if missing:
         raise ValueError(
             f"The checkpoint lacks {len(missing)} tensors, the first are {missing[:3]}. It is incomplete or damaged, or was "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from optimum_freeact.api import quantize
 from optimum_freeact.config import FreeActConfig
@@ -26,6 +27,11 @@ def settings(preset: str = "freeact", **changes) -> FreeActConfig:
 def quantized(family: str = "llama", model: dict | None = None, **changes) -> nn.Module:
     """`tiny(family, **model)` quantized with `settings(**changes)`."""
     return quantize(tiny(family, **(model or {})), settings(**changes))
+
+
+def reload(folder, **arguments) -> nn.Module:
+    """The saved model again, with the attention of `tiny` (others differ in the last bits)."""
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **arguments)
 
 
 @torch.no_grad()
