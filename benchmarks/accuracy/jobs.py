@@ -376,7 +376,8 @@ def _score(job: Job, setting: str, model, tokenizer) -> list[dict]:
     for text in job.texts:
         held_out = text.read_evaluation(measure["windows"] * measure["window"])
         windows = tokenize_windows(held_out, tokenizer, measure["window"], measure["windows"])
-        score = score_text(model, windows, batch_size=2 if job.device == "cuda" else 1)
+        tokens = 2048 if job.device == "cuda" else 1024  # a forward; large vocabularies make large logits
+        score = score_text(model, windows, batch_size=max(1, tokens // measure["window"]))
         if score.nll != score.nll or score.nll == float("inf"):
             rows.append(_row(job, setting, "nll", None, f"the loss is {score.nll}", text=text.name))
         else:
