@@ -115,6 +115,7 @@ def _quanto(activations: bool):
     def apply(model: nn.Module, names: list[str], samples: torch.Tensor) -> None:
         from optimum.quanto import Calibration, freeze, qint4, qint8, quantize
 
+        _use_portable_unpacking()
         quantize(model, weights=qint4, activations=qint8 if activations else None, include=names)
         if activations:
             with torch.no_grad(), Calibration():
@@ -125,12 +126,36 @@ def _quanto(activations: bool):
     return apply
 
 
+def _use_portable_unpacking() -> None:
+    """Let quanto unpack its codes with plain torch: else it compiles C++ and CUDA for minutes on first use."""
+    from types import SimpleNamespace
+
+    from optimum.quanto.library.extensions import get_extension, is_extension_available
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+    for name in ("quanto_cpp", "quanto_cuda"):
+        if is_extension_available(name):
+            get_extension(name)._lib = SimpleNamespace(unpack=unpack)
+
+
 PEERS: dict[str, Peer] = {
     "hqq-g64": Peer("hqq", "w4a16", "float32", _hqq(64), "asymmetric, groups of 64"),
     "hqq-channel": Peer("hqq", "w4a16", "float32", _hqq(None), "asymmetric, one scale per output channel"),
-    "torchao-g64": Peer("torchao", "w4a16", "float32", _torchao_weight_only(64), "IntxWeightOnlyConfig, groups of 64"),
+    "torchao-g64": Peer(
+        "torchao",
+        "w4a16",
+        "float32",
+        _torchao_weight_only(64),
+        "IntxWeightOnlyConfig, groups of 64, codes kept in int8",
+    ),
     "torchao-channel": Peer(
-        "torchao", "w4a16", "float32", _torchao_weight_only(None), "IntxWeightOnlyConfig, per output channel"
+        "torchao",
+        "w4a16",
+        "float32",
+        _torchao_weight_only(None),
+        "IntxWeightOnlyConfig, per output channel, codes kept in int8",
     ),
     "torchao-tinygemm-g64": Peer(
         "torchao",
@@ -145,14 +170,14 @@ PEERS: dict[str, Peer] = {
         "w4a8",
         "float32",
         _torchao_dynamic(32),
-        "dynamic int8 activations, asymmetric per token; int4 weights in groups of 32",
+        "dynamic int8 activations, asymmetric per token; int4 weights in groups of 32, kept in int8",
     ),
     "torchao-dynamic-channel": Peer(
         "torchao",
         "w4a8",
         "float32",
         _torchao_dynamic(None),
-        "dynamic int8 activations, asymmetric per token; int4 weights per output channel",
+        "dynamic int8 activations, asymmetric per token; int4 weights per output channel, kept in int8",
     ),
     "torchao-float8": Peer(
         "torchao",

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--models", default=",".join(MODELS), help="assets, by name (default: all)")
     add("--model-path", action="append", default=[], metavar="NAME=FOLDER", help="a model that is here already")
     add("--text-path", action="append", default=[], metavar="NAME=FILE", help="a text that is here already")
-    add("--jobs", type=int, default=1, help="processes at a time; 0 runs all in this one")
+    add("--jobs", type=int, help="processes at a time (default 1); 0 runs all in this one (default of --tiny)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--threads", type=int, help="CPU threads a job (default: cores / jobs)")
     add("--only", help="methods or groups (preset, ablation, peer), with commas; full precision always runs")
@@ -415,12 +415,13 @@ def _prepare(options: argparse.Namespace, scratch: Path) -> tuple[dict[str, str]
     if options.tiny:
         options.samples, options.seq_len, options.batch_size, options.windows = 16, TINY_WINDOW, 8, 32
         options.schemes = options.schemes or "w4a16,w4a4,w4a4kv4"
-        options.learned_epochs, options.jobs = options.learned_epochs or 1, 0 if options.jobs == 1 else options.jobs
+        options.learned_epochs, options.jobs = options.learned_epochs or 1, options.jobs or 0
         options.out = options.out or _results.ROOT / "out"
         options.rows = options.rows or scratch / "rows.jsonl"
         return tiny_world(scratch)
     if options.cpu_cost:
         options.device, options.models, options.jobs, options.threads = "cpu", MODELS[0], 1, 2
+    options.jobs = 1 if options.jobs is None else options.jobs
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options.threads = options.threads or max(1, cores // max(1, options.jobs))
     options.out = options.out or _results.RESULTS
