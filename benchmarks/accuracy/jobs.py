@@ -163,7 +163,7 @@ class Plan:
             for seed in seeds:
                 for settings in self._settings():
                     claimed = "w4a4" in settings and method in ("freeact", "freeact-learned", "flatquant", "quarot")
-                    rank = (0 if learned else 1) if claimed else (3 if learned else 2)
+                    rank = (0 if learned else 1) if claimed else (5 if learned else 2)
                     self.add("preset", method, settings, seed, quantize, rank=rank, **more)
 
     def _settings(self) -> list[tuple[str, ...]]:
