@@ -1,0 +1,183 @@
+"""One target tensor at a time: what the donor's matching weights become in the target's channels.
+
+Norm gains are folded on the fly. A reader behind a norm computes `W diag(γ) z` of the normalised stream z, so the donor's
+gain goes in before the stream map and the target's is divided out after it; the target keeps its own norms. Writers
+carry the ratio of the two streams' scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from mergekit_ot.bundle import PlanBundle
+from mergekit_ot.heads import HeadPlan
+from mergekit_ot.structure import ATTENTION_NORM, Structure, layer_tensor, split_name
+
+
+#: Reads a checkpoint tensor by name; `None` when the checkpoint has none of that name.
+Reader = Callable[[str], torch.Tensor | None]
+#: Gains below this share of the typical one cannot be divided out; the target keeps its weights there.
+SMALL_GAIN = 1e-3
+
+
+class Transporter:
+    """Produces transported weights for a pair.
+
+    Args:
+        bundle ([`PlanBundle`]): plans.
+        target, donor ([`Structure`]): shapes.
+        read_target, read_donor (`Callable[[str], torch.Tensor | None]`): lazy tensor access.
+    """
+
+    def __init__(
+        self, bundle: PlanBundle, target: Structure, donor: Structure, read_target: Reader, read_donor: Reader
+    ):
+        self.bundle, self.a, self.b = bundle, target, donor
+        self.read_target, self.read_donor = read_target, read_donor
+        self.attention = "attn" in bundle.info["settings"]["modules"]
+        self.mlp = "mlp" in bundle.info["settings"]["modules"]
+
+    def transport(self, name: str, target: torch.Tensor) -> torch.Tensor | None:
+        """Return the transported tensor for a target tensor, or `None` where the target keeps its own.
+
+        Args:
+            name (`str`): checkpoint name, e.g. `"model.layers.3.mlp.up_proj.weight"`.
+            target (`torch.Tensor`): the target's tensor of that name.
+
+        Returns:
+            `torch.Tensor` of the target's shape, in float32 or wider, on the target's device.
+        """
+        place = split_name(name)
+        if place is None or self.bundle.layer_map[place[0]] is None:
+            return None
+        layer, part = place
+        module, _, kind = part.rpartition(".")
+        makers = {
+            "self_attn.q_proj": self._query_or_key,
+            "self_attn.k_proj": self._query_or_key,
+            "self_attn.v_proj": self._value,
+            "self_attn.o_proj": self._output,
+            "mlp.gate_proj": self._up,
+            "mlp.up_proj": self._up,
+            "mlp.down_proj": self._down,
+        }
+        wanted = self.attention if module.startswith("self_attn") else self.mlp
+        if module not in makers or not wanted:
+            return None
+        if kind == "bias" and module in ("self_attn.o_proj", "mlp.down_proj"):
+            return None
+        return makers[module](layer, module, kind, target)
+
+    # --- tensors of the donor -------------------------------------------------------------------------------------
+    def _donor(self, layer: int, part: str, like: torch.Tensor) -> torch.Tensor | None:
+        tensor = self.read_donor(layer_tensor(self.bundle.layer_map[layer], part))
+        return None if tensor is None else tensor.to(device=like.device, dtype=_wide(like))
+
+    def _gain(self, side: str, layer: int, part: str, like: torch.Tensor) -> torch.Tensor:
+        """Norm gain as a factor, `(width,)`."""
+        if side == "donor":
+            return self._donor(layer, part, like) + self.b.family.norm_offset
+        return self.read_target(layer_tensor(layer, part)).to(like.device, _wide(like)) + self.a.family.norm_offset
+
+    # --- the two sides of a weight --------------------------------------------------------------------------------
+    def _read(self, rows: torch.Tensor, layer: int, target: torch.Tensor, norms: tuple[str, str]) -> torch.Tensor:
+        """Carry the input side through the stream map and both norms; `rows` is `(n_out_target, width_donor)`."""
+        gain_a = self._gain("target", layer, f"{norms[0]}.weight", target)
+        gain_b = self._gain("donor", layer, f"{norms[1]}.weight", target)
+        mapped = self.bundle.dense("residual.to_donor").right(rows * gain_b)
+        small = gain_a.abs() < SMALL_GAIN * gain_a.abs().median()
+        mapped = mapped / torch.where(small, torch.ones_like(gain_a), gain_a)
+        return torch.where(small, target.to(mapped), mapped)
+
+    def _write(
+        self, columns: torch.Tensor, layer: int, target: torch.Tensor, norms: tuple[str | None, str | None]
+    ) -> torch.Tensor:
+        """Carry the output side through the stream map; `columns` is `(width_donor, n_in_target)`."""
+        if norms[1] is not None:
+            columns = columns * self._gain("donor", layer, f"{norms[1]}.weight", target)[:, None]
+        mapped = self.bundle.dense("residual.to_target").left(columns)
+        if norms[0] is not None:
+            gain = self._gain("target", layer, f"{norms[0]}.weight", target)
+            small = gain.abs() < SMALL_GAIN * gain.abs().median()
+            mapped = mapped / torch.where(small, torch.ones_like(gain), gain)[:, None]
+            mapped = torch.where(small[:, None], target.to(mapped), mapped)
+        if (norms[0] is None) != (norms[1] is None):  # a norm on one side only erases the scale: take the target's
+            return mapped * (target.to(mapped).norm() / mapped.norm().clamp_min(1e-30))
+        return mapped if norms[0] is not None else mapped * self.bundle.info["stream_scale"][str(layer)]
+
+    # --- attention ------------------------------------------------------------------------------------------------
+    def _query_or_key(self, layer: int, module: str, kind: str, target: torch.Tensor) -> torch.Tensor | None:
+        if self.a.family.qk_norm != self.b.family.qk_norm:
+            return None  # a per-head norm on one side only: scores of the two models are not on one scale
+        plan, which = self.bundle.heads(layer), module[-6]  # "q" or "k"
+        rows = self._donor(layer, f"{module}.{kind}", target)
+        if rows is None:
+            return torch.zeros_like(target, dtype=_wide(target)) if kind == "bias" else None
+        pick = plan.pick if which == "q" else plan.group_pick
+        width = rows.shape[1] if rows.ndim == 2 else 1  # a bias is one column
+        rows = rows.reshape(-1, self.b.head_dim, width)[pick.to(rows.device)]  # (heads, head_dim_donor, width)
+        gains = None
+        if self.a.family.qk_norm:
+            gains = tuple(
+                self._gain(side, layer, f"self_attn.{which}_norm.weight", target) for side in ("target", "donor")
+            )
+            rows = rows * gains[1][None, :, None]
+        phase = plan.phase.repeat_interleave(self.a.group, dim=0) if which == "q" else plan.phase
+        rows = _rotate_pairs(rows, plan.pairs.to(rows.device), phase.to(rows))
+        if gains is not None:
+            rows = rows / gains[0][None, :, None]
+        elif which == "q":
+            rows = rows * (self.b.attention_scale / self.a.attention_scale)
+        rows = rows.flatten(0, 1)
+        if kind == "bias":
+            return rows.reshape(-1)
+        return self._read(rows, layer, target, (ATTENTION_NORM, ATTENTION_NORM))
+
+    def _value(self, layer: int, module: str, kind: str, target: torch.Tensor) -> torch.Tensor | None:
+        plan: HeadPlan = self.bundle.heads(layer)
+        rows = self._donor(layer, f"{module}.{kind}", target)
+        if rows is None:
+            return torch.zeros_like(target, dtype=_wide(target)) if kind == "bias" else None
+        groups = rows.reshape(self.b.n_kv_heads, self.b.head_dim, -1)[plan.group_pick.to(rows.device)]
+        rows = (plan.value_to_target.to(rows) @ groups).flatten(0, 1)
+        if kind == "bias":
+            return rows.reshape(-1)
+        return self._read(rows, layer, target, (ATTENTION_NORM, ATTENTION_NORM))
+
+    def _output(self, layer: int, module: str, kind: str, target: torch.Tensor) -> torch.Tensor:
+        plan: HeadPlan = self.bundle.heads(layer)
+        weight = self._donor(layer, f"{module}.{kind}", target)
+        mix, axes = plan.mix.to(weight), plan.value_to_donor.to(weight)
+        result = weight.new_zeros(weight.shape[0], self.a.n_heads, self.a.head_dim)
+        for b, a in torch.nonzero(plan.mix > 1e-6).tolist():  # every donor head that target head `a` stands for
+            block = weight[:, b * self.b.head_dim : (b + 1) * self.b.head_dim]
+            result[:, a] += mix[b, a] * (block @ axes[a // self.a.group, b // self.b.group])
+        norms = (self.a.family.attention_post_norm, self.b.family.attention_post_norm)
+        return self._write(result.flatten(1), layer, target, norms)
+
+    # --- MLP ------------------------------------------------------------------------------------------------------
+    def _up(self, layer: int, module: str, kind: str, target: torch.Tensor) -> torch.Tensor | None:
+        weight = self._donor(layer, f"{module}.{kind}", target)
+        if kind == "bias" or weight is None:
+            return None
+        rows = self.bundle.sparse(f"layers.{layer}.neurons.to_target").left(weight)
+        return self._read(rows, layer, target, (self.a.family.mlp_norm, self.b.family.mlp_norm))
+
+    def _down(self, layer: int, module: str, kind: str, target: torch.Tensor) -> torch.Tensor:
+        weight = self._donor(layer, f"{module}.{kind}", target)
+        columns = self.bundle.sparse(f"layers.{layer}.neurons.to_donor").right(weight)
+        return self._write(columns, layer, target, (self.a.family.mlp_post_norm, self.b.family.mlp_post_norm))
+
+
+def _wide(like: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def _rotate_pairs(rows: torch.Tensor, pairs: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
+    """Pick and rotate frequency pairs: `(heads, head_dim_donor, m)` to `(heads, head_dim_target, m)`."""
+    half = rows.shape[1] // 2
+    real, imaginary = rows[:, pairs], rows[:, pairs + half]
+    cos, sin = phase.cos()[..., None], phase.sin()[..., None]
+    return torch.cat([cos * real - sin * imaginary, sin * real + cos * imaginary], dim=1)
