@@ -11,14 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_ot.costs import centred_gram, correlation, correlation_cost
+from mergekit_ot.costs import correlation, correlation_cost
 from mergekit_ot.procrustes import MapPair, explained_both_ways, simplest, two_scale_procrustes
 from mergekit_ot.solvers import solve_plan
 from mergekit_ot.structure import Structure
-
-
-#: Rows compared when heads are matched; the grams are square in it.
-GRAM_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -63,17 +59,37 @@ class HeadRows:
         return getattr(self, site)[:, index * head_dim : (index + 1) * head_dim]
 
 
-def _gram_table(target: HeadRows, donor: HeadRows, sites: tuple[str, ...], a: Structure, b: Structure) -> torch.Tensor:
+def head_cka(target: torch.Tensor, donor: torch.Tensor, target_size: int, donor_size: int) -> torch.Tensor:
+    """Linear CKA of every target head with every donor head.
+
+    Args:
+        target (`torch.Tensor` of shape `(n_rows, heads_target * target_size)`): one site of the target.
+        donor (`torch.Tensor` of shape `(n_rows, heads_donor * donor_size)`): the same site of the donor.
+        target_size, donor_size (`int`): columns per head.
+
+    Returns:
+        `torch.Tensor` of shape `(heads_target, heads_donor)` in [0, 1]; 0 for heads that do not vary.
+    """
+    sides = []
+    for rows in (target, donor):
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = rows - rows.mean(dim=0, keepdim=True)
+        sides.append(rows / rows.square().mean().sqrt().clamp_min(1e-12))
+    x, y = sides
+    cross = (x.T @ y).reshape(x.shape[1] // target_size, target_size, y.shape[1] // donor_size, donor_size)
+    shared = cross.square().sum(dim=(1, 3))
+    norms = []
+    for rows, size in ((x, target_size), (y, donor_size)):
+        heads = rows.reshape(rows.shape[0], -1, size).transpose(0, 1)  # (heads, n_rows, size)
+        norms.append((heads.transpose(1, 2) @ heads).square().sum(dim=(1, 2)).sqrt())
+    scale = torch.outer(*norms)
+    return torch.where(scale > 0, shared / scale.clamp_min(1e-30), torch.zeros_like(scale))
+
+
+def _similarity(target: HeadRows, donor: HeadRows, sites: tuple[str, ...], a: Structure, b: Structure) -> torch.Tensor:
     """Mean CKA over sites of every target head with every donor head, `(heads_target, heads_donor)`."""
-    step = max(1, target.q.shape[0] // GRAM_ROWS)
-    tables = []
-    for site in sites:
-        grams = []
-        for rows, size in ((target, a.head_dim), (donor, b.head_dim)):
-            count = getattr(rows, site).shape[1] // size
-            grams.append(torch.stack([centred_gram(rows.head(site, i, size)[::step]).flatten() for i in range(count)]))
-        tables.append(grams[0] @ grams[1].T)
-    return torch.stack(tables).mean(dim=0)
+    tables = [head_cka(getattr(target, s), getattr(donor, s), a.head_dim, b.head_dim) for s in sites]
+    return torch.stack(tables).mean(dim=0).cpu()
 
 
 def match_heads(
@@ -85,8 +101,8 @@ def match_heads(
         The head coupling `(n_heads_target, n_heads_donor)` of total mass one, the donor group that each target group
         copies `(n_groups_target,)`, and the mean similarity of matched heads.
     """
-    queries = _gram_table(target, donor, ("o_in", "q"), a, b)
-    values = _gram_table(target, donor, ("v", "k"), a, b)
+    queries = _similarity(target, donor, ("o_in", "q"), a, b)
+    values = _similarity(target, donor, ("v", "k"), a, b)
     inner, between = {}, torch.zeros(a.n_kv_heads, b.n_kv_heads)
     for g in range(a.n_kv_heads):
         for d in range(b.n_kv_heads):
