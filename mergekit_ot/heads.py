@@ -15,6 +15,7 @@ from mergekit_ot.costs import correlation, correlation_cost
 from mergekit_ot.procrustes import MapPair, explained_both_ways, simplest, two_scale_procrustes
 from mergekit_ot.solvers import solve_plan
 from mergekit_ot.structure import Structure
+from mergekit_ot.witness import Witness
 
 
 @dataclass(frozen=True)
@@ -151,35 +152,46 @@ def fit_phase(target: torch.Tensor, donor: torch.Tensor, pairs: torch.Tensor) ->
     return torch.where(needed, moment.angle(), torch.zeros_like(without)).float()
 
 
-def fit_values(target: torch.Tensor, donor: torch.Tensor, n_fit: int) -> tuple[MapPair, float]:
+def fit_values(
+    target: torch.Tensor, donor: torch.Tensor, n_fit: int, weights: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[MapPair, float]:
     """Map between the value axes of two groups: identity, permutation or two-scale rotation, the simplest that holds.
+
+    A candidate holds when it explains either the held-out values or the value weights.
 
     Args:
         target (`torch.Tensor` of shape `(n_rows, head_dim_target)`): values.
         donor (`torch.Tensor` of shape `(n_rows, head_dim_donor)`): values.
         n_fit (`int`): leading rows used for fitting.
+        weights (`tuple[torch.Tensor, torch.Tensor]`): value weights of both groups, `(head_dim, width_target)`.
 
     Returns:
-        The map pair and its held-out R².
+        The map pair and its R² on held-out values.
     """
     x, y = target.double(), donor.double()
     candidates = []
     if x.shape[1] == y.shape[1]:
         eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         candidates.append(MapPair("identity", eye, eye))
-    plan = solve_plan(correlation_cost(correlation(x[:n_fit], y[:n_fit])), name="value axes")
+    rows = tuple(weight.double().T for weight in weights)  # (width_target, head_dim)
+    similarity = (correlation(x[:n_fit], y[:n_fit]) + correlation(*rows)) / 2
+    plan = solve_plan(correlation_cost(similarity), name="value axes")
     candidates.append(MapPair("ot", plan.to_target, plan.to_donor))
     moments = (x[:n_fit].T @ y[:n_fit], x[:n_fit].T @ x[:n_fit], y[:n_fit].T @ y[:n_fit])
     candidates.append(two_scale_procrustes(*moments))
     scores = [explained_both_ways(pair, x[n_fit:], y[n_fit:]) for pair in candidates]
-    chosen = simplest(scores)
+    chosen = simplest([max(score, explained_both_ways(pair, *rows)) for pair, score in zip(candidates, scores)])
     return candidates[chosen], scores[chosen]
 
 
-def solve_heads(
-    target: HeadRows, donor: HeadRows, a: Structure, b: Structure, layers: tuple[int, int], n_fit: int
-) -> HeadPlan:
+def _rows_of(weight: torch.Tensor, group: int, shape: Structure) -> torch.Tensor:
+    return weight[group * shape.head_dim : (group + 1) * shape.head_dim]
+
+
+def solve_heads(target: HeadRows, donor: HeadRows, witness: Witness, layers: tuple[int, int], n_fit: int) -> HeadPlan:
     """Match the attention of target layer `layers[0]` with that of donor layer `layers[1]`."""
+    a, b = witness.target, witness.donor
+    value_weights = witness.values(*layers)
     coupling, group_pick, similarity = match_heads(target, donor, a, b)
     pairs = match_frequencies(a.frequencies[layers[0]], b.frequencies[layers[1]])
     rotate = not (a.family.qk_norm or b.family.qk_norm)  # per-head gains do not commute with rotations
@@ -192,7 +204,8 @@ def solve_heads(
             mass = coupling[g * a.group : (g + 1) * a.group, d * b.group : (d + 1) * b.group].sum()
             if mass <= 1e-9 and d != int(group_pick[g]):
                 continue
-            maps, score = fit_values(target.head("v", g, a.head_dim), donor.head("v", d, b.head_dim), n_fit)
+            weights = _rows_of(value_weights[0], g, a), _rows_of(value_weights[1], d, b)
+            maps, score = fit_values(target.head("v", g, a.head_dim), donor.head("v", d, b.head_dim), n_fit, weights)
             to_donor[g, d] = maps.to_donor.float().cpu()
             if d == int(group_pick[g]):
                 to_target[g] = maps.to_target.float().cpu()

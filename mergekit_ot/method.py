@@ -35,8 +35,8 @@ from mergekit_ot.transporter import Transporter
 
 #: Name of the method in a recipe.
 METHOD = "transport"
-#: What stands in for the donor: the donor itself, or nothing (the shrink-only control).
-CONTROLS = ("none", "shrink")
+#: What stands in for the transported weight: itself, zero (shrink-only), or the donor's own weight (plain interpolation).
+CONTROLS = ("none", "shrink", "plain")
 #: Parameters of the method as mergekit knows them: name, type, default.
 PARAMETERS: tuple[tuple[str, Any, Any], ...] = (
     ("alpha", float, 0.1),
@@ -54,7 +54,7 @@ PARAMETERS: tuple[tuple[str, Any, Any], ...] = (
     ("calibration_dataset", str, ""),
     ("calibration_samples", int, 512),
     ("calibration_rows", int, 0),
-    ("calibration_max_length", int, 256),
+    ("calibration_max_length", int, 128),
     ("calibration_text_key", str, "text"),
     ("calibration_seed", int, 0),
 )
@@ -78,6 +78,8 @@ class TransportMerge(GroupMergeMethod):
     def __init__(self):
         self._lock = threading.Lock()
         self._transporters: dict[tuple, Transporter] = {}
+        #: What happened to each tensor since the last `release`: alpha used, and size and direction of the transported.
+        self.records: dict[str, dict[str, float]] = {}
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """Interpolate the base's tensor with the transported one; tensors that stay the base's are returned as they are."""
@@ -98,18 +100,39 @@ class TransportMerge(GroupMergeMethod):
         transported = transporter.transport(group.metadata.name, base.tensor)
         if transported is None:
             return base.tensor
-        if parameters["control"] == "shrink":
-            transported = torch.zeros_like(transported)
+        transported = self._replaced(transported, transporter, group.metadata.name, parameters["control"])
+        self._record(group.metadata.name, base.tensor, transported, alpha)
         return interpolate(base.tensor, transported, alpha)
+
+    @staticmethod
+    def _replaced(transported: torch.Tensor, transporter: Transporter, name: str, control: str) -> torch.Tensor:
+        if control == "shrink":
+            return torch.zeros_like(transported)
+        if control == "plain":
+            own = transporter.read_donor(name)
+            if own is None or own.shape != transported.shape:
+                raise ValueError(
+                    f"Plain interpolation needs equal shapes; the donor's {name} does not fit the target's."
+                )
+            return own.to(transported)
+        return transported
+
+    def _record(self, name: str, base: torch.Tensor, transported: torch.Tensor, alpha: float) -> None:
+        wide = base.to(transported)
+        norms = float(wide.norm()), float(transported.norm())
+        cosine = float((wide * transported).sum()) / max(norms[0] * norms[1], 1e-30)
+        with self._lock:
+            self.records[name] = {"alpha": alpha, "norm_ratio": norms[1] / max(norms[0], 1e-30), "cosine": cosine}
 
     def prepare(self, base: ModelReference, parameters: dict[str, Any]) -> Transporter:
         """Load or solve the plans and open both models in the calling thread, before mergekit starts its own."""
         return self._transporter(base, {name: default for name, _, default in PARAMETERS} | parameters)
 
     def release(self) -> None:
-        """Forget all loaded plans."""
+        """Forget all loaded plans and records."""
         with self._lock:
             self._transporters.clear()
+            self.records.clear()
 
     def _transporter(self, base: ModelReference, parameters: dict[str, Any]) -> Transporter:
         names = [name for name, _, _ in PARAMETERS if name not in ("alpha", "gate", "min_confidence", "control")]

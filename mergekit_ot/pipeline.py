@@ -110,7 +110,8 @@ def merge_recipe(
             finish_card(
                 scratch / "README.md", *source, bundle.info, recipe.source or json.dumps(stock, indent=1), alpha
             )
-        (scratch / "transport.json").write_text(json.dumps({"recipe": stock, "plans": bundle.info}, indent=1) + "\n")
+        record = {"recipe": stock, "plans": bundle.info, "tensors": dict(method.records)}
+        (scratch / "transport.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         replace_folder(scratch, out)
     finally:
         shutil.rmtree(place, ignore_errors=True)

@@ -13,6 +13,7 @@ import torch
 from mergekit_ot.activations import load_backbone, record
 from mergekit_ot.anchors import MatchedText, match_texts, require_fast
 from mergekit_ot.bundle import BundleError, PlanBundle, content_key, file_hash, load_bundle, model_hash
+from mergekit_ot.checkpoint import CheckpointReader
 from mergekit_ot.rows import RowStore
 from mergekit_ot.settings import Calibration, PlanSettings
 from mergekit_ot.solve import rows_needed, solve_pair
@@ -135,7 +136,8 @@ def make_bundle(
     work = Path(work) if work is not None else out.with_name(out.name + ".rows")
     stores = record_pair(pair, texts, work, key, device=device, quiet=quiet)
     if settings.preset == "structured":
-        bundle = solve_pair(*stores, pair.target, pair.donor, settings, device=device, quiet=quiet)
+        readers = CheckpointReader(pair.target_folder), CheckpointReader(pair.donor_folder)
+        bundle = solve_pair(*stores, pair.target, pair.donor, settings, *readers, device=device, quiet=quiet)
     else:
         from mergekit_ot.paper import solve_paper
 

@@ -29,7 +29,9 @@ class MapPair:
     to_donor: torch.Tensor
 
 
-def two_scale_procrustes(cross: torch.Tensor, target: torch.Tensor, donor: torch.Tensor) -> MapPair:
+def two_scale_procrustes(
+    cross: torch.Tensor, target: torch.Tensor, donor: torch.Tensor, *, keep_size: bool = False
+) -> MapPair:
     r"""Fit one orthogonal map and a least-squares scale per direction.
 
     With \\( C = U S V^\top \\) the cross moment and \\( M = U V^\top \\), returns \\( T = t M \\) and
@@ -40,15 +42,21 @@ def two_scale_procrustes(cross: torch.Tensor, target: torch.Tensor, donor: torch
         cross (`torch.Tensor` of shape `(n_target, n_donor)`): \\( X_A^\top X_B \\).
         target (`torch.Tensor` of shape `(n_target, n_target)`): \\( X_A^\top X_A \\).
         donor (`torch.Tensor` of shape `(n_donor, n_donor)`): \\( X_B^\top X_B \\).
+        keep_size (`bool`, *optional*, defaults to `False`): choose scales that keep the rows' size instead. Least
+            squares shrinks by the noise, which is right for prediction and wrong for translating a relative.
 
     Returns:
         [`MapPair`] in the dtype of `cross`.
     """
     u, _, vh = torch.linalg.svd(cross, full_matrices=False)
     matrix = u @ vh  # (n_target, n_donor)
+    tiny = torch.finfo(cross.dtype).tiny
     agreement = (matrix * cross).sum()
-    to_target = agreement / ((matrix @ donor) * matrix).sum().clamp_min(torch.finfo(cross.dtype).tiny)
-    to_donor = agreement / ((target @ matrix) * matrix).sum().clamp_min(torch.finfo(cross.dtype).tiny)
+    donor_size = ((matrix @ donor) * matrix).sum().clamp_min(tiny)
+    target_size = ((target @ matrix) * matrix).sum().clamp_min(tiny)
+    to_target, to_donor = agreement / donor_size, agreement / target_size
+    if keep_size:
+        to_target, to_donor = (target.trace() / donor_size).sqrt(), (donor.trace() / target_size).sqrt()
     return MapPair("procrustes", to_target * matrix, to_donor * matrix.T)
 
 

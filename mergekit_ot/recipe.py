@@ -116,8 +116,8 @@ def parse_recipe(document: object, *, folder: str | Path = ".", source: str = ""
     gate = parameters.get("gate", "close")
     if gate not in GATES:
         raise RecipeError(f"parameters.gate must be one of {list(GATES)}, got {gate!r}.")
-    if parameters.get("control", "none") not in ("none", "shrink"):
-        raise RecipeError(f"parameters.control must be 'none' or 'shrink', got {parameters['control']!r}.")
+    if parameters.get("control", "none") not in ("none", "shrink", "plain"):
+        raise RecipeError(f"parameters.control must be 'none', 'shrink' or 'plain', got {parameters['control']!r}.")
     for key in ("dtype", "out_dtype"):
         if document.get(key) is not None and document[key] not in DTYPES:
             raise RecipeError(f"{key} must be one of {list(DTYPES)}, got {document[key]!r}.")

@@ -8,7 +8,7 @@ models therefore need not correspond at all, and `auto` decides from held-out ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,7 +23,9 @@ RESIDUAL_MAPS = ("ot", "signed", "procrustes")
 #: Rounds of reweighting depths by how well they fit.
 ROBUST_ROUNDS = 4
 #: Streams that agree this well at the embeddings are one stream in two bases: one scale holds at all depths.
-SAME_STREAM = 0.99
+SAME_STREAM = 0.9
+#: A scale this close to one is the drift of fine-tuning, not another unit.
+SCALE_DRIFT = 0.05
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class ResidualFit:
         scores (`dict[str, float]`): held-out R² of every candidate, depths weighted as in the fit.
         depth_scores (`list[float]`): held-out R² of the chosen map at each fitted depth.
         scales (`list[float]`): target over donor RMS of the raw stream at each fitted depth.
-        same_stream (`bool`): whether the embeddings already agree, so that `scales[0]` holds everywhere.
+        moments (`list`): second moments at the fitted depths, for `refine_residual`.
+        same_stream (`bool`): whether the embeddings already agree, so that one scale holds everywhere.
     """
 
     maps: MapPair
@@ -43,6 +46,7 @@ class ResidualFit:
     depth_scores: list[float]
     scales: list[float]
     same_stream: bool
+    moments: list[_Moments] = field(repr=False)
 
 
 def fitted_depths(pairs: Sequence[tuple[int, int]], n_target: int, n_donor: int) -> list[tuple[int, int]]:
@@ -77,13 +81,13 @@ class _Moments:
         return torch.where(spread > 1e-12, covariance / spread.clamp_min(1e-12), 0.0).clamp(-1, 1)
 
 
-def _fit(kind: str, depths: Sequence[_Moments], weights: torch.Tensor) -> MapPair:
+def _fit(kind: str, depths: Sequence[_Moments], weights: torch.Tensor, keep_size: bool = False) -> MapPair:
     shares = (weights / weights.sum()).tolist()
     if kind == "procrustes":
         cross, target, donor = (
             sum(w * getattr(depth, name) for w, depth in zip(shares, depths)) for name in ("cross", "target", "donor")
         )
-        return two_scale_procrustes(cross, target, donor)
+        return two_scale_procrustes(cross, target, donor, keep_size=keep_size)
     similarity = sum(w * depth.correlation() for w, depth in zip(shares, depths))
     signed = kind == "signed"
     plan = solve_plan(correlation_cost(similarity, signed=signed), name="residual stream")
@@ -92,7 +96,7 @@ def _fit(kind: str, depths: Sequence[_Moments], weights: torch.Tensor) -> MapPai
 
 
 def _robust_fit(kind: str, depths: Sequence[_Moments]) -> tuple[MapPair, torch.Tensor, list[float]]:
-    """Fit, then weight every depth by the inverse of its unexplained share: depths that agree set the basis.
+    """Fit, then weight every depth by the inverse square of its unexplained share: depths that agree set the basis.
 
     Fine-tuning moves late depths and leaves the embeddings, so for relatives the weights settle on the depths whose
     relation is exact; between unrelated models all depths fit alike and the weights stay even.
@@ -106,8 +110,8 @@ def _robust_fit(kind: str, depths: Sequence[_Moments]) -> tuple[MapPair, torch.T
 
 
 def robust_weights(scores: Sequence[float]) -> torch.Tensor:
-    """Inverse unexplained shares, summing to one."""
-    weights = 1.0 / (1.0 - torch.tensor(scores, dtype=torch.float64).clamp(0.0, 1.0) + 1e-6)
+    """Inverse squares of the unexplained shares, summing to one."""
+    weights = (1.0 - torch.tensor(scores, dtype=torch.float64).clamp(0.0, 1.0) + 1e-6) ** -2
     return weights / weights.sum()
 
 
@@ -141,6 +145,29 @@ def fit_residual(
     fits = [_robust_fit(name, moments) for name in kinds]
     scores = [float((weights * torch.tensor(values)).sum()) for _, weights, values in fits]
     chosen = simplest(scores)
-    pair, _, depth_scores = fits[chosen]
+    pair, weights, depth_scores = fits[chosen]
     scales = [depth.scale for depth in moments]
-    return ResidualFit(pair, dict(zip(kinds, scores)), depth_scores, scales, depth_scores[0] >= SAME_STREAM)
+    same_stream = depth_scores[0] >= SAME_STREAM
+    if same_stream:
+        pair = _fit(kinds[chosen], moments, weights, keep_size=True)
+        scales = [1.0 if abs(scales[0] - 1.0) < SCALE_DRIFT else scales[0]] * len(scales)
+    return ResidualFit(pair, dict(zip(kinds, scores)), depth_scores, scales, same_stream, moments)
+
+
+def refine_residual(fit: ResidualFit, target: torch.Tensor, donor: torch.Tensor) -> ResidualFit:
+    """Fit the rotation of a relative again with matched weight vectors as further rows.
+
+    Vectors that read or write the stream turn with it, and fine-tuning moves them less than it moves activations.
+    Does nothing for unrelated streams and for channel maps, which are exact or not at all.
+
+    Args:
+        fit ([`ResidualFit`]): the fit on activations.
+        target (`torch.Tensor` of shape `(n, width_target)`): weight vectors of the target.
+        donor (`torch.Tensor` of shape `(n, width_donor)`): the matching ones of the donor.
+    """
+    if not fit.same_stream or fit.maps.kind != "procrustes":
+        return fit
+    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(0)).to(target.device)
+    extra = _Moments(target[order], donor[order], int(0.8 * len(target)))
+    _, weights, _ = _robust_fit("procrustes", [*fit.moments, extra])
+    return replace(fit, maps=_fit("procrustes", [*fit.moments, extra], weights, keep_size=True))

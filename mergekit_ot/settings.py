@@ -32,7 +32,7 @@ class Calibration:
         dataset (`str`): a `.jsonl` file with one object per line, or a text file with one text per line or paragraph.
         samples (`int`, *optional*, defaults to 512): texts used at most.
         rows (`int`, *optional*, defaults to 0): matched rows wanted; 0 means 4096, or what the widths need if more.
-        max_length (`int`, *optional*, defaults to 256): tokens of each text used at most.
+        max_length (`int`, *optional*, defaults to 128): tokens of each text used at most.
         text_key (`str`, *optional*, defaults to `"text"`): field of a `.jsonl` object that holds the text.
         seed (`int`, *optional*, defaults to 0): order of the texts and every random draw.
     """
@@ -40,7 +40,7 @@ class Calibration:
     dataset: str
     samples: int = 512
     rows: int = 0
-    max_length: int = 256
+    max_length: int = 128
     text_key: str = "text"
     seed: int = 0
 
