@@ -28,6 +28,11 @@ class MapPair:
     to_target: torch.Tensor
     to_donor: torch.Tensor
 
+    @property
+    def directions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both maps."""
+        return self.to_target, self.to_donor
+
 
 def two_scale_procrustes(
     cross: torch.Tensor, target: torch.Tensor, donor: torch.Tensor, *, keep_size: bool = False

@@ -7,8 +7,8 @@ models therefore need not correspond at all, and `auto` decides from held-out ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,7 +37,6 @@ class ResidualFit:
         scores (`dict[str, float]`): held-out R² of every candidate, depths weighted as in the fit.
         depth_scores (`list[float]`): held-out R² of the chosen map at each fitted depth.
         scales (`list[float]`): target over donor RMS of the raw stream at each fitted depth.
-        moments (`list`): second moments at the fitted depths, for `refine_residual`.
         same_stream (`bool`): whether the embeddings already agree, so that one scale holds everywhere.
     """
 
@@ -46,7 +45,6 @@ class ResidualFit:
     depth_scores: list[float]
     scales: list[float]
     same_stream: bool
-    moments: list[_Moments] = field(repr=False)
 
 
 def fitted_depths(pairs: Sequence[tuple[int, int]], n_target: int, n_donor: int) -> list[tuple[int, int]]:
@@ -151,23 +149,30 @@ def fit_residual(
     if same_stream:
         pair = _fit(kinds[chosen], moments, weights, keep_size=True)
         scales = [1.0 if abs(scales[0] - 1.0) < SCALE_DRIFT else scales[0]] * len(scales)
-    return ResidualFit(pair, dict(zip(kinds, scores)), depth_scores, scales, same_stream, moments)
+    return ResidualFit(pair, dict(zip(kinds, scores)), depth_scores, scales, same_stream)
 
 
-def refine_residual(fit: ResidualFit, target: torch.Tensor, donor: torch.Tensor) -> ResidualFit:
-    """Fit the rotation of a relative again with matched weight vectors as further rows.
+def refine_residual(fit: ResidualFit, vectors: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> ResidualFit:
+    """Fit the rotation of a relative again on matched weight vectors, keeping the scales found on activations.
 
-    Vectors that read or write the stream turn with it, and fine-tuning moves them less than it moves activations.
-    Does nothing for unrelated streams and for channel maps, which are exact or not at all.
+    Vectors that read the stream turn with it, and fine-tuning moves them less, and less systematically, than it moves
+    activations (rotated fine-tune of a tiny model: error of the rotation 0.038 from embeddings, 0.011 from vectors).
+    Does nothing for unrelated streams, for channel maps, which are exact or not at all, and for too few vectors.
 
     Args:
         fit ([`ResidualFit`]): the fit on activations.
-        target (`torch.Tensor` of shape `(n, width_target)`): weight vectors of the target.
-        donor (`torch.Tensor` of shape `(n, width_donor)`): the matching ones of the donor.
+        vectors (`Iterable[tuple[torch.Tensor, torch.Tensor]]`): target vectors `(n, width_target)` and matching donor
+            vectors `(n, width_donor)`, streamed.
     """
-    if not fit.same_stream or fit.maps.kind != "procrustes":
+    if not (fit.same_stream and fit.maps.kind == "procrustes"):
         return fit
-    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(0)).to(target.device)
-    extra = _Moments(target[order], donor[order], int(0.8 * len(target)))
-    _, weights, _ = _robust_fit("procrustes", [*fit.moments, extra])
-    return replace(fit, maps=_fit("procrustes", [*fit.moments, extra], weights, keep_size=True))
+    moments, count = [0.0, 0.0, 0.0], 0
+    for target, donor in vectors:
+        x, y = target.double().cpu(), donor.double().cpu()
+        moments = [total + new for total, new in zip(moments, (x.T @ y, x.T @ x, y.T @ y))]
+        count += len(x)
+    if count < 4 * max(fit.maps.to_target.shape):
+        return fit
+    refined = two_scale_procrustes(*moments)
+    sizes = [float(old.norm() / new.norm()) for old, new in zip(fit.maps.directions, refined.directions)]
+    return replace(fit, maps=MapPair("procrustes", refined.to_target * sizes[0], refined.to_donor * sizes[1]))

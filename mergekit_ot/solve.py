@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from tqdm import tqdm
 
 from mergekit_ot.bundle import PlanBundle
-from mergekit_ot.confidence import matched_correlation
+from mergekit_ot.confidence import confidence
 from mergekit_ot.costs import correlation, correlation_cost, require_finite
 from mergekit_ot.heads import HeadRows, solve_heads
 from mergekit_ot.layer_map import layer_similarity, matched_pairs, monotone_map, parse_map
@@ -18,9 +16,13 @@ from mergekit_ot.rows import RowStore
 from mergekit_ot.settings import HARD_LIMIT, PlanSettings
 from mergekit_ot.solvers import auto_reg, solve_plan
 from mergekit_ot.structure import Structure
+from mergekit_ot.transporter import Transporter
 from mergekit_ot.witness import Reader, Witness
 
 
+#: Weights that read the stream, and the setting that names their block.
+READERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+BLOCK_OF = {"self_attn": "attn", "mlp": "mlp"}
 #: Share of the rows used for fitting; the last rows, which are whole texts of their own, are held out.
 FIT_SHARE = 0.8
 
@@ -64,28 +66,25 @@ def solve_pair(
     residual = fit_residual(target, donor, depths, kind=settings.residual_map, n_fit=n_fit, device=device)
     bundle = PlanBundle({}, {})
     records: dict[str, dict] = {str(i): {"donor_layer": j} for i, j in pairs}
-    vectors = []
     witness = Witness(read_target, read_donor, a, b, residual.maps, device)
     if "mlp" in settings.modules:
         for i, j in tqdm(pairs, desc="neurons", disable=quiet):
-            records[str(i)]["neurons"], pick = _solve_neurons(bundle, target, donor, witness, i, j, settings, n_fit)
-            if residual.same_stream:
-                vectors.append(witness.stream_vectors(i, j, pick))
-    if vectors:
-        residual = refine_residual(residual, *(torch.cat(side) for side in zip(*vectors)))
-        witness = replace(witness, stream=residual.maps)
+            records[str(i)]["neurons"] = _solve_neurons(bundle, target, donor, witness, i, j, settings, n_fit)
     if "attn" in settings.modules:
         for i, j in tqdm(pairs, desc="heads", disable=quiet):
             records[str(i)]["heads"] = _solve_heads(bundle, target, donor, witness, i, j, n_fit)
+    bundle.info |= {"layer_map": layers, "settings": settings.to_dict()}
+    transporter = Transporter(bundle, a, b, read_target, read_donor)
+    modules = [module for module in READERS if BLOCK_OF[module.partition(".")[0]] in settings.modules]
+    vectors = (transporter.reader_vectors(i, module) for i, _ in pairs for module in modules)
+    residual = refine_residual(residual, (pair for pair in vectors if pair is not None))
     bundle.tensors["residual.to_target"] = residual.maps.to_target.float().cpu().contiguous()
     bundle.tensors["residual.to_donor"] = residual.maps.to_donor.float().cpu().contiguous()
     bundle.info |= {
         "kind": "structured",
         "target": a.summary(),
         "donor": b.summary(),
-        "settings": settings.to_dict(),
         "rows": {"fit": n_fit, "held_out": target.rows - n_fit},
-        "layer_map": layers,
         "layer_similarity": [[round(v, 6) for v in row] for row in similarity.tolist()],
         "residual": {
             "map": residual.maps.kind,
@@ -95,8 +94,18 @@ def solve_pair(
         },
         "stream_scale": {str(i): scale for (i, _), scale in zip(pairs, residual.scales[1:-1])},
         "layers": records,
+        "confidence": _confidence(records, residual.depth_scores),
     }
     return bundle
+
+
+def _confidence(records: dict[str, dict], depth_scores: list[float]) -> dict:
+    """Confidence of every tensor group; 0 where the stream map explains nothing at that depth."""
+    layers = {}
+    for (layer, record), stream in zip(records.items(), depth_scores[1:-1]):
+        parts = (("attn", "heads"), ("mlp", "neurons"))
+        layers[layer] = {k: record[part]["confidence"]["value"] * (stream > 0) for k, part in parts if part in record}
+    return {"stream": max(depth_scores[0], 0.0), "layers": layers}
 
 
 def _solve_neurons(
@@ -108,7 +117,7 @@ def _solve_neurons(
     j: int,
     settings: PlanSettings,
     n_fit: int,
-) -> tuple[dict, torch.Tensor]:
+) -> dict:
     """One plan for the hidden neurons, shared by gate, up and down; both witnesses count alike."""
     device = witness.device
     x, y = target.read(f"h.{i}", device), donor.read(f"h.{j}", device)
@@ -127,8 +136,8 @@ def _solve_neurons(
     bundle.put_sparse(f"layers.{i}.neurons.to_target", one_hot(pick, y.shape[1]))
     to_donor, lost = sparsify(plan.to_donor)
     bundle.put_sparse(f"layers.{i}.neurons.to_donor", to_donor)
-    held = matched_correlation(x[n_fit:], y[n_fit:], pick)
-    return plan.evidence.to_dict() | {"held_out_correlation": float(held.mean()), "mass_lost": lost}, pick
+    trust = confidence(x, y[:, pick], n_fit)
+    return plan.evidence.to_dict() | {"confidence": trust.to_dict(), "mass_lost": lost}
 
 
 def _solve_heads(
@@ -145,4 +154,8 @@ def _solve_heads(
         sides.append(HeadRows(*(store.read(f"{site}.{layer}", witness.device) for site in ("q", "k", "v", "o_in"))))
     plan = solve_heads(*sides, witness, (i, j), n_fit)
     bundle.put_heads(i, plan)
-    return {"value_score": plan.score, "similarity": plan.similarity}
+    b = witness.donor
+    values = sides[1].v.reshape(-1, b.n_kv_heads, b.head_dim)[:, plan.group_pick.to(sides[1].v.device)]
+    predicted = torch.einsum("ngj,gij->ngi", values, plan.value_to_target.to(values)).flatten(1)
+    trust = confidence(sides[0].v, predicted, n_fit)
+    return {"value_score": plan.score, "similarity": plan.similarity, "confidence": trust.to_dict()}

@@ -68,7 +68,30 @@ class Transporter:
             return None
         if kind == "bias" and module in ("self_attn.o_proj", "mlp.down_proj"):
             return None
-        return makers[module](layer, module, kind, target)
+        made = makers[module](layer, module, kind, target)
+        if made is None or module in ("self_attn.o_proj", "mlp.down_proj") or kind == "bias":
+            return made
+        return self._read(made, layer, target, module)
+
+    def reader_vectors(self, layer: int, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Vectors with which a reading weight of both models reads the normalised stream, row by matched row.
+
+        Args:
+            layer (`int`): target layer.
+            module (`str`): e.g. `"mlp.up_proj"`.
+
+        Returns:
+            Target vectors `(n, width_target)` and donor vectors `(n, width_donor)`, or `None` where nothing is matched.
+        """
+        maker = (
+            self._up if module.startswith("mlp") else self._value if module.endswith("v_proj") else self._query_or_key
+        )
+        target = self.read_target(layer_tensor(layer, f"{module}.weight")).float()
+        rows = maker(layer, module, "weight", target)
+        if rows is None:
+            return None
+        gains = [self._gain(side, layer, f"{norm}.weight", target) for side, norm in self._norms(module)]
+        return target * gains[0], rows * gains[1]
 
     # --- tensors of the donor -------------------------------------------------------------------------------------
     def _donor(self, layer: int, part: str, like: torch.Tensor) -> torch.Tensor | None:
@@ -82,10 +105,15 @@ class Transporter:
         return self.read_target(layer_tensor(layer, part)).to(like.device, _wide(like)) + self.a.family.norm_offset
 
     # --- the two sides of a weight --------------------------------------------------------------------------------
-    def _read(self, rows: torch.Tensor, layer: int, target: torch.Tensor, norms: tuple[str, str]) -> torch.Tensor:
+    def _norms(self, module: str) -> tuple[tuple[str, str], tuple[str, str]]:
+        """Sides and names of the norms that a reading weight reads through."""
+        if module.startswith("self_attn"):
+            return ("target", ATTENTION_NORM), ("donor", ATTENTION_NORM)
+        return ("target", self.a.family.mlp_norm), ("donor", self.b.family.mlp_norm)
+
+    def _read(self, rows: torch.Tensor, layer: int, target: torch.Tensor, module: str) -> torch.Tensor:
         """Carry the input side through the stream map and both norms; `rows` is `(n_out_target, width_donor)`."""
-        gain_a = self._gain("target", layer, f"{norms[0]}.weight", target)
-        gain_b = self._gain("donor", layer, f"{norms[1]}.weight", target)
+        gain_a, gain_b = (self._gain(side, layer, f"{norm}.weight", target) for side, norm in self._norms(module))
         mapped = self.bundle.dense("residual.to_donor").right(rows * gain_b)
         small = gain_a.abs() < SMALL_GAIN * gain_a.abs().median()
         mapped = mapped / torch.where(small, torch.ones_like(gain_a), gain_a)
@@ -131,9 +159,7 @@ class Transporter:
         elif which == "q":
             rows = rows * (self.b.attention_scale / self.a.attention_scale)
         rows = rows.flatten(0, 1)
-        if kind == "bias":
-            return rows.reshape(-1)
-        return self._read(rows, layer, target, (ATTENTION_NORM, ATTENTION_NORM))
+        return rows.reshape(-1) if kind == "bias" else rows
 
     def _value(self, layer: int, module: str, kind: str, target: torch.Tensor) -> torch.Tensor | None:
         plan: HeadPlan = self.bundle.heads(layer)
@@ -142,9 +168,7 @@ class Transporter:
             return torch.zeros_like(target, dtype=_wide(target)) if kind == "bias" else None
         groups = rows.reshape(self.b.n_kv_heads, self.b.head_dim, -1)[plan.group_pick.to(rows.device)]
         rows = (plan.value_to_target.to(rows) @ groups).flatten(0, 1)
-        if kind == "bias":
-            return rows.reshape(-1)
-        return self._read(rows, layer, target, (ATTENTION_NORM, ATTENTION_NORM))
+        return rows.reshape(-1) if kind == "bias" else rows
 
     def _output(self, layer: int, module: str, kind: str, target: torch.Tensor) -> torch.Tensor:
         plan: HeadPlan = self.bundle.heads(layer)
@@ -162,8 +186,7 @@ class Transporter:
         weight = self._donor(layer, f"{module}.{kind}", target)
         if kind == "bias" or weight is None:
             return None
-        rows = self.bundle.sparse(f"layers.{layer}.neurons.to_target").left(weight)
-        return self._read(rows, layer, target, (self.a.family.mlp_norm, self.b.family.mlp_norm))
+        return self.bundle.sparse(f"layers.{layer}.neurons.to_target").left(weight)
 
     def _down(self, layer: int, module: str, kind: str, target: torch.Tensor) -> torch.Tensor:
         weight = self._donor(layer, f"{module}.{kind}", target)

@@ -64,20 +64,6 @@ class Witness:
             total + _cosines(self._writers("target", i, "mlp.down_proj"), self._writers("donor", j, "mlp.down_proj"))
         ) / 3
 
-    def stream_vectors(self, i: int, j: int, pick: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gate, up and down vectors of all target neurons and of the donor neurons picked for them, in their own bases.
-
-        Returns:
-            Target vectors `(3 n, width_target)` and donor vectors `(3 n, width_donor)`.
-        """
-        sides = []
-        for side, layer, shape in (("target", i, self.target), ("donor", j, self.donor)):
-            gain = self._tensor(side, layer, f"{shape.family.mlp_norm}.weight") + shape.family.norm_offset
-            vectors = [self._tensor(side, layer, f"mlp.{part}_proj.weight") * gain for part in ("gate", "up")]
-            vectors.append(self._tensor(side, layer, "mlp.down_proj.weight").T)
-            sides.append(torch.cat([v if side == "target" else v[pick.to(v.device)] for v in vectors]))
-        return sides[0], sides[1]
-
     def values(self, i: int, j: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Value weights in the target's basis: `(groups * head_dim, width_target)` of target and donor."""
         return (

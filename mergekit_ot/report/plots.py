@@ -66,12 +66,13 @@ def _scores(report: dict, folder: Path) -> Path | None:
     left.plot(depth_scores, "k.-")
     left.set(xlabel="fitted depth", title="Stream map, held-out R²")
     index = sorted(int(i) for i in layers)
-    series = (("attn", "heads", "similarity"), ("mlp", "neurons", "held_out_correlation"))
-    for kind, part, key in series:
-        values = [layers[str(i)].get(part, {}).get(key) for i in index]
-        if all(value is not None for value in values):
-            middle.plot(index, values, ".-", color=COLOURS[kind], label=f"{part}: {key.replace('_', ' ')}")
-    middle.set(xlabel="target layer", title="Match quality")
+    for kind, part in (("attn", "heads"), ("mlp", "neurons")):
+        for key, style in (("fitted", ":"), ("held_out", "-")):
+            values = [layers[str(i)].get(part, {}).get("confidence", {}).get(key) for i in index]
+            if all(value is not None for value in values):
+                label = f"{part}, {key.replace('_', ' ')}"
+                middle.plot(index, values, style, marker=".", color=COLOURS[kind], label=label)
+    middle.set(xlabel="target layer", title="Correlation of matched channels")
     middle.legend(fontsize=8)
     confidence = report["plans"].get("confidence", {}).get("layers", {})
     for kind in ("attn", "mlp"):

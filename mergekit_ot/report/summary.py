@@ -34,7 +34,7 @@ def layer_lines(info: dict) -> list[str]:
         cells = [
             str(layer),
             "kept" if donor is None else str(donor),
-            _number(neurons.get("held_out_correlation")),
+            _number(neurons.get("confidence", {}).get("held_out")),
             _number(neurons.get("effective_matches")),
             _number(heads.get("value_score")),
             _number(heads.get("similarity")),

@@ -56,5 +56,5 @@ def target_and_finetune(family: str = "llama", **sizes):
     train(model, own, 160, 3e-3)
     finetune = build(family, **sizes)
     finetune.load_state_dict(model.state_dict())
-    train(finetune, torch.cat([own[: len(own) // 4], other]), 80, 2e-4, seed=1)
+    train(finetune, torch.cat([own[: len(own) // 4], other]), 80, 7e-5, seed=1)
     return model, finetune, batches(texts(40, seed=6)), batches(other_texts(40, seed=6))

@@ -103,7 +103,9 @@ def test_alpha_zero_is_byte_identical_and_filters_hold(tmp_path, dtype):
     model, target, donor = pair(tmp_path, copy="rotated")
     kind = getattr(torch, dtype)
     alpha = [{"filter": "mlp", "value": 0.5}, {"value": [0.0, 0.0]}]
-    out = merge_recipe(load_recipe(write_recipe(tmp_path, target, donor, alpha=alpha, dtype=dtype)), tmp_path / "out", OPTIONS)
+    out = merge_recipe(
+        load_recipe(write_recipe(tmp_path, target, donor, alpha=alpha, dtype=dtype)), tmp_path / "out", OPTIONS
+    )
     merged = AutoModelForCausalLM.from_pretrained(out, dtype=kind)
     for name, parameter in merged.named_parameters():
         same = torch.equal(parameter, model.get_parameter(name).to(kind))
@@ -127,7 +129,12 @@ def test_stock_schema_through_mergekit_itself(tmp_path, monkeypatch):
         "merge_method": "transport",
         "base_model": str(target),
         "models": [{"model": str(target)}],
-        "parameters": {"donor": str(donor), "alpha": "1e0", "calibration_dataset": "texts.txt", "calibration_rows": 600},
+        "parameters": {
+            "donor": str(donor),
+            "alpha": "1e0",
+            "calibration_dataset": "texts.txt",
+            "calibration_rows": 600,
+        },
     }
     mergekit_ot.register()
     assert mergekit_ot.register() is mergekit_ot.register()
