@@ -14,11 +14,13 @@ from mergekit_ot.activations import load_backbone, record
 from mergekit_ot.anchors import MatchedText, match_texts, require_fast
 from mergekit_ot.bundle import BundleError, PlanBundle, content_key, file_hash, load_bundle, model_hash
 from mergekit_ot.checkpoint import CheckpointReader
+from mergekit_ot.paper import solve_paper
 from mergekit_ot.rows import RowStore
 from mergekit_ot.settings import Calibration, PlanSettings
 from mergekit_ot.solve import rows_needed, solve_pair
 from mergekit_ot.structure import Structure, load_structure
 from mergekit_ot.texts import read_texts
+from mergekit_ot.vocabulary import shared_tokens
 
 
 logger = logging.getLogger(__name__)
@@ -138,16 +140,24 @@ def make_bundle(
     if settings.preset == "structured":
         readers = CheckpointReader(pair.target_folder), CheckpointReader(pair.donor_folder)
         bundle = solve_pair(*stores, pair.target, pair.donor, settings, *readers, device=device, quiet=quiet)
+        if settings.embeddings == "shared":
+            bundle.tensors["tokens.target"], bundle.tensors["tokens.donor"] = (ids.int() for ids in _shared(pair))
     else:
-        from mergekit_ot.paper import solve_paper
-
-        bundle = solve_paper(*stores, pair, settings, texts, device=device, quiet=quiet)
+        counts = [len(text.target_rows) for text in texts]
+        reader = CheckpointReader(pair.donor_folder)
+        bundle = solve_paper(*stores, pair.target, pair.donor, settings, counts, reader, device=device, quiet=quiet)
     bundle.info["key"] = key
     bundle.info["calibration"] = asdict(calibration)
     bundle.info["models"] = {"target": pair.target.name, "donor": pair.donor.name}
     bundle.save(out)
     shutil.rmtree(work, ignore_errors=True)
     return bundle
+
+
+def _shared(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    from transformers import AutoTokenizer
+
+    return shared_tokens(*(AutoTokenizer.from_pretrained(path) for path in (pair.target_folder, pair.donor_folder)))
 
 
 def record_pair(

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mergekit_ot.structure import ATTENTION_NORM, Structure, layer_tensor, read_structure
+from mergekit_ot.structure import (
+    ATTENTION_NORM,
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    Structure,
+    layer_tensor,
+    read_structure,
+)
 
 
 if TYPE_CHECKING:
@@ -19,7 +27,6 @@ if TYPE_CHECKING:
 
     Checkpoint = tuple[PretrainedConfig, dict[str, torch.Tensor]]
 
-EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 READERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
@@ -55,8 +62,8 @@ def widened(config: PretrainedConfig, state: dict[str, torch.Tensor]) -> Checkpo
     config, state, shape = _start(config, state, untie=True)
     for name in _stream_columns(state, shape):
         half = 1.0 if name == EMBEDDING else 2.0
-        if name == EMBEDDING and shape.model_type.startswith("gemma"):
-            half = 2.0**0.5  # Gemma multiplies embeddings by the square root of the width
+        if name == EMBEDDING and shape.family.scaled_embedding:
+            half = 2.0**0.5  # the wider copy's scale is larger by this much
         state[name] = torch.cat([state[name], state[name]], dim=1) / half
     for name in _stream_rows(state, shape):
         state[name] = torch.cat([state[name], state[name]])

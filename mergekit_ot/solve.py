@@ -6,11 +6,20 @@ import torch
 from tqdm import tqdm
 
 from mergekit_ot.bundle import PlanBundle
-from mergekit_ot.confidence import confidence
+from mergekit_ot.confidence import (
+    NULL_CHANNELS,
+    NULL_DRAWS,
+    NULL_ROWS,
+    compare_with_null,
+    partner_correlation,
+    predicted_correlation,
+    spaced,
+)
 from mergekit_ot.costs import correlation, correlation_cost, require_finite
 from mergekit_ot.heads import HeadRows, solve_heads
 from mergekit_ot.layer_map import layer_similarity, matched_pairs, monotone_map, parse_map
 from mergekit_ot.maps import one_hot, sparsify
+from mergekit_ot.procrustes import two_scale_procrustes
 from mergekit_ot.residual import fit_residual, fitted_depths, refine_residual
 from mergekit_ot.rows import RowStore
 from mergekit_ot.settings import HARD_LIMIT, PlanSettings
@@ -93,10 +102,26 @@ def solve_pair(
             "same_stream": residual.same_stream,
         },
         "stream_scale": {str(i): scale for (i, _), scale in zip(pairs, residual.scales[1:-1])},
+        "embedding_scale": residual.scales[0],
         "layers": records,
         "confidence": _confidence(records, residual.depth_scores),
     }
     return bundle
+
+
+def _value_correlation(
+    target: torch.Tensor, donor: torch.Tensor, group_pick: torch.Tensor, witness: Witness, n_fit: int
+) -> tuple[float, float]:
+    """Correlation of target values with donor values after the best rotation of each group, fitted and held out."""
+    a, b = witness.target, witness.donor
+    predicted = []
+    for g, d in enumerate(group_pick.tolist()):
+        x = target[:, g * a.head_dim : (g + 1) * a.head_dim].double()
+        y = donor[:, d * b.head_dim : (d + 1) * b.head_dim].double()
+        x, y = x - x[:n_fit].mean(dim=0), y - y[:n_fit].mean(dim=0)
+        maps = two_scale_procrustes(x[:n_fit].T @ y[:n_fit], x[:n_fit].T @ x[:n_fit], y[:n_fit].T @ y[:n_fit])
+        predicted.append(y @ maps.to_target.T)
+    return predicted_correlation(target.double(), torch.cat(predicted, dim=1), n_fit)
 
 
 def _confidence(records: dict[str, dict], depth_scores: list[float]) -> dict:
@@ -136,7 +161,11 @@ def _solve_neurons(
     bundle.put_sparse(f"layers.{i}.neurons.to_target", one_hot(pick, y.shape[1]))
     to_donor, lost = sparsify(plan.to_donor)
     bundle.put_sparse(f"layers.{i}.neurons.to_donor", to_donor)
-    trust = confidence(x, y[:, pick], n_fit)
+    rows = spaced(len(x), NULL_ROWS)
+    x, y = x[rows, spaced(x.shape[1], NULL_CHANNELS)], y[rows]
+    stream, n_fit = donor.read(f"stream.{2 * j + 1}", device)[rows], int(len(x) * FIT_SHARE)
+    null = [partner_correlation(x, witness.null_neurons(j, stream, k), n_fit) for k in range(NULL_DRAWS)]
+    trust = compare_with_null(partner_correlation(x, y, n_fit), null)
     return plan.evidence.to_dict() | {"confidence": trust.to_dict(), "mass_lost": lost}
 
 
@@ -154,8 +183,8 @@ def _solve_heads(
         sides.append(HeadRows(*(store.read(f"{site}.{layer}", witness.device) for site in ("q", "k", "v", "o_in"))))
     plan = solve_heads(*sides, witness, (i, j), n_fit)
     bundle.put_heads(i, plan)
-    b = witness.donor
-    values = sides[1].v.reshape(-1, b.n_kv_heads, b.head_dim)[:, plan.group_pick.to(sides[1].v.device)]
-    predicted = torch.einsum("ngj,gij->ngi", values, plan.value_to_target.to(values)).flatten(1)
-    trust = confidence(sides[0].v, predicted, n_fit)
+    stream = donor.read(f"stream.{2 * j}", witness.device)
+    null = [witness.null_values(j, stream, k) for k in range(NULL_DRAWS)]
+    found = [_value_correlation(sides[0].v, rows, plan.group_pick, witness, n_fit) for rows in (sides[1].v, *null)]
+    trust = compare_with_null(found[0], found[1:])
     return {"value_score": plan.score, "similarity": plan.similarity, "confidence": trust.to_dict()}

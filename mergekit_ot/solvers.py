@@ -7,6 +7,8 @@ its evidence, and an answer that did not converge is an error unless it is asked
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,9 +16,14 @@ from mergekit_ot.plan import PlanEvidence, TransportPlan, effective_matches
 from mergekit_ot.sinkhorn import log_sinkhorn
 
 
+if TYPE_CHECKING:
+    import numpy as np
+
 SOLVERS = ("hard", "entropic", "unbalanced")
 #: Regularisations tried by `auto_reg`, from the softest to the hardest that float32 log-domain sweeps solve reliably.
 REG_LADDER = (0.1, 0.05, 0.03, 0.02, 0.01)
+#: Entries of a rectangular problem that scipy solves in a fraction of a second.
+LINEAR_PROGRAMME_LIMIT = 20_000
 #: A marginal may be off by this relative amount before a plan counts as not converged.
 MARGINAL_TOLERANCE = 1e-3
 
@@ -120,16 +127,41 @@ def _hard(cost: torch.Tensor) -> tuple[torch.Tensor, str, int, bool]:
         coupling = np.zeros_like(matrix)
         coupling[rows, columns] = 1.0 / n_target
         return torch.from_numpy(coupling).to(cost), "assignment", 0, True
+    if not has_pot():
+        return torch.from_numpy(_linear_programme(matrix)).to(cost), "linear programme", 0, True
     import ot
 
-    coupling, log = ot.emd(
-        ot.unif(n_target), ot.unif(n_donor), matrix, numItermax=100 * (n_target + n_donor) ** 2, log=True
-    )
+    limit = 100 * (n_target + n_donor) ** 2
+    coupling, log = ot.emd(ot.unif(n_target), ot.unif(n_donor), matrix, numItermax=limit, log=True)
     return torch.from_numpy(coupling).to(cost), "emd", 0, log["warning"] is None
 
 
+def has_pot() -> bool:
+    """Whether POT is installed. Without it small plans go through scipy and entropic ones through `sinkhorn`."""
+    return find_spec("ot") is not None
+
+
+def _linear_programme(cost: np.ndarray) -> np.ndarray:
+    """Exact plan of a small rectangular problem by scipy's linear programming."""
+    import numpy as np
+    from scipy.optimize import linprog
+    from scipy.sparse import coo_array
+
+    n_target, n_donor = cost.shape
+    if cost.size > LINEAR_PROGRAMME_LIMIT:
+        raise ModuleNotFoundError(
+            f"An exact plan of {n_target} x {n_donor} needs POT (`pip install POT`); without it use solver: entropic."
+        )
+    entry = np.arange(cost.size)
+    rows = np.concatenate([entry // n_donor, n_target + entry % n_donor])
+    constraints = coo_array((np.ones(2 * cost.size), (rows, np.concatenate([entry, entry]))))
+    marginals = np.concatenate([np.full(n_target, 1 / n_target), np.full(n_donor, 1 / n_donor)])
+    solution = linprog(cost.ravel(), A_eq=constraints.tocsr(), b_eq=marginals, method="highs")
+    return np.maximum(solution.x, 0.0).reshape(cost.shape)
+
+
 def _entropic(cost: torch.Tensor, reg: float, max_iterations: int) -> tuple[torch.Tensor, str, int, bool]:
-    if cost.is_cuda:
+    if cost.is_cuda or not has_pot():
         coupling, iterations, error = log_sinkhorn(cost, reg, max_iterations=max_iterations)
         return coupling, "entropic", iterations, error <= MARGINAL_TOLERANCE
     import ot

@@ -31,6 +31,7 @@ class Family:
         mlp_norm (`str`): norm that the MLP reads through.
         attention_post_norm, mlp_post_norm (`str`, *optional*): norms between a block's output and the stream.
         qk_norm (`bool`): whether queries and keys are normalised per head.
+        scaled_embedding (`bool`): whether embeddings are multiplied by the square root of the width.
         activation_key (`str`): config key of the gate's activation.
     """
 
@@ -40,6 +41,7 @@ class Family:
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
     qk_norm: bool = False
+    scaled_embedding: bool = False
     activation_key: str = "hidden_act"
 
 
@@ -55,10 +57,12 @@ FAMILIES: dict[str, Family] = {
         attention_post_norm="post_attention_layernorm",
         mlp_post_norm="post_feedforward_layernorm",
         qk_norm=True,
+        scaled_embedding=True,
         activation_key="hidden_activation",
     ),
 }
 ATTENTION_NORM = "input_layernorm"
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,11 @@ class Structure:
     def family(self) -> Family:
         """The architecture row."""
         return FAMILIES[self.model_type]
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor between an embedding row and the stream it starts."""
+        return self.width**0.5 if self.family.scaled_embedding else 1.0
 
     @property
     def group(self) -> int:

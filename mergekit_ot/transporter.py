@@ -13,7 +13,8 @@ import torch
 
 from mergekit_ot.bundle import PlanBundle
 from mergekit_ot.heads import HeadPlan
-from mergekit_ot.structure import ATTENTION_NORM, Structure, layer_tensor, split_name
+from mergekit_ot.paper import paper_weight
+from mergekit_ot.structure import ATTENTION_NORM, EMBEDDING, FINAL_NORM, HEAD, Structure, layer_tensor, split_name
 
 
 #: Reads a checkpoint tensor by name; `None` when the checkpoint has none of that name.
@@ -50,6 +51,10 @@ class Transporter:
             `torch.Tensor` of the target's shape, in float32 or wider, on the target's device.
         """
         place = split_name(name)
+        if self.bundle.info["kind"] == "paper":
+            return paper_weight(self.bundle, name, target)
+        if name in (EMBEDDING, HEAD) and "tokens.target" in self.bundle.tensors:
+            return self._vocabulary(name, target)
         if place is None or self.bundle.layer_map[place[0]] is None:
             return None
         layer, part = place
@@ -192,6 +197,32 @@ class Transporter:
         weight = self._donor(layer, f"{module}.{kind}", target)
         columns = self.bundle.sparse(f"layers.{layer}.neurons.to_donor").right(weight)
         return self._write(columns, layer, target, (self.a.family.mlp_post_norm, self.b.family.mlp_post_norm))
+
+    # --- vocabulary -----------------------------------------------------------------------------------------------
+    def _vocabulary(self, name: str, target: torch.Tensor) -> torch.Tensor:
+        """Rows of shared tokens, transported; all other rows are the target's. A tied matrix takes the mean of both roles."""
+        rows, donor_rows = self.bundle.tensors["tokens.target"].long(), self.bundle.tensors["tokens.donor"].long()
+        roles = []
+        if name == EMBEDDING:
+            scale = self.bundle.info["embedding_scale"] * self.b.embedding_scale / self.a.embedding_scale
+            taken = self.read_donor(EMBEDDING)[donor_rows].to(target.device, _wide(target))
+            roles.append(self.bundle.dense("residual.to_target").left(taken.T).T * scale)
+        if name == HEAD or self.a.tied:
+            weight = self.read_donor(HEAD)
+            taken = (self.read_donor(EMBEDDING) if weight is None else weight)[donor_rows].to(
+                target.device, _wide(target)
+            )
+            gains = [
+                read(FINAL_NORM).to(taken) + shape.family.norm_offset
+                for read, shape in ((self.read_target, self.a), (self.read_donor, self.b))
+            ]
+            small = gains[0].abs() < SMALL_GAIN * gains[0].abs().median()
+            mapped = self.bundle.dense("residual.to_donor").right(taken * gains[1])
+            mapped = mapped / torch.where(small, torch.ones_like(gains[0]), gains[0])
+            roles.append(torch.where(small, target[rows].to(mapped), mapped))
+        result = target.to(_wide(target), copy=True)
+        result[rows] = sum(roles) / len(roles)
+        return result
 
 
 def _wide(like: torch.Tensor) -> torch.dtype:

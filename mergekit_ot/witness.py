@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mergekit_ot.confidence import random_like
 from mergekit_ot.procrustes import MapPair
 from mergekit_ot.structure import ATTENTION_NORM, Structure, layer_tensor
 
@@ -70,6 +71,36 @@ class Witness:
             self._readers("target", i, "self_attn.v_proj", ATTENTION_NORM),
             self._readers("donor", j, "self_attn.v_proj", ATTENTION_NORM),
         )
+
+    def _null_input(self, j: int, stream: torch.Tensor, norm: str) -> torch.Tensor:
+        rows = stream / stream.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
+        return rows * (self._tensor("donor", j, f"{norm}.weight") + self.donor.family.norm_offset)
+
+    def null_neurons(self, j: int, stream: torch.Tensor, draw: int) -> torch.Tensor:
+        """Neurons of donor layer `j` on the donor's own stream, with random weights, `(n_rows, neurons_donor)`.
+
+        Args:
+            stream (`torch.Tensor` of shape `(n_rows, width_donor)`): the donor's stream between attention and MLP.
+            draw (`int`): number of the draw.
+        """
+        from transformers.activations import ACT2FN
+
+        rows = self._null_input(j, stream, self.donor.family.mlp_norm)
+        gate, up = (
+            rows @ random_like(self._tensor("donor", j, f"mlp.{part}_proj.weight"), 3 * draw + seed).T
+            for seed, part in enumerate(("gate", "up"))
+        )
+        return ACT2FN[self.donor.activation](gate) * up
+
+    def null_values(self, j: int, stream: torch.Tensor, draw: int) -> torch.Tensor:
+        """Values of donor layer `j` on the donor's own stream, with random weights, `(n_rows, groups * head_dim)`.
+
+        Args:
+            stream (`torch.Tensor` of shape `(n_rows, width_donor)`): the donor's stream before attention.
+            draw (`int`): number of the draw.
+        """
+        rows = self._null_input(j, stream, ATTENTION_NORM)
+        return rows @ random_like(self._tensor("donor", j, "self_attn.v_proj.weight"), 3 * draw + 2).T
 
 
 def _cosines(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

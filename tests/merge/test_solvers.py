@@ -52,6 +52,18 @@ def test_torch_loop_agrees_with_pot(shape):
     assert (ours - pot).abs().max() < 1e-6
 
 
+def test_without_pot_the_answers_are_the_same(monkeypatch):
+    import mergekit_ot.solvers as solvers
+
+    cost = torch.rand(8, 12, dtype=torch.float64)
+    exact, soft = solve_plan(cost), solve_plan(cost, solver="entropic", reg=0.1)
+    monkeypatch.setattr(solvers, "has_pot", lambda: False)
+    torch.testing.assert_close(solve_plan(cost).coupling, exact.coupling, atol=1e-9, rtol=0)
+    torch.testing.assert_close(solve_plan(cost, solver="entropic", reg=0.1).coupling, soft.coupling, atol=1e-5, rtol=0)
+    with pytest.raises(ModuleNotFoundError, match="pip install POT"):
+        solve_plan(torch.rand(200, 300))
+
+
 def test_scaling_cost_and_reg_together_changes_nothing():
     cost = torch.rand(9, 13, dtype=torch.float64)
     small, _, _ = log_sinkhorn(cost, 0.1, tolerance=1e-10)
