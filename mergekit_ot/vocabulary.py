@@ -49,17 +49,28 @@ def vocabulary_plan(target: PreTrainedTokenizerBase, donor: PreTrainedTokenizerB
         donor_size (`int`): rows of the donor's head, which may exceed its vocabulary.
 
     Returns:
-        `torch.Tensor` of shape `(donor_size,)`, int64; -1 for special tokens and unused rows.
+        `torch.Tensor` of shape `(donor_size,)`, int64; -1 for special tokens, unused rows and
+        fragments of characters.
     """
     plan = torch.full((donor_size,), -1, dtype=torch.long)
     target_ids, donor_ids = shared_tokens(target, donor)
     plan[donor_ids] = target_ids
-    rest = [(i, text) for i, text in token_texts(donor).items() if plan[i] < 0 and text]
+    rest = [(i, _spoken(donor, i, text)) for i, text in token_texts(donor).items() if plan[i] < 0]
+    rest = [(i, text) for i, text in rest if text]
     coded = target([text for _, text in rest], add_special_tokens=False)["input_ids"] if rest else []
     for (i, _), ids in zip(rest, coded):
         if ids:
             plan[i] = ids[0]
     return plan
+
+
+def _spoken(tokenizer: PreTrainedTokenizerBase, index: int, text: str) -> str:
+    """Text of a token as its own tokenizer decodes it; empty for fragments of a character."""
+    if text.isascii():
+        return text
+    token = tokenizer.convert_ids_to_tokens(index)
+    decoded = text if "▁" in token else tokenizer.convert_tokens_to_string([token])
+    return "" if "\ufffd" in decoded else decoded
 
 
 def transport_distribution(logits: torch.Tensor, plan: torch.Tensor, target_size: int) -> torch.Tensor:
