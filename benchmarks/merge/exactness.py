@@ -3,6 +3,7 @@
 python benchmarks/merge/exactness.py
 """
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -37,14 +38,35 @@ def main() -> None:
                         {"family": family, "donor": copy, "metric": f"relative error of {metric}", "value": value}
                     )
             print(family, copy, rows[-1]["value"], rows[-2]["value"], flush=True)
+    rows += [row for preset in ("structured", "paper", "paper-released") for row in arithmetic(preset)]
     claims = []
     for copy in COPIES:
-        worst = max(row["value"] for row in rows if row["donor"] == copy)
+        worst = max(row["value"] for row in rows if row["donor"] == copy and "preset" not in row)
         name = f"merge.exact.{copy.replace(' ', '_')}"
         claims.append(
             claim(name, worst, "<=", 1e-5, "largest relative error over families, of logits and of any weight")
         )
     write("merge_exactness", rows, claims, [0])
+
+
+def arithmetic(preset: str) -> list[dict]:
+    """Size of the transported weights and distance of the merge from plain shrinking, alpha 0.3, permuted copy."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model, target, donor = pair(folder, "llama", "permuted")
+        recipe = load_recipe(write_recipe(folder, target, donor, preset=preset, alpha=0.3))
+        plans = folder / "plans"
+        out = merge_recipe(recipe, folder / "out", OPTIONS, plans=plans)
+        shrunk = merge_recipe(recipe, folder / "shrunk", OPTIONS, plans=plans, control="shrink")
+        tensors = json.loads((out / "transport.json").read_text())["tensors"].values()
+        ratios = sorted(record["norm_ratio"] for record in tensors)
+        found, shrunk = (logits(AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)) for f in (out, shrunk))
+        row = {"family": "llama", "donor": "permuted", "preset": preset}
+        return [
+            row | {"metric": "median of norm(W') / norm(W)", "value": ratios[len(ratios) // 2]},
+            row | {"metric": "distance of the logits from shrinking alone", "value": distance(found, shrunk)},
+            row | {"metric": "distance of the logits from the target", "value": distance(found, logits(model))},
+        ]
 
 
 if __name__ == "__main__":
