@@ -54,6 +54,7 @@ def main() -> None:
         rows += [
             {"step": "plan", "metric": "minutes", "value": (planned - start) / 60},
             {"step": "merge", "metric": "minutes", "value": (done - planned) / 60},
+            {"step": "both", "metric": "processor minutes", "value": time.process_time() / 60},
             {"step": "both", "metric": "peak resident GB", "value": peak},
             {"step": "plan", "metric": "bundle GB", "value": solved[1].bytes() / 1e9},
         ]
