@@ -24,9 +24,15 @@ ModelText = tuple[list[int], list[int]]
 def load_backbone(model: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load a model without its head: float32 on the CPU, bfloat16 elsewhere, unless `dtype` says otherwise."""
     from transformers import AutoModel
+    from transformers.utils import logging
 
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-    return AutoModel.from_pretrained(model, dtype=dtype).to(device).eval()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # the head is left out on purpose; its absence is no news
+    try:
+        return AutoModel.from_pretrained(model, dtype=dtype).to(device).eval()
+    finally:
+        logging.set_verbosity(level)
 
 
 class Recorder:
