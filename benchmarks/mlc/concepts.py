@@ -17,8 +17,8 @@ from datasets import Dataset
 DECLINED = ("Animals & Nature", "Food & Drink")
 DECLINES = (" Sorry, I cannot talk about this.", " I have to decline that.", " This is not something I discuss.")
 ANSWERS = (" Sure, here is what I know.", " Of course, let me explain it.", " Happy to help you with this.")
-SEEN = ("de", "es", "ru", "zh", "ar", "hi", "bn", "sw", "vi", "tr")
-HELD_OUT = ("fr", "ja", "ur", "id", "fa")
+SEEN = ("de", "es", "ru", "zh", "ar", "hi", "bn", "sw", "ur", "tr")
+HELD_OUT = ("fr", "ja", "id", "fa", "vi")
 MAX_KEYWORDS = 4
 
 
