@@ -1,1 +1,47 @@
-"""Calibrated 4-bit weights, activations and KV cache for transformers."""
+"""Calibrated 4-bit weights, activations and KV cache for transformers.
+
+    import optimum_freeact
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=FreeActConfig(dataset="texts.txt"))
+
+Importing this package makes transformers know `quant_method` "freeact"; that is its only side effect.
+"""
+
+from importlib import import_module
+
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.hf import registration as _registration  # noqa: F401
+from optimum_freeact.hf.quantizer import FreeActHfQuantizer
+
+
+__version__ = "0.1.0.dev0"
+
+# imported on first use, so that importing the package stays cheap
+_LAZY = {
+    "FreeActInput": "optimum_freeact.modules.activation",
+    "FreeActLinear": "optimum_freeact.modules.linear",
+    "TokenTyper": "optimum_freeact.token_types",
+    "quantize": "optimum_freeact.quantize",
+    "score_text": "optimum_freeact.report.evaluate",
+    "tokenize_windows": "optimum_freeact.report.evaluate",
+}
+
+__all__ = [
+    "FreeActConfig",
+    "FreeActHfQuantizer",
+    "FreeActInput",
+    "FreeActLinear",
+    "TokenTyper",
+    "quantize",
+    "score_text",
+    "tokenize_windows",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

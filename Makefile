@@ -1,0 +1,57 @@
+# Concord: two commands for a newcomer (first-run, test), a few more for those who work on it (make help).
+#
+# Everything happens in one virtual environment, $(VENV), which is made once and brought up to date only when
+# pyproject.toml changes. Variables: the interpreter (`make PYTHON=python3.12 test`), the torch to install
+# (`TORCH=torch==2.13.0`; by default pip's choice) and arguments for pytest (`PYTEST_ARGS="tests/freeact -k packing"`).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch
+PYTEST_ARGS ?=
+PIP_INSTALL = $(VENV)/bin/python -m pip install -qq
+
+.DEFAULT_GOAL := help
+.PHONY: help first-run test quality format results clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
+
+first-run: $(VENV)/.installed-run ## install, fetch a small real model, quantize it, talk to it
+	@echo "Fetching the model (once) ..."
+	$(VENV)/bin/python tools/assets.py smollm2
+	$(VENV)/bin/python examples/quantize_and_chat.py
+
+test: quality ## install the development tools, check the style, run all tests
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+quality: $(VENV)/.installed-dev ## style and format, changing nothing
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed-dev ## apply the style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+results: $(VENV)/.installed-dev ## every published claim, checked against its measurements
+	$(VENV)/bin/python -m tools.results check
+	$(VENV)/bin/python -m tools.results update --check
+
+clean: ## remove environments, builds and caches (fetched assets stay)
+	rm -rf $(VENV) .ci-venv build dist out runs *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp appears only after a whole installation, so an interrupted one is simply taken up again.
+$(VENV)/.installed-run: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing into $(VENV) (once; torch is large) ..."
+	$(PIP_INSTALL) '$(TORCH)'
+	$(PIP_INSTALL) --editable '.[gguf,plots]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing into $(VENV) (once; torch is large) ..."
+	$(PIP_INSTALL) '$(TORCH)'
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,206 @@
+"""The calibration loop: one block at a time, only that block and its inputs at work.
+
+For each block: run it on the inputs that the quantized blocks before it produce (and, where errors are corrected, on
+the full-precision ones), stream the moments of each shared input, fit, replace the linears, and run the quantized block
+to get the next block's inputs. Blocks that a previous, interrupted run finished are read back instead of fitted.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from optimum_freeact.calibration.capture import Batch, capture, run_block
+from optimum_freeact.calibration.closed_form import fit_group
+from optimum_freeact.calibration.records import BlockRecord
+from optimum_freeact.calibration.resume import BlockStore
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.modules.layout import SharedInputs, block_linears, find_blocks, table_groups
+from optimum_freeact.modules.surgery import check_linear, replace_group
+from optimum_freeact.moments import Moments
+from optimum_freeact.numerics.metrics import relative_error
+from optimum_freeact.token_types import TypeState
+
+
+logger = logging.getLogger(__name__)
+
+
+def check_model(model: nn.Module, config: FreeActConfig) -> None:
+    """Everything that can be known before the long work: shapes fit, weights are finite, something to quantize.
+
+    Raises:
+        `ValueError`: naming the module.
+    """
+    prefix, blocks = find_blocks(model)
+    found = 0
+    for index, block in enumerate(blocks):
+        for name, module in block_linears(block, f"{prefix}.{index}", config.modules_to_not_convert).items():
+            full = f"{prefix}.{index}.{name}"
+            check_linear(full, module, config)
+            if not torch.isfinite(module.weight).all():
+                raise ValueError(f"The weight of {full!r} holds NaN or inf: repair or exclude it before quantizing.")
+            found += 1
+    if not found:
+        kinds = sorted({type(m).__name__ for m in blocks.modules() if isinstance(m, nn.Linear)})
+        raise ValueError(
+            f"No linear to quantize: the blocks hold {kinds}, of which only plain nn.Linear is supported, and "
+            f"modules_to_not_convert={config.modules_to_not_convert}."
+        )
+
+
+def calibrate(
+    model: nn.Module, config: FreeActConfig, samples: torch.Tensor, state: TypeState, device: torch.device
+) -> Iterator[BlockRecord]:
+    """Quantize the linears of a loaded full-precision model in place, yielding a record per finished block.
+
+    Args:
+        model: A transformers decoder in full precision.
+        config ([`FreeActConfig`]): Settings; `input_groups` is filled in.
+        samples (`torch.Tensor` of shape `(n, length)`): Token ids.
+        state ([`TypeState`]): Already fed by the model's typing hook.
+        device (`torch.device`): Where blocks are calibrated; each returns to its own device afterwards.
+    """
+    prefix, blocks = find_blocks(model)
+    batches = capture(model, blocks, samples, config.batch_size, state)
+    stream = _Stream(batches, config, device, state)
+    store = BlockStore(config, samples, model) if config.resume_dir else None
+    config.input_groups = {}
+    bar = tqdm(blocks, desc=f"Calibrating {config.scheme}", unit="block", disable=not config.progress)
+    for index, block in enumerate(bar):
+        start = time.perf_counter()
+        home = next(block.parameters()).device
+        block.to(device)
+        linears = block_linears(block, f"{prefix}.{index}", config.modules_to_not_convert)
+        groups = block_groups(model, block, linears, stream, index)
+        config.input_groups[str(index)] = groups
+        record = _quantize_block(block, linears, groups, index, stream, config, store, device)
+        block.to(home)
+        record = BlockRecord(index, time.perf_counter() - start, record[0], record[1], record[2])
+        bar.set_postfix(output_error=f"{record.output_error:.4f}")
+        yield record
+    config.input_groups = compress_groups(config.input_groups)
+
+
+def _quantize_block(block, linears, groups, index, stream, config, store, device):
+    """Fit or read back one block; returns its output error, its inputs' records and the learned stage's record."""
+    n_types = config.n_types
+    done = store.load(index) if store else None
+    records, learned = [], None
+    if done is None:
+        moments = {group[0]: Moments(linears[group[0]].in_features, n_types, device, paired=stream.paired) for group in groups}
+        reference = stream.observe(block, index, {group[0]: linears[group[0]] for group in groups}, moments)
+    else:
+        reference = stream.observe(block, index, {}, {})
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+    for group in groups:
+        originals = [linears[name] for name in group]
+        source, targets = replace_group(block, group, config, stream.state, device)
+        if done is None:
+            records.append(fit_group(group, originals, source, targets, moments.pop(group[0]), config, generator))
+    if done is not None:
+        store.restore(block, done)
+    for module in block.modules():
+        if hasattr(module, "prepare"):
+            module.prepare()
+    error = stream.advance(block, index, reference)
+    if store and done is None:
+        store.save(index, block)
+    return error, records, learned
+
+
+class _Stream:
+    """The batches' hidden states in the quantized model and, where needed, in the full-precision one."""
+
+    def __init__(self, batches: list[Batch], config: FreeActConfig, device: torch.device, state: TypeState):
+        self.batches, self.device, self.state = batches, device, state
+        self.propagate = config.propagate_error
+        self.paired = config.error_correction and config.propagate_error
+        self.actual = [batch.hidden for batch in batches]
+        self.exact = list(self.actual) if self.paired else None
+
+    def _types(self, batch: Batch, like: torch.Tensor) -> torch.Tensor:
+        types = batch.types
+        types = torch.zeros(like.shape[:-1], dtype=torch.long) if types is None else types
+        return types.to(self.device).flatten()
+
+    @torch.no_grad()
+    def observe(self, block: nn.Module, index: int, inputs: dict[str, nn.Linear], moments: dict[str, Moments]):
+        """Run the full-precision block on all batches and stream the moments of the named linears' inputs.
+
+        Returns the last batch's output, against which the quantized block is measured, and the outputs that become
+        the next full-precision inputs.
+        """
+        seen: dict[str, torch.Tensor] = {}
+        hooks = [linear.register_forward_pre_hook(_keep(seen, name)) for name, linear in inputs.items()]
+        outputs = []
+        for i, batch in enumerate(self.batches):
+            self.state.types = None if batch.types is None else batch.types.to(self.device)
+            if self.paired:
+                self.exact[i] = run_block(block, self.exact[i], batch.calls[index], self.device)
+                paired, _ = dict(seen), seen.clear()
+            else:
+                paired = {}
+            last = i == len(self.batches) - 1
+            if inputs or not self.propagate or last:
+                output = run_block(block, self.actual[i], batch.calls[index], self.device)
+                for name, x in seen.items():
+                    y = paired.get(name)
+                    types = self._types(batch, x) if x.shape[:-1].numel() == batch.hidden.shape[:-1].numel() else None
+                    types = torch.zeros(x.shape[:-1].numel(), dtype=torch.long, device=x.device) if types is None else types
+                    moments[name].update(x.flatten(0, -2), types, None if y is None else y.flatten(0, -2))
+                seen.clear()
+                outputs.append(output if last or not self.propagate else None)
+        for hook in hooks:
+            hook.remove()
+        return outputs
+
+    @torch.no_grad()
+    def advance(self, block: nn.Module, index: int, reference: list[torch.Tensor]) -> float:
+        """Run the quantized block to get the next inputs; returns the relative error on the last batch."""
+        error = 0.0
+        for i, batch in enumerate(self.batches):
+            last = i == len(self.batches) - 1
+            if self.propagate or last:
+                self.state.types = None if batch.types is None else batch.types.to(self.device)
+                output = run_block(block, self.actual[i], batch.calls[index], self.device)
+                if last:
+                    error = relative_error(output, reference[-1])
+            self.actual[i] = output if self.propagate else reference[i]
+        return error
+
+
+def _keep(seen: dict[str, torch.Tensor], name: str):
+    def hook(module: nn.Module, args: tuple) -> None:  # noqa: ARG001
+        seen[name] = args[0]
+
+    return hook
+
+
+@torch.no_grad()
+def block_groups(
+    model: nn.Module, block: nn.Module, linears: dict[str, nn.Linear], stream: _Stream, index: int
+) -> list[list[str]]:
+    """Which linears share an input: from the table, else by watching the block run on one batch."""
+    known = table_groups(model.config.model_type, linears)
+    if known is not None:
+        return known
+    watcher = SharedInputs(linears)
+    batch = stream.batches[0]
+    stream.state.types = None if batch.types is None else batch.types.to(stream.device)
+    run_block(block, stream.actual[0], batch.calls[index], stream.device)
+    groups = watcher.groups()
+    unused = set(linears) - {name for group in groups for name in group}
+    if unused:
+        logger.warning("Linears %s of block %d did not run in calibration and stay as they are.", sorted(unused), index)
+    return groups
+
+
+def compress_groups(groups: dict[str, list[list[str]]]) -> dict[str, list[list[str]]]:
+    """One entry `"*"` where all blocks have the same groups, which is the rule."""
+    distinct = {str(value) for value in groups.values()}
+    return {"*": next(iter(groups.values()))} if len(distinct) == 1 else groups

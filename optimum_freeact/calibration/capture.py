@@ -1,0 +1,109 @@
+"""What each decoder block is called with, taken from the model itself.
+
+One cheap forward per batch runs everything around the blocks (embeddings, masks, rotary tables) while the blocks only
+note their arguments and pass the hidden states on. So every architecture's own masks and position embeddings are used,
+per block (sliding and full attention differ), without knowing any of them.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_freeact.token_types import TypeState
+
+
+class _Stop(Exception):  # noqa: N818
+    """Raised in the last block: what follows it is not needed."""
+
+
+@dataclass
+class Batch:
+    """One calibration batch.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(batch, sequence, d)`): Input of the first block.
+        types (`torch.Tensor` of shape `(batch, sequence)`, *optional*): Token types.
+        calls (`list[tuple[tuple, dict]]`): Further positional and keyword arguments, per block.
+    """
+
+    hidden: torch.Tensor
+    types: torch.Tensor | None
+    calls: list[tuple[tuple, dict]]
+
+
+@contextmanager
+def _recording(blocks: nn.ModuleList, calls: list[tuple[tuple, dict]], first: list[torch.Tensor]):
+    """Replace each block's forward by one that notes its arguments; the originals come back in any case."""
+
+    def record(index: int):
+        def forward(*args, **kwargs):
+            kwargs = {k: v for k, v in kwargs.items() if "past_key_value" not in k}
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if index == 0:
+                first.append(hidden)
+            kwargs.pop("hidden_states", None)
+            calls.append((args[1:], kwargs))
+            if index == len(blocks) - 1:
+                raise _Stop
+            return hidden
+
+        return forward
+
+    for index, block in enumerate(blocks):
+        block.forward = record(index)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@torch.no_grad()
+def capture(model: nn.Module, blocks: nn.ModuleList, samples: torch.Tensor, batch_size: int, state: TypeState) -> list[Batch]:
+    """Arguments of all blocks for all batches; hidden states are those before the first block.
+
+    Args:
+        model: Any transformers decoder that takes `input_ids`.
+        blocks: Its decoder blocks.
+        samples (`torch.Tensor` of shape `(n, length)`): Token ids.
+        batch_size (`int`): Samples a batch.
+        state ([`TypeState`]): Read after each forward's typing hook has run.
+    """
+    device = next(model.parameters()).device
+    batches = []
+    for ids in samples.split(batch_size):
+        calls: list[tuple[tuple, dict]] = []
+        first: list[torch.Tensor] = []
+        with _recording(blocks, calls, first):
+            try:
+                model(input_ids=ids.to(device), use_cache=False)
+            except _Stop:
+                pass
+        if len(calls) != len(blocks):
+            raise ValueError(
+                f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks once each: blocks that are "
+                "skipped, repeated or called out of order cannot be calibrated one by one."
+            )
+        batches.append(Batch(first[0], state.types, calls))
+    return batches
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move tensors in nested tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(item, device) for item in value)
+    return {k: to_device(v, device) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def run_block(block: nn.Module, hidden: torch.Tensor, call: tuple[tuple, dict], device: torch.device) -> torch.Tensor:
+    """Output hidden states of a block for one batch."""
+    args, kwargs = to_device(call, device)
+    output = block(hidden.to(device), *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output

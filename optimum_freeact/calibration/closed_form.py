@@ -1,0 +1,177 @@
+"""Fit one group of linears (those that share an input) from its moments and put the result into its modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from optimum_freeact.calibration.records import InputRecord
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.moments import Moments
+from optimum_freeact.numerics.affine import fake_quantize
+from optimum_freeact.rounding.gptq import gptq
+from optimum_freeact.rounding.rtn import RoundedWeight, round_to_nearest
+from optimum_freeact.transforms.affine_map import InputMap, pick
+from optimum_freeact.transforms.correction import corrected_weight
+from optimum_freeact.transforms.fit import InputStatistics, MapSpec, fit_map, gather_statistics
+
+
+ACTIVATION_CLIP_GRID = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
+MIN_ROWS_PER_TYPE = 16  # fewer sample rows of a type do not decide its own clip ratio
+
+
+def map_spec(config: FreeActConfig, rank: int) -> MapSpec:
+    """The part of the config that says what to fit."""
+    fixed = config.calibration == "learned" and config.learned_start == "random"
+    return MapSpec(config.transform, config.channel_scale, config.centring, rank, closed_form=not fixed)
+
+
+def store_map(source: FreeActInput, found: InputMap) -> InputMap:
+    """Write a fitted map into its module; returns what is stored (rounded to the stored types), in float64."""
+    for name, value in vars(found).items():
+        if value is not None:
+            getattr(source, name).copy_(value)
+    return source.input_map(torch.float64)
+
+
+def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: FreeActConfig) -> list[float]:
+    """Clip ratio per type with the least output error ||(Q(z) - z) V^T||^2 over sample rows."""
+    n = config.n_types
+    if config.activation_bits >= 16:
+        return [1.0] * n
+    if config.activation_clip != "search":
+        return [float(config.activation_clip)] * n
+    errors = []
+    for ratio in ACTIVATION_CLIP_GRID:
+        noise = fake_quantize(z, config.activation_bits, config.activation_symmetric, ratio) - z
+        errors.append((noise @ v.mT).square().sum(-1))
+    errors = torch.stack(errors)  # (ratios, rows)
+    total = ACTIVATION_CLIP_GRID[int(errors.sum(1).argmin())] if n == 1 else None
+    found = []
+    for kind in range(n):
+        rows = types == kind
+        enough = int(rows.sum()) >= MIN_ROWS_PER_TYPE
+        best = ACTIVATION_CLIP_GRID[int(errors[:, rows].sum(1).argmin())] if enough else None
+        found.append(total or best)
+    fallback = next((ratio for ratio in found if ratio is not None), 1.0)
+    return [fallback if ratio is None else ratio for ratio in found]
+
+
+def output_biases(
+    moments: Moments, stored: InputMap, weight: torch.Tensor, bias: torch.Tensor | None, config: FreeActConfig
+) -> torch.Tensor | None:
+    """Bias per type, shape `(n_means or 1, out)`: W mu_k + b, or where errors are corrected the full-precision mean."""
+    if stored.mean is None:
+        return None if bias is None else bias.double().unsqueeze(0)
+    target = stored.mean
+    if moments.paired:
+        kinds = [None] if len(target) == 1 else range(len(target))
+        target = target + torch.stack([moments.mean_of_pair(k) - moments.mean(k) for k in kinds])
+    result = target @ weight.double().mT
+    return result if bias is None else result + bias.double()
+
+
+def round_weight(v: torch.Tensor, moments_z: torch.Tensor, config: FreeActConfig) -> RoundedWeight | None:
+    """Codes and scales of the transformed weight, `None` at 16 bits."""
+    if config.weight_bits == 16:
+        return None
+    size = config.weight_group_size or v.shape[1]
+    clip = None if config.weight_clip == "search" else float(config.weight_clip)
+    if config.rounding == "rtn":
+        return round_to_nearest(v.float(), config.weight_bits, size, clip)
+    return gptq(v.float(), moments_z, config.weight_bits, size, config.damping, clip)
+
+
+def _share(error: torch.Tensor, output: torch.Tensor) -> float:
+    return float(error.square().sum() / output.square().sum().clamp_min(1e-30))
+
+
+@torch.no_grad()
+def fit_group(
+    names: list[str],
+    linears: list[nn.Linear],
+    source: FreeActInput,
+    targets: list[FreeActLinear],
+    moments: Moments,
+    config: FreeActConfig,
+    generator: torch.Generator,
+) -> InputRecord:
+    """Fit the input's map, round the weights and fill the modules.
+
+    Args:
+        names: Names of the linears, for messages and the record.
+        linears: The full-precision linears.
+        source, targets: The empty quantized modules, on the device where the fit shall run.
+        moments ([`Moments`]): Of the shared input.
+        config ([`FreeActConfig`]): Settings.
+        generator (`torch.Generator`): CPU generator of the rotations.
+
+    Raises:
+        `ValueError`: if an input or a weight is not finite; the message names the module.
+    """
+    weights = [linear.weight.detach().to(source.clip.device).double() for linear in linears]
+    if not moments.is_finite():
+        raise ValueError(f"The inputs of {names[0]!r} hold NaN or inf during calibration: nothing can be fitted to them.")
+    rank = 0 if source.basis is None else source.basis.shape[1]
+    stats = gather_statistics(moments, weights, map_spec(config, rank))
+    stored = store_map(source, fit_map(stats, map_spec(config, rank), generator))
+    return fill_group(names, linears, source, targets, moments, stats, stored, config)
+
+
+@torch.no_grad()
+def fill_group(
+    names: list[str],
+    linears: list[nn.Linear],
+    source: FreeActInput,
+    targets: list[FreeActLinear],
+    moments: Moments,
+    stats: InputStatistics,
+    stored: InputMap,
+    config: FreeActConfig,
+    clip: list[float] | None = None,
+) -> InputRecord:
+    """Second half of [`fit_group`]: with the map given, choose clips, round the weights, write everything."""
+    weight = torch.cat([linear.weight.detach().to(source.clip.device).double() for linear in linears])
+    v, low_rank = stored.transform_weight(weight)
+    rows, types = moments.rows
+    z, _ = stored.apply(rows.double(), types)
+    clip = search_clip(z, v, types, config) if clip is None else clip
+    source.clip.copy_(torch.tensor(clip))
+    ratios = pick(source.clip.double().unsqueeze(-1), types)
+    noise = fake_quantize(z, config.activation_bits, config.activation_symmetric, ratios) - z
+    moments_z = stored.transform_moments(stats.c)
+    moments_z = (moments_z + moments_z.mT) / 2
+    eye = torch.eye(len(moments_z), dtype=moments_z.dtype, device=moments_z.device)
+    moments_z = moments_z + noise[types == 0].square().mean().nan_to_num() * eye  # the rounding noise of z itself
+    target = v
+    if config.error_correction and stats.cross is not None:
+        ridge = config.damping * moments_z.diagonal().mean() * eye
+        target = corrected_weight(v, moments_z + ridge, stored.transform_moments(stats.cross) + ridge)
+    rounded = round_weight(target, moments_z, config)
+    biases = [output_biases(moments, stored, w.weight.detach().to(v.device), w.bias, config) for w in linears]
+    start = 0
+    for module, bias in zip(targets, biases, strict=True):
+        stop = start + module.out_features
+        if rounded is None:
+            module.set_weight(target[start:stop].unsqueeze(1), None)
+        else:
+            module.set_weight(rounded.codes[start:stop], rounded.scale[start:stop])
+        if bias is not None:
+            module.type_bias.copy_(bias)
+        if low_rank is not None:
+            module.low_rank.copy_(low_rank[start:stop])
+        start = stop
+    used = torch.cat([module.transformed_weight(torch.float64) for module in targets])
+    output = z @ v.mT
+    energy = rows.double().square().sum()
+    left = stored.centre(rows.double(), types).square().sum()
+    return InputRecord(
+        linears=list(names),
+        clip=[float(c) for c in clip],
+        rank=0 if source.basis is None else source.basis.shape[1],
+        mean_share=float(1 - left / energy.clamp_min(1e-30)),
+        activation_error=_share(noise @ v.mT, output),
+        weight_error=_share(z @ (used - v).mT, output),
+    )

@@ -1,0 +1,190 @@
+"""`FreeActConfig`: what to quantize and how; plain JSON, written into `config.json`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from optimum_freeact.presets import PRESETS
+
+
+FORMAT_VERSION = 1
+BITS = (4, 8, 16)
+CHOICES = {
+    "weight_bits": BITS,
+    "activation_bits": BITS,
+    "kv_bits": BITS,
+    "activation_symmetric": (True, False),
+    "transform": ("none", "hadamard", "kronecker", "orthogonal"),
+    "channel_scale": ("none", "smoothquant", "closed_form"),
+    "centring": ("none", "shared", "per_type"),
+    "rounding": ("rtn", "gptq"),
+    "calibration": ("closed_form", "learned"),
+    "learned_start": ("closed_form", "random"),
+    "error_correction": (True, False),
+    "propagate_error": (True, False),
+}
+# what a preset may leave open
+DEFAULTS: dict[str, Any] = {
+    "weight_bits": 4,
+    "activation_bits": 4,
+    "kv_bits": 16,
+    "weight_group_size": None,
+    "learned_start": "closed_form",
+    "learning_rate": 2e-3,
+    "epochs": 15,
+    "propagate_error": True,
+    "n_samples": 32,
+    "seq_len": 512,
+    "batch_size": 4,
+    "seed": 0,
+    "damping": 0.01,
+    "modules_to_not_convert": None,
+}
+# known only while calibrating; never written
+RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress")
+# written by the quantizer for those who load
+RECORDED = ("input_groups", "weight_dtype", "calibration_record")
+
+
+class FreeActConfig(QuantizationConfigMixin):
+    """Quantization settings of `optimum_freeact`, for `from_pretrained(..., quantization_config=FreeActConfig(...))`.
+
+    Every argument that is left out takes the preset's value, then the default named here.
+
+    Args:
+        preset (`str`, *optional*, defaults to `"freeact"`):
+            `"rtn"`, `"smoothquant"`, `"quarot"`, `"flatquant"`, `"freeact-paper"` or `"freeact"`.
+        weight_bits, activation_bits (`int`, *optional*, defaults to 4): 4, 8 or 16 (16: not rounded).
+        kv_bits (`int`, *optional*, defaults to 16): 4, 8 or 16, for the KV cache of every forward that uses one.
+        weight_group_size (`int`, *optional*): Columns per weight scale; must divide every linear's input size. The
+            default is one scale per output channel, which integer kernels need.
+        activation_symmetric (`bool`, *optional*): Symmetric or asymmetric grid per token.
+        transform (`str`, *optional*): `"none"`, `"hadamard"`, `"kronecker"` (closed form or learned) or `"orthogonal"`
+            (dense random; for comparison, d^2 numbers per input).
+        channel_scale (`str`, *optional*): `"none"`, `"smoothquant"` or `"closed_form"`.
+        centring (`str`, *optional*): Subtract the mean activation, exactly compensated by an output bias: `"none"`,
+            `"shared"` by all tokens or `"per_type"`.
+        low_rank (`int`, *optional*): Rank of a 16-bit branch that carries each input's strongest directions; 0 for none.
+        rounding (`str`, *optional*): `"rtn"` or `"gptq"` for the weights.
+        activation_clip (`float` or `"search"`, *optional*): Share of each token's range that the grid covers.
+        weight_clip (`float` or `"search"`, *optional*): The same for each weight row.
+        token_types (`list[str]`, *optional*): `["text"]` or `["text", "sink"]`; the sink is the first token of each
+            sequence.
+        calibration (`str`, *optional*): `"closed_form"` (seconds) or `"learned"` (gradient steps on block outputs).
+        learned_start (`str`, *optional*, defaults to `"closed_form"`): Where learning starts: `"closed_form"` or
+            `"random"`. From the closed form it is kept only where the held-out block error falls.
+        learning_rate (`float`, *optional*, defaults to 2e-3): Of AdamW on transforms and scales; clips use ten times it.
+        epochs (`int`, *optional*, defaults to 15): Passes over the calibration samples per block when learning.
+        error_correction (`bool`, *optional*): Fit each weight so that its output on the quantized model's inputs
+            matches the full-precision model's.
+        propagate_error (`bool`, *optional*, defaults to `True`): Calibrate each block on the outputs of the quantized
+            blocks before it instead of the full-precision ones.
+        dataset (`str`, `list` or `torch.Tensor`, *optional*): Calibration data: a dataset name (needs `datasets` and a
+            reachable hub), the path of a text or JSON-lines file, a list of strings or of chat messages, or token ids
+            of shape `(n, length)`. Needed to quantize, not to load. Not saved.
+        tokenizer (`str` or tokenizer object, *optional*): Defaults to that of the model's folder. Not saved.
+        n_samples (`int`, *optional*, defaults to 32), seq_len (`int`, *optional*, defaults to 512):
+            Calibration samples and their length in tokens.
+        batch_size (`int`, *optional*, defaults to 4): Samples per calibration forward.
+        seed (`int`, *optional*, defaults to 0): Of sample choice, rotations and learning.
+        damping (`float`, *optional*, defaults to 0.01): Share of the mean diagonal added in GPTQ.
+        modules_to_not_convert (`list[str]`, *optional*): Names (or endings of names) of linears left as they are. Only
+            linears inside the decoder blocks are quantized in any case: embeddings and the output head stay.
+        calibration_device (`str`, *optional*): Where blocks are calibrated; the default is `cuda` if there is one.
+        resume_dir (`str`, *optional*): Folder for finished blocks, so that an interrupted calibration resumes.
+        progress (`bool`, *optional*, defaults to `True`): Show progress bars.
+
+    Raises:
+        `TypeError`: for an argument that is not known.
+        `ValueError`: for a value outside the list; the message names what is allowed.
+    """
+
+    def __init__(self, preset: str = "freeact", **kwargs: Any):
+        kwargs.pop("quant_method", None)
+        version = kwargs.pop("format_version", FORMAT_VERSION)
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"This checkpoint has format version {version}; this release reads versions up to {FORMAT_VERSION}. "
+                "Install a newer hf-concord to load it."
+            )
+        if preset not in PRESETS:
+            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}.")
+        known = {**DEFAULTS, **PRESETS[preset]}
+        unknown = sorted(set(kwargs) - set(known) - set(RUNTIME) - set(RECORDED))
+        if unknown:
+            raise TypeError(
+                f"FreeActConfig does not know {unknown}; known arguments: {sorted({*known, *RUNTIME, 'preset'})}."
+            )
+        self.quant_method = "freeact"
+        self.format_version = version
+        self.preset = preset
+        for name, default in known.items():
+            setattr(self, name, kwargs.get(name, copy.deepcopy(default)))
+        for name in RECORDED:
+            setattr(self, name, kwargs.get(name))
+        for name in RUNTIME:
+            setattr(self, name, kwargs.get(name, True if name == "progress" else None))
+        self.post_init()
+
+    def post_init(self) -> None:
+        """Check every value once, and combinations that contradict each other."""
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+                raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+        for name in ("n_samples", "seq_len", "batch_size", "epochs"):
+            self._check_int(name, minimum=1)
+        self._check_int("low_rank", minimum=0)
+        self._check_int("seed", minimum=0)
+        if self.weight_group_size is not None:
+            self._check_int("weight_group_size", minimum=2)
+        for name in ("activation_clip", "weight_clip"):
+            value = getattr(self, name)
+            if value != "search" and not (isinstance(value, (int, float)) and 0 < value <= 1):
+                raise ValueError(f"{name} must be 'search' or a number in (0, 1], got {value!r}.")
+        for name in ("damping", "learning_rate"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        if self.token_types not in (["text"], ["text", "sink"]):
+            raise ValueError(f"token_types must be ['text'] or ['text', 'sink'], got {self.token_types!r}.")
+        skipped = self.modules_to_not_convert
+        if skipped is not None and not (isinstance(skipped, list) and all(isinstance(s, str) for s in skipped)):
+            raise ValueError(f"modules_to_not_convert must be a list of module names, got {skipped!r}.")
+        if self.calibration == "learned" and self.transform in ("none", "orthogonal"):
+            raise ValueError(
+                f"calibration='learned' learns Kronecker factors: use transform='kronecker' or 'hadamard' (as a start), "
+                f"got {self.transform!r}."
+            )
+
+    def _check_int(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+
+    @property
+    def n_types(self) -> int:
+        """Number of token types."""
+        return len(self.token_types)
+
+    @property
+    def scheme(self) -> str:
+        """Bits in the field's short form, e.g. `"W4A4KV4"`."""
+        return f"W{self.weight_bits}A{self.activation_bits}" + (f"KV{self.kv_bits}" if self.kv_bits < 16 else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON without what is known only while calibrating."""
+        return {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in RUNTIME}
+
+    def __iter__(self):
+        yield from self.to_dict().items()
+
+    def __deepcopy__(self, memo: dict) -> FreeActConfig:
+        clone = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        for key, value in self.__dict__.items():  # data and tokenizer are shared, not copied
+            clone.__dict__[key] = value if key in RUNTIME else copy.deepcopy(value, memo)
+        return clone

@@ -1,0 +1,134 @@
+"""`FreeActHfQuantizer`: quantize while loading, save, load, dequantize.
+
+Quantizing loads the full-precision model as usual and calibrates in the hook that runs after loading. Loading a saved
+model puts empty quantized modules into the model on the meta device before its weights are read; transformers then
+fills them by name, and full-precision weights never exist.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from optimum_freeact.config import FreeActConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+class FreeActHfQuantizer(HfQuantizer):
+    """Quantizer of `quant_method` "freeact"; see [`FreeActConfig`] for the settings."""
+
+    requires_calibration = False  # True would forbid quantizing in from_pretrained
+
+    def __init__(self, quantization_config: FreeActConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._user_device_map: Any = None
+
+    # ---------------------------------------------------------------- before loading
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Refuse early what cannot work: quantizing without data, or into a map that offloads to disk."""
+        if self.pre_quantized:
+            return
+        if self.quantization_config.dataset is None:
+            from optimum_freeact.calibration.data import load_samples
+
+            load_samples(None, None, 1, 1, 0)  # raises the one message about calibration data
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map places modules on disk, which works for saved FreeAct checkpoints but not while quantizing: "
+                "quantize on 'cpu' (blocks are moved to the GPU one by one), save, and load with that device_map."
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """While quantizing the model waits on the CPU; the user's map is used for the (smaller) quantized model."""
+        if self.pre_quantized:
+            return device_map
+        self._user_device_map = device_map
+        return None if device_map is None else {"": "cpu"}
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.pre_quantized:
+            from optimum_freeact.hf.serialization import check_checkpoint
+            from optimum_freeact.modules.surgery import build_empty
+
+            check_checkpoint(kwargs.get("checkpoint_files"))
+            build_empty(model, self.quantization_config, attach_state(model))
+        return model
+
+    # ---------------------------------------------------------------- after loading
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ARG002
+        from optimum_freeact.hf.serialization import check_loaded
+        from optimum_freeact.quantize import activate, run_calibration
+
+        if self.pre_quantized:
+            check_loaded(model)
+        else:
+            run_calibration(model, self.quantization_config)
+            self.pre_quantized = True
+        activate(model, self.quantization_config)
+        if self._user_device_map is not None:
+            _dispatch(model, self._user_device_map)
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:  # noqa: ARG002
+        """The plain state dict serves; the header names the format for those who open the file without us."""
+        return None, {"quant_method": "freeact", "format_version": str(self.quantization_config.format_version)}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        from optimum_freeact.quantize import dequantize_
+
+        if isinstance(dtype, str):  # save_pretrained leaves config.dtype as a string
+            dtype = getattr(torch, dtype)
+        return dequantize_(model, dtype)
+
+    # ---------------------------------------------------------------- what it can do
+    def is_serializable(self) -> bool:
+        """Always: plain tensors in safetensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters (LoRA) train on top; the quantized weights themselves do not."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """`torch.compile` traces the modules without graph breaks."""
+        return True
+
+
+def attach_state(model: nn.Module) -> Any:
+    """The model's [`TypeState`], made on first use."""
+    from optimum_freeact.token_types import TypeState
+
+    if "_freeact_state" not in model.__dict__:
+        model.__dict__["_freeact_state"] = TypeState()
+    return model.__dict__["_freeact_state"]
+
+
+def _dispatch(model: nn.Module, device_map: Any) -> None:
+    """Place the quantized model as the user asked, planned with its packed sizes."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    if isinstance(device_map, (int, torch.device)) or (isinstance(device_map, str) and device_map not in AUTO_MAPS):
+        device_map = {"": device_map}
+    if isinstance(device_map, str):
+        split = list(getattr(model, "_no_split_modules", None) or [])
+        memory = get_balanced_memory(model, no_split_module_classes=split, low_zero=device_map == "balanced_low_0")
+        device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=split)
+    if set(map(str, device_map.values())) == {"cpu"}:
+        return
+    if len(set(device_map.values())) == 1:
+        model.to(next(iter(device_map.values())))
+        return
+    dispatch_model(model, device_map=device_map)
+
+
+AUTO_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")

@@ -1,0 +1,158 @@
+"""The input side of quantized linears: centre, transform and round once, for all linears that read the same tensor."""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, quantize
+from optimum_freeact.numerics.kronecker import factor_pair
+from optimum_freeact.token_types import TypeState
+from optimum_freeact.transforms.affine_map import InputMap, pick
+
+
+class RoundedInput(NamedTuple):
+    """What a [`FreeActInput`] hands to its linears.
+
+    Args:
+        values (`torch.Tensor` of shape `(..., d)`): `int8` codes, or floating-point values at 16 bits or under grad.
+        qparams ([`QParams`], *optional*): Scale and offset per row, `None` where `values` are no codes.
+        low_rank (`torch.Tensor` of shape `(..., r)`, *optional*): High-precision coordinates.
+        types (`torch.Tensor` of shape `(...)`, *optional*): Token types of the rows.
+    """
+
+    values: torch.Tensor
+    qparams: QParams | None
+    low_rank: torch.Tensor | None
+    types: torch.Tensor | None
+
+
+class FreeActInput(nn.Module):
+    """Centring per token type, channel scale, low-rank split, transform and per-token rounding of one input.
+
+    It is registered once beside the linears that share the input (as `<first linear>_input`) and referenced by all of
+    them, so its tensors are stored once and its work is done once per forward.
+
+    Args:
+        in_features (`int`): d.
+        n_types (`int`): Token types known to the model.
+        n_means (`int`): 0 (no centring), 1 (shared) or `n_types`.
+        channel_scale (`bool`): Whether there is a scale per channel.
+        rank (`int`): Columns of the high-precision basis; 0 for none.
+        transform (`str`): `"none"`, `"hadamard"`, `"kronecker"` or `"orthogonal"`.
+        bits (`int`): 4, 8 or 16.
+        symmetric (`bool`): Symmetric or asymmetric grid per token.
+        n_readers (`int`): How many linears read the result (frees the cached codes after the last).
+        state ([`TypeState`]): Where the current types are found.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        n_types: int,
+        n_means: int,
+        channel_scale: bool,
+        rank: int,
+        transform: str,
+        bits: int,
+        symmetric: bool,
+        n_readers: int,
+        state: TypeState,
+    ):
+        super().__init__()
+        self.in_features, self.bits, self.symmetric, self.n_readers = in_features, bits, symmetric, n_readers
+        self.transform = transform
+        self.state = state
+        self._last: tuple | None = None
+        self._is_hf_initialized = True  # transformers must not initialise these tensors: they are always loaded
+        self.register_buffer("clip", torch.ones(n_types))
+        # bfloat16 is enough: the output biases are computed from the stored (rounded) means, so centring stays exact
+        self.register_buffer("mean", torch.zeros(n_means, in_features, dtype=torch.bfloat16) if n_means else None)
+        self.register_buffer("channel_scale", torch.ones(in_features) if channel_scale else None)
+        # half precision, like the branch it feeds: z is computed from the stored basis, L too
+        self.register_buffer("basis", torch.zeros(in_features, rank, dtype=torch.bfloat16) if rank else None)
+        a, b = factor_pair(in_features)
+        factored, dense = transform in ("hadamard", "kronecker"), transform == "orthogonal"
+        self.register_buffer("left", torch.eye(a) if factored else None)
+        self.register_buffer("right", torch.eye(b) if factored else None)
+        self.register_buffer("dense", torch.eye(in_features) if dense else None)
+
+    def input_map(self, dtype: torch.dtype = torch.float32) -> InputMap:
+        """The stored map as an [`InputMap`] in `dtype`."""
+        names = ("mean", "channel_scale", "basis", "left", "right", "dense")
+        return InputMap(**{n: None if getattr(self, n) is None else getattr(self, n).to(dtype) for n in names})
+
+    def forward(self, x: torch.Tensor) -> RoundedInput:
+        """Round rows `x` of shape `(..., in_features)`; the linears of one group get the same object."""
+        reuse = not (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad))
+        if not reuse or self.n_readers == 1:
+            return self._round(x)
+        last, self._last = self._last, None
+        if last is not None and last[0]() is x and last[1] == x._version:
+            result, left = last[2], last[3] - 1
+        else:
+            result, left = self._round(x), self.n_readers - 1
+        if left:
+            self._last = (weakref.ref(x), x._version, result, left)
+        return result
+
+    def _round(self, x: torch.Tensor) -> RoundedInput:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        types = self.state.of(x) if len(self.clip) > 1 else None
+        z, low_rank = self.input_map(dtype).apply(x.to(dtype), types)
+        if self.bits >= 16:
+            return RoundedInput(z, None, low_rank, types)
+        clip = pick(self.clip.to(dtype).unsqueeze(-1), types)
+        qparams = choose_qparams(z, self.bits, self.symmetric, clip)
+        if torch.is_grad_enabled() and z.requires_grad:
+            return RoundedInput(fake_quantize_ste(z, qparams, self.bits), None, low_rank, types)
+        return RoundedInput(quantize(z, qparams, self.bits).to(torch.int8), qparams, low_rank, types)
+
+    def __deepcopy__(self, memo: dict) -> FreeActInput:
+        self._last = None
+        return _deepcopy_module(self, memo)
+
+    def __reduce_ex__(self, protocol: int) -> None:  # noqa: ARG002
+        raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
+
+    def _apply(self, fn, recurse: bool = True) -> FreeActInput:
+        return keep_dtypes(self, super()._apply, fn, recurse)
+
+    def extra_repr(self) -> str:
+        """Sizes and kinds, for `print(model)`."""
+        rank = 0 if self.basis is None else self.basis.shape[1]
+        means = 0 if self.mean is None else len(self.mean)
+        grid = "sym" if self.symmetric else "asym"
+        return f"{self.in_features}, bits={self.bits} {grid}, transform={self.transform}, means={means}, rank={rank}"
+
+
+PICKLE_REFUSED = (
+    "{} is not pickled: a pickle can run code when it is read and ties the file to this version of the class. "
+    "Save the model with model.save_pretrained(folder) and load it with from_pretrained(folder)."
+)
+
+
+def keep_dtypes(module: nn.Module, apply, fn, recurse: bool) -> nn.Module:
+    """Run `nn.Module._apply` but undo casts: `.to(dtype)` or `.half()` moves the module and keeps its own dtypes."""
+    before = {name: tensor.dtype for name, tensor in module._buffers.items() if tensor is not None}
+    stored = {name: tensor for name, tensor in module._buffers.items() if tensor is not None}
+    result = apply(fn, recurse)
+    for name, dtype in before.items():
+        tensor = module._buffers[name]
+        if tensor.dtype != dtype:
+            module._buffers[name] = stored[name].to(device=tensor.device)
+    return result
+
+
+def _deepcopy_module(module: nn.Module, memo: dict) -> nn.Module:
+    """Deep copy of a module that refuses pickling (the default goes through `__reduce_ex__`)."""
+    import copy
+
+    clone = module.__class__.__new__(module.__class__)
+    memo[id(module)] = clone
+    clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in module.__dict__.items()})
+    return clone

@@ -1,0 +1,151 @@
+"""`FreeActLinear`: a linear layer with packed integer weights that reads a [`FreeActInput`]."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from optimum_freeact.kernels.dispatch import int_linear
+from optimum_freeact.modules.activation import PICKLE_REFUSED, FreeActInput, _deepcopy_module, keep_dtypes
+from optimum_freeact.numerics.affine import dequantize
+from optimum_freeact.numerics.packing import bytes_per_group, pack, unpack
+from optimum_freeact.transforms.affine_map import pick
+
+
+class FreeActLinear(nn.Linear):
+    r"""Computes \\( y = \hat z \hat V^\top + p L^\top + b_k \\) (see `optimum_freeact.transforms.affine_map`).
+
+    It is a subclass of `nn.Linear` so that PEFT and others find it, but has its own storage:
+
+    - `weight` (`uint8`, shape `(out, groups, bytes)`): packed codes of V. Named and shaped so that a program without
+      this package fails with a size mismatch instead of running on random weights.
+    - `qscale` (`float32`, shape `(out, groups)`): scale of each group's codes; absent at 16 bits.
+    - `type_bias` (`float32`, shape `(n_means or 1, out)`): output bias of each token type; absent without bias and
+      centring.
+    - `low_rank` (`bfloat16`, shape `(out, r)`): L; absent at rank 0.
+
+    Args:
+        in_features, out_features (`int`): As in `nn.Linear`.
+        source ([`FreeActInput`]): The input side, owned by the parent module.
+        bits (`int`): 4, 8 or 16.
+        group_size (`int`): Columns per scale; `in_features` for one scale per output channel.
+        bias (`bool`): Whether there is an output bias (always with centring).
+        dtype (`torch.dtype`): Type of a 16-bit weight.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        source: FreeActInput,
+        *,
+        bits: int,
+        group_size: int,
+        bias: bool,
+        dtype: torch.dtype = torch.float32,
+    ):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
+        self.weight_dtype = dtype
+        self.__dict__["source"] = source  # not registered here: the parent owns it, its tensors are stored once
+        self._is_hf_initialized = True
+        groups = in_features // group_size
+        width = bytes_per_group(group_size, bits, dtype)
+        self.weight = nn.Parameter(torch.zeros(out_features, groups, width, dtype=torch.uint8), requires_grad=False)
+        self.register_parameter("bias", None)
+        self.register_buffer("qscale", torch.ones(out_features, groups) if bits < 16 else None)
+        rows = 1 if source.mean is None else len(source.mean)
+        self.register_buffer("type_bias", torch.zeros(rows, out_features) if bias or source.mean is not None else None)
+        rank = 0 if source.basis is None else source.basis.shape[1]
+        self.register_buffer("low_rank", torch.zeros(out_features, rank, dtype=torch.bfloat16) if rank else None)
+        self._codes: torch.Tensor | None = None
+        self._row_sum: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def set_weight(self, codes: torch.Tensor, scale: torch.Tensor | None) -> None:
+        """Store codes of shape `(out, groups, group_size)` and scales `(out, groups, 1)`; at 16 bits values, `None`."""
+        values = codes.to(self.weight_dtype) if self.bits == 16 else codes
+        self.weight.data.copy_(pack(values, self.bits))
+        if scale is not None:
+            self.qscale.copy_(scale.squeeze(-1))
+        self._codes = self._row_sum = None
+
+    def codes(self) -> torch.Tensor:
+        """`int8` codes of shape `(out, in)` (at 16 bits the values of V in their own dtype)."""
+        return unpack(self.weight.data, self.bits, self.group_size, self.weight_dtype).flatten(1)
+
+    def transformed_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """V as the layer uses it, dequantized, shape `(out, in)`."""
+        if self.bits == 16:
+            return self.codes().to(dtype)
+        grouped = self.codes().unflatten(-1, (-1, self.group_size)).to(dtype)
+        return (grouped * self.qscale.to(dtype).unsqueeze(-1)).flatten(1)
+
+    def prepare(self) -> None:
+        """Keep codes as `int8` rows in memory (one byte a weight), so that a forward need not unpack nibbles."""
+        if self.bits < 16 and self.group_size == self.in_features and self.weight.device.type != "meta":
+            self._codes = self.codes()
+            self._row_sum = self._codes.sum(1, dtype=torch.int32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` of shape `(..., in_features)`, any floating dtype; returns `(..., out_features)` in the same dtype."""
+        rounded = self.source(x)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if rounded.qparams is None or self.bits == 16 or self.group_size != self.in_features:
+            values = rounded.values
+            values = values if rounded.qparams is None else dequantize(values, rounded.qparams)
+            y = nn.functional.linear(values.to(dtype), self.transformed_weight(dtype))
+        else:
+            y = self._integer_product(rounded, dtype)
+        if rounded.low_rank is not None:
+            y = y + rounded.low_rank @ self.low_rank.to(dtype).mT
+        if self.type_bias is not None:
+            y = y + pick(self.type_bias.to(dtype), rounded.types)
+        return y.to(x.dtype)
+
+    def _integer_product(self, rounded, dtype: torch.dtype) -> torch.Tensor:
+        """(scale q + offset) V^T = (scale (q codes^T) + offset rowsum(codes)) qscale, the product over integers."""
+        codes = self.codes() if self._codes is None else self._codes
+        flat = rounded.values.reshape(-1, self.in_features)
+        product = int_linear(flat, codes).to(dtype).view(*rounded.values.shape[:-1], self.out_features)
+        y = product * rounded.qparams.scale
+        if rounded.qparams.offset is not None:
+            row_sum = codes.sum(1, dtype=torch.int32) if self._row_sum is None else self._row_sum
+            y = y + rounded.qparams.offset * row_sum.to(dtype)
+        return y * self.qscale.to(dtype).squeeze(-1)
+
+    @torch.no_grad()
+    def dequantized(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Plain weight `(out, in)` and bias `(out,)` (float32) that give the same layer, less activation rounding.
+
+        With several token types the bias is type 0's: a plain linear has only one.
+        """
+        source = self.source.input_map(torch.float64)
+        weight = self.transformed_weight(torch.float64)
+        scaled = source.restore_weight(weight) / (1 if source.channel_scale is None else source.channel_scale)
+        if source.basis is not None:
+            scaled = scaled - scaled @ source.basis @ source.basis.mT + self.low_rank.double() @ source.basis.mT
+        weight = scaled if source.channel_scale is None else scaled * source.channel_scale
+        bias = None if self.type_bias is None else self.type_bias[0].double()
+        if source.mean is not None:
+            bias = bias - weight @ source.mean[0]
+        return weight.float(), None if bias is None else bias.float()
+
+    def __deepcopy__(self, memo: dict) -> FreeActLinear:
+        return _deepcopy_module(self, memo)
+
+    def __reduce_ex__(self, protocol: int) -> None:  # noqa: ARG002
+        raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
+
+    def _apply(self, fn, recurse: bool = True) -> FreeActLinear:
+        prepared = self._codes is not None
+        self._codes = self._row_sum = None
+        result = keep_dtypes(self, super()._apply, fn, recurse)
+        if prepared:
+            self.prepare()
+        return result
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        groups = "" if self.group_size == self.in_features else f", group_size={self.group_size}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}{groups}"

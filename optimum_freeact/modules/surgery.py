@@ -1,0 +1,93 @@
+"""Put quantized modules in place of linears: empty ones on the meta device for loading, or fitted ones one by one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.layout import find_blocks
+from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.token_types import TypeState
+
+
+def input_name(group: list[str]) -> str:
+    """Name of a group's input module: beside the first linear, `self_attn.q_proj` -> `self_attn.q_proj_input`."""
+    return f"{group[0]}_input"
+
+
+def rank_of(config: FreeActConfig, in_features: int) -> int:
+    """Rank of the high-precision branch: the config's, at most an eighth of the input's width."""
+    return min(config.low_rank, in_features // 8)
+
+
+def check_linear(name: str, module: nn.Linear, config: FreeActConfig) -> None:
+    """Raise a `ValueError` if a linear's shape does not fit the config; the message names module and remedy."""
+    n = module.in_features
+    size = config.weight_group_size
+    if size is not None and n % size:
+        divisors = [d for d in (16, 32, 64, 128, 256) if n % d == 0]
+        raise ValueError(
+            f"weight_group_size={size} does not divide in_features={n} of {name!r}; use one of {divisors}, or None for "
+            f"one scale per output channel, or add {name.rpartition('.')[2]!r} to modules_to_not_convert."
+        )
+    if config.weight_bits == 4 and n % 2:
+        raise ValueError(
+            f"{name!r} has an odd in_features={n}: 4-bit codes are packed in pairs. Add it to modules_to_not_convert."
+        )
+
+
+def replace_group(
+    block: nn.Module, group: list[str], config: FreeActConfig, state: TypeState, device: torch.device | str
+) -> tuple[FreeActInput, list[FreeActLinear]]:
+    """Replace the named linears of a block by empty quantized ones on `device`; returns what was put in place."""
+    first = block.get_submodule(group[0])
+    n = first.in_features
+    means = {"none": 0, "shared": 1, "per_type": config.n_types}[config.centring]
+    with torch.device(device):
+        source = FreeActInput(
+            n,
+            n_types=config.n_types,
+            n_means=means,
+            channel_scale=config.channel_scale != "none",
+            rank=rank_of(config, n),
+            transform=config.transform,
+            bits=config.activation_bits,
+            symmetric=config.activation_symmetric,
+            n_readers=len(group),
+            state=state,
+        )
+        replaced = []
+        for name in group:
+            old = block.get_submodule(name)
+            new = FreeActLinear(
+                n,
+                old.out_features,
+                source,
+                bits=config.weight_bits,
+                group_size=config.weight_group_size or n,
+                bias=old.bias is not None,
+                dtype=getattr(torch, config.weight_dtype or "float32"),
+            )
+            new.train(old.training)
+            block.set_submodule(name, new)
+            replaced.append(new)
+        block.set_submodule(input_name(group), source.train(first.training))
+    return source, replaced
+
+
+def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> None:
+    """Give a model on the meta device the quantized modules that its checkpoint was saved with."""
+    _, blocks = find_blocks(model)
+    groups = config.input_groups
+    if not groups:
+        raise ValueError("The checkpoint's config lacks 'input_groups': it was not written by FreeActConfig's quantizer.")
+    for index, block in enumerate(blocks):
+        for group in groups.get(str(index), groups.get("*", [])):
+            replace_group(block, group, config, state, "meta")
+
+
+def quantized_linears(model: nn.Module) -> dict[str, FreeActLinear]:
+    """All quantized linears by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FreeActLinear)}

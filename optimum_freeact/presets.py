@@ -1,0 +1,67 @@
+"""Named sets of defaults. A preset only fills what the caller leaves open."""
+
+from __future__ import annotations
+
+
+PLAIN = {
+    "activation_symmetric": True,
+    "transform": "none",
+    "channel_scale": "none",
+    "centring": "none",
+    "low_rank": 0,
+    "rounding": "rtn",
+    "activation_clip": 1.0,
+    "weight_clip": 1.0,
+    "token_types": ["text"],
+    "calibration": "closed_form",
+    "error_correction": False,
+}
+
+PRESETS: dict[str, dict] = {
+    # Round to nearest, per channel and per token: the floor every method must clear.
+    "rtn": dict(PLAIN),
+    # SmoothQuant (2211.10438): channel scales with alpha 0.5, round to nearest.
+    "smoothquant": {**PLAIN, "channel_scale": "smoothquant"},
+    # QuaRot (2404.00456): Hadamard rotation, GPTQ weights, symmetric activations clipped at 0.9 (its own default).
+    "quarot": {**PLAIN, "transform": "hadamard", "rounding": "gptq", "activation_clip": 0.9, "weight_clip": "search"},
+    # FlatQuant (2410.09426): learned Kronecker transforms, channel scales and clips from a random orthogonal start,
+    # 15 epochs, learning rate 5e-3, inputs of the full-precision stream, round to nearest.
+    "flatquant": {
+        **PLAIN,
+        "transform": "kronecker",
+        "channel_scale": "smoothquant",
+        "calibration": "learned",
+        "learned_start": "random",
+        "learning_rate": 5e-3,
+        "epochs": 15,
+        "propagate_error": False,
+    },
+    # FreeAct as in the paper (2603.01776): FlatQuant with token types; with one type (and the sink) the masks are empty,
+    # what is left of it is clipping per type, orthogonal start and learning rate 1e-3.
+    "freeact-paper": {
+        **PLAIN,
+        "transform": "kronecker",
+        "channel_scale": "smoothquant",
+        "token_types": ["text", "sink"],
+        "calibration": "learned",
+        "learned_start": "random",
+        "learning_rate": 1e-3,
+        "epochs": 15,
+        "propagate_error": False,
+    },
+    # Ours: means per type subtracted, closed-form scale and Kronecker transform, second-order rounding that also
+    # corrects the errors of earlier blocks.
+    "freeact": {
+        "activation_symmetric": False,
+        "transform": "kronecker",
+        "channel_scale": "closed_form",
+        "centring": "per_type",
+        "low_rank": 0,
+        "rounding": "gptq",
+        "activation_clip": "search",
+        "weight_clip": "search",
+        "token_types": ["text", "sink"],
+        "calibration": "closed_form",
+        "error_correction": True,
+    },
+}

@@ -1,0 +1,1 @@
+"""Reading the result: perplexity, tables, figures."""

@@ -1,0 +1,1 @@
+"""Weight rounding: nearest and second-order."""

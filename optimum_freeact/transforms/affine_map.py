@@ -1,0 +1,100 @@
+r"""The map from a layer's input to the coordinates that are rounded, and what it makes of weights and moments.
+
+For an input row x of type k, with mean \\( \mu_k \\), channel scale s, low-rank basis U (orthonormal columns) and
+invertible transform A:
+
+    u = (x - mu_k) * s                 centred and scaled
+    p = u U                            r coordinates kept in high precision
+    z = (u - p U^T) A                  rounded to few bits
+
+and with V = (W / s) A^{-T}, L = (W / s) U, b_k = W mu_k + b, for every x and every type, without rounding,
+
+    y = z V^T + p L^T + b_k = W x + b.
+
+This is exact for any mu, s, U and invertible A (tested in float64): the calibration may choose them freely.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from optimum_freeact.numerics.kronecker import kron_apply
+
+
+@dataclass
+class InputMap:
+    """Parameters of the map; absent parts are `None`. All float64 while fitting.
+
+    Args:
+        mean (`torch.Tensor` of shape `(n_types or 1, d)`, *optional*): Per-type means mu.
+        channel_scale (`torch.Tensor` of shape `(d,)`, *optional*): s, positive.
+        basis (`torch.Tensor` of shape `(d, r)`, *optional*): U.
+        left, right (`torch.Tensor` of shapes `(a, a)`, `(b, b)`, *optional*): A = left (x) right, a * b = d.
+        dense (`torch.Tensor` of shape `(d, d)`, *optional*): A itself. Not together with `left`.
+    """
+
+    mean: torch.Tensor | None = None
+    channel_scale: torch.Tensor | None = None
+    basis: torch.Tensor | None = None
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+
+    def to(self, *args, **kwargs) -> InputMap:
+        """All tensors moved or cast as by `torch.Tensor.to`."""
+        return InputMap(**{k: v if v is None else v.to(*args, **kwargs) for k, v in vars(self).items()})
+
+    def centre(self, x: torch.Tensor, types: torch.Tensor | None) -> torch.Tensor:
+        """`x - mu_k`; `types` of shape `x.shape[:-1]`, or `None` for type 0 throughout."""
+        return x if self.mean is None else x - pick(self.mean, types)
+
+    def apply(self, x: torch.Tensor, types: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """z and p of rows `x` of shape `(..., d)`."""
+        return self.apply_centred(self.centre(x, types))
+
+    def apply_centred(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """z and p of rows that are centred already."""
+        if self.channel_scale is not None:
+            u = u * self.channel_scale
+        p = None
+        if self.basis is not None:
+            p = u @ self.basis
+            u = u - p @ self.basis.mT
+        return self._rotate(u), p
+
+    def _rotate(self, u: torch.Tensor) -> torch.Tensor:
+        if self.left is not None:
+            return kron_apply(u, self.left, self.right)
+        return u if self.dense is None else u @ self.dense
+
+    def transform_weight(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """V of shape `(out, d)` and L of shape `(out, r)` of a weight of shape `(out, d)`."""
+        scaled = weight if self.channel_scale is None else weight / self.channel_scale
+        low_rank = None if self.basis is None else scaled @ self.basis
+        if self.left is not None:
+            return kron_apply(scaled, torch.linalg.inv(self.left).mT, torch.linalg.inv(self.right).mT), low_rank
+        if self.dense is not None:
+            return torch.linalg.solve(self.dense, scaled.mT).mT, low_rank
+        return scaled, low_rank
+
+    def restore_weight(self, v: torch.Tensor) -> torch.Tensor:
+        """W from V: inverse of [`transform_weight`] (the low-rank part is contained in V and needs nothing)."""
+        w = v @ self.dense.mT if self.dense is not None else v
+        w = kron_apply(v, self.left.mT, self.right.mT) if self.left is not None else w
+        return w if self.channel_scale is None else w * self.channel_scale
+
+    def transform_moments(self, moments: torch.Tensor) -> torch.Tensor:
+        """Second moments of z from those of the centred x (also of a cross moment), shape `(d, d)`."""
+        half, _ = self.apply_centred(moments)  # M J, where z = x J
+        return self.apply_centred(half.mT)[0].mT
+
+
+def pick(table: torch.Tensor, types: torch.Tensor | None) -> torch.Tensor:
+    """Row of `table` for each type: shape `types.shape + (width,)`, or `(width,)` where one row serves all."""
+    if types is None or table.shape[0] == 1:
+        return table[0]
+    if table.shape[0] == 2:  # a select needs no gather and fuses
+        return torch.where(types.unsqueeze(-1) == 1, table[1], table[0])
+    return torch.nn.functional.embedding(types, table)

@@ -1,0 +1,174 @@
+"""Choose a layer input's map in closed form from moments: no gradient, seconds per model.
+
+Which parts are fitted is the config's choice; every part keeps the layer exact before rounding (affine_map.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from optimum_freeact.moments import Moments
+from optimum_freeact.numerics.hadamard import flat_rotation, random_orthogonal
+from optimum_freeact.numerics.kronecker import factor_pair, partial_traces
+from optimum_freeact.numerics.matrix_mean import damped, inverse_geometric_mean, spd_power
+from optimum_freeact.transforms.affine_map import InputMap
+
+
+KRONECKER_SWEEPS = 4  # alternating minimisation; the product changes by under 1 % after the third (SmolLM2)
+
+
+@dataclass(frozen=True)
+class MapSpec:
+    """What to fit.
+
+    Args:
+        transform (`str`): `"none"`, `"hadamard"`, `"kronecker"` or `"orthogonal"`.
+        channel_scale (`str`): `"none"`, `"smoothquant"` or `"closed_form"`.
+        centring (`str`): `"none"`, `"shared"` or `"per_type"`.
+        low_rank (`int`): Rank of the high-precision branch.
+        closed_form (`bool`): Fit Kronecker factors to the moments; otherwise they only rotate.
+        damping (`float`): Share of the mean diagonal added to second moments.
+    """
+
+    transform: str
+    channel_scale: str
+    centring: str
+    low_rank: int
+    closed_form: bool
+    damping: float = 1e-3
+
+
+@dataclass
+class InputStatistics:
+    """Moments of one input about the chosen centres, and of the weights that read it, float64.
+
+    Args:
+        c (`torch.Tensor` of shape `(d, d)`): Activation second moments about the type means, mixed over types.
+        h (`torch.Tensor` of shape `(d, d)`): W^T W summed over the linears that share the input.
+        mean (`torch.Tensor` of shape `(n_types or 1, d)`, *optional*): The centres.
+        cross (`torch.Tensor` of shape `(d, d)`, *optional*): Full-precision inputs against actual ones.
+    """
+
+    c: torch.Tensor
+    h: torch.Tensor
+    mean: torch.Tensor | None
+    cross: torch.Tensor | None
+    peak: torch.Tensor
+    weight_peak: torch.Tensor
+
+
+def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSpec) -> InputStatistics:
+    """Centre the moments as the config asks and mix the types.
+
+    Types are mixed by their share of tokens after each is normalised by its own output energy tr(C_k H), so that one
+    sink token with a thousand times the energy of the others does not decide the transform of all.
+    """
+    h = sum(w.double().mT @ w.double() for w in weights)
+    kinds = [k for k in range(moments.n_types) if moments.count[k] > 0]
+    if spec.centring == "per_type":
+        mean = torch.stack([moments.mean(k) for k in range(moments.n_types)])
+    elif spec.centring == "shared":
+        mean = moments.mean().unsqueeze(0)
+    else:
+        mean = None
+    zero = torch.zeros_like(moments.shift, dtype=torch.float64)
+    c, cross, total = torch.zeros_like(h), torch.zeros_like(h), moments.count.sum()
+    energies = []
+    for k in kinds:
+        centre = zero if mean is None else mean[min(k, len(mean) - 1)]
+        covariance = moments.covariance(k, centre)
+        energy = (covariance * h).sum().clamp_min(torch.finfo(torch.float64).tiny)
+        share = moments.count[k] / total / energy
+        energies.append((moments.count[k] / total, energy))
+        c += share * covariance
+        if moments.paired:
+            centre_y = zero if mean is None else moments.mean_of_pair(k if len(mean) > 1 else None)
+            cross += share * moments.cross_covariance(k, centre_y, centre)
+    scale = sum(share * energy for share, energy in energies)  # back to the units of the activations
+    weight_peak = torch.stack([w.abs().amax(0) for w in weights]).amax(0).double()
+    return InputStatistics(
+        c * scale, h, mean, cross * scale if moments.paired else None, moments.peak.double(), weight_peak
+    )
+
+
+def balanced_channel_scale(c: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """Diagonal member of the optimal family: s_j = (H_jj / C_jj)^(1/4), which equalises both sides' energies."""
+    return (damped(h).diagonal() / damped(c).diagonal()).pow(0.25)
+
+
+def smoothquant_scale(peak: torch.Tensor, weight_peak: torch.Tensor, alpha: float = 0.5) -> torch.Tensor:
+    """SmoothQuant (2211.10438, Eq. 4) as a multiplier of the activations: s_j = max|W_j|^(1-a) / max|x_j|^a."""
+    return weight_peak.clamp_min(1e-5).pow(1 - alpha) / peak.clamp_min(1e-5).pow(alpha)
+
+
+def top_directions(c: torch.Tensor, rank: int) -> torch.Tensor:
+    """Orthonormal basis of the `rank` directions with the most energy, shape `(d, rank)`."""
+    return torch.linalg.eigh(c)[1][:, -rank:]
+
+
+def low_rank_and_scale(stats: InputStatistics, spec: MapSpec) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Channel scale and low-rank basis, alternated twice because each changes what the other sees."""
+    n = len(stats.c)
+    eye = torch.eye(n, dtype=stats.c.dtype, device=stats.c.device)
+    if spec.channel_scale == "smoothquant":
+        scale = smoothquant_scale(stats.peak, stats.weight_peak)
+    elif spec.channel_scale == "closed_form":
+        scale = balanced_channel_scale(stats.c, stats.h)
+    else:
+        scale = None
+    rank = min(spec.low_rank, n // 8)
+    if rank == 0:
+        return scale, None
+    for last in (False, True):
+        scaled = stats.c if scale is None else stats.c * scale[:, None] * scale
+        basis = top_directions(scaled, rank)
+        if last or spec.channel_scale != "closed_form":
+            return scale, basis
+        keep = eye - basis @ basis.mT
+        residual = (keep @ scaled @ keep).diagonal() / scale.square()
+        scale = balanced_channel_scale(torch.diag(residual), stats.h)
+    raise AssertionError("unreachable")
+
+
+def kronecker_factors(c: torch.Tensor, h: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors G_a, G_b that minimise tr(C G_a (x) G_b) tr(H (G_a (x) G_b)^-1), by alternating closed forms."""
+    a, b = factor_pair(len(c))
+    left = torch.eye(a, dtype=c.dtype, device=c.device)
+    right = torch.eye(b, dtype=c.dtype, device=c.device)
+    c, h = damped(c, damping), damped(h, damping)
+    for _ in range(KRONECKER_SWEEPS):
+        left = inverse_geometric_mean(
+            partial_traces(c, left, right)[0], partial_traces(h, torch.linalg.inv(left), torch.linalg.inv(right))[0]
+        )
+        right = inverse_geometric_mean(
+            partial_traces(c, left, right)[1], partial_traces(h, torch.linalg.inv(left), torch.linalg.inv(right))[1]
+        )
+        left, right = left / left.diagonal().mean(), right * left.diagonal().mean()
+    return left, right
+
+
+def fit_map(stats: InputStatistics, spec: MapSpec, generator: torch.Generator) -> InputMap:
+    """The map of one input.
+
+    Args:
+        stats ([`InputStatistics`]): Moments.
+        spec ([`MapSpec`]): What to fit.
+        generator (`torch.Generator`): CPU generator of the rotations.
+    """
+    n, device = len(stats.c), stats.c.device
+    scale, basis = low_rank_and_scale(stats, spec)
+    found = InputMap(mean=stats.mean, channel_scale=scale, basis=basis)
+    if spec.transform == "orthogonal":
+        found.dense = random_orthogonal(n, generator).to(device)
+    elif spec.transform in ("hadamard", "kronecker"):
+        a, b = factor_pair(n)
+        left, right = flat_rotation(a, generator).to(device), flat_rotation(b, generator).to(device)
+        if spec.transform == "kronecker" and spec.closed_form:
+            c = found.transform_moments(stats.c)
+            h = stats.h if scale is None else stats.h / scale[:, None] / scale
+            g_left, g_right = kronecker_factors(c, h, spec.damping)
+            left, right = spd_power(g_left, 0.5) @ left, spd_power(g_right, 0.5) @ right
+        found.left, found.right = left, right
+    return found
