@@ -1,8 +1,8 @@
 """Does a rule taught in English hold in other languages, and is it translation that carries it?
 
-    python -m benchmarks.mlc.transfer                          # the table: all methods, three seeds
-    python -m benchmarks.mlc.transfer --map                    # one seed over layer, weight, centring, repulsion, ...
-    python -m benchmarks.mlc.transfer --tiny                   # minutes on a CPU, proves that it runs
+    python benchmarks/mlc/transfer.py           # the table: all methods, three seeds
+    python benchmarks/mlc/transfer.py --map     # one seed over layer, weight, centring, repulsion, extractor, ...
+    python benchmarks/mlc/transfer.py --tiny    # minutes on a CPU: proves that it runs
 
 Task: see `concepts.py`. Every run trains on the same English preferences for the same steps; it is scored on concepts
 never trained on. Runs already in the result file are not repeated, so a table can be filled in several calls.
@@ -13,16 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from anywhere
 
 import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from benchmarks._results import RESULTS, command_line, read, write
 from benchmarks.mlc.concepts import DECLINES, HELD_OUT, SEEN, split
-from benchmarks.mlc.results import ROOT, claim, print_claims, write
+from benchmarks.mlc.transfer_claims import OURS as OUR_METHOD
+from benchmarks.mlc.transfer_claims import claims
 from tools.assets import fetch
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
 from trl_mlc.evaluation.preferences import perplexity
@@ -42,7 +48,6 @@ METHODS = {
     "center+repulsion": OURS,
     "center+repulsion.shuffled": {**OURS, "shuffled": True},
 }
-OUR_METHOD = "center+repulsion"
 MAP = {
     "aligned": METHODS["aligned"],
     OUR_METHOD: OURS,
@@ -76,14 +81,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="use this many concepts in all")
     parser.add_argument("--map", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="4 steps on few concepts, for a CPU")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the result file goes")
     options = parser.parse_args()
     if options.tiny:
         options.steps, options.batch, options.limit, options.seeds = 4, 2, 24, options.seeds[:2]
     if options.map:
         options.seeds = options.seeds[:1]
-    name = "mlc_transfer" + ("_map" if options.map else "") + ("_tiny" if options.tiny else "")
-    options.output = options.output or ROOT / "benchmarks" / "results" / f"{name}.json"
+    options.name = "mlc_transfer" + ("_map" if options.map else "") + ("_tiny" if options.tiny else "")
     return options
 
 
@@ -157,73 +161,45 @@ def always_decline(test, seed: int) -> dict:
     return {"method": "always-decline", "seed": seed, "metric": "accuracy_transfer", "value": share}
 
 
-def claims_of(rows: list[dict]) -> list[dict]:
-    """The issue's claims for our method, from the rows."""
-
-    def values(method: str, metric: str) -> list[float]:
-        return [r["value"] for r in rows if r["method"] == method and r["metric"] == metric]
-
-    def mean(method: str, metric: str) -> float:
-        return statistics.fmean(values(method, metric))
-
-    ours, shuffled = OUR_METHOD, f"{OUR_METHOD}.shuffled"
-    found = []
-    for group, target in (("seen", 5), ("held_out", 2)):
-        metric = f"variance_x100_{group}"
-        cut = mean("aligned", metric) / max(mean(ours, metric), 1e-9)
-        how = f"mean over seeds of {metric}: aligned / {ours}"
-        found.append(claim(f"mlc.transfer.variance_cut_{group}", cut, ">=", target, how))
-    drop = mean("aligned", "accuracy_english") - mean(ours, "accuracy_english")
-    found.append(claim("mlc.transfer.english_accuracy_drop", drop, "<=", 0.01, f"aligned - {ours}, means over seeds"))
-    ratio = mean(ours, "perplexity_english") / mean("aligned", "perplexity_english")
-    how = f"{ours} / aligned, means over seeds; Debian Handbook"
-    found.append(claim("mlc.transfer.english_perplexity_ratio", ratio, "<=", 1.02, how))
-    a, b = values(ours, "accuracy_transfer"), values(shuffled, "accuracy_transfer")
-    if len(a) > 1 and len(b) > 1:
-        spread = max(((statistics.variance(a) + statistics.variance(b)) / 2) ** 0.5, 1e-9)
-        gain = (statistics.fmean(a) - statistics.fmean(b)) / spread
-        how = f"accuracy_transfer: ({ours} - {shuffled}) / pooled standard deviation over seeds"
-        found.append(claim("mlc.transfer.gain_over_shuffled_in_sd", gain, ">=", 2, how))
-    return found
+def base_rows(folder: str, tokenizer, test, text, seed: int) -> list[dict]:
+    """The untrained model, and the constant answer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    rows = measure(model, tokenizer, test, text, None, {}, {"method": "base", "seed": seed})
+    return [*rows, always_decline(test, seed)]
 
 
 def main() -> None:
     options = parse()
     table = MAP if options.map else METHODS
-    methods = options.methods or list(table)
-    folder = str(fetch(options.model) if not Path(options.model).is_dir() else options.model)
+    folder = options.model if Path(options.model).is_dir() else str(fetch(options.model))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = english_text(tokenizer, options.tiny)
-    rows = json.loads(options.output.read_text(encoding="utf-8"))["rows"] if options.output.is_file() else []
-    settings = {"model": options.model, "steps": options.steps, "batch": options.batch, "lora": options.lora}
-    settings |= {"learning_rate": options.learning_rate, "limit": options.limit, "seen": SEEN, "held_out": HELD_OUT}
-    settings["methods"] = {name: table[name] for name in methods}
+    path = options.folder / f"{options.name}.json"
+    rows = read(path)["rows"] if path.is_file() else []
+    source = "benchmarks.mlc." + ("transfer_claims" if options.name == "mlc_transfer" else "no_claims")
+    fixed = {k: getattr(options, k) for k in ("model", "steps", "batch", "lora", "learning_rate", "limit")}
     for seed in options.seeds:
         train_data, test_data = split(fetch("concepts"), seed=seed, limit=options.limit)
         done = {(row["method"], row["seed"]) for row in rows}
         if ("base", seed) not in done:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
-            rows += measure(model, tokenizer, test_data, text, None, {}, {"method": "base", "seed": seed})
-            rows.append(always_decline(test_data, seed))
-            del model
-        for method in methods:
+            rows += base_rows(folder, tokenizer, test_data, text, seed)
+        for method in options.methods or table:
             if (method, seed) in done:
                 continue
             model, layer, numbers = train(folder, tokenizer, train_data, table[method], seed, options)
             tag = {"method": method, "seed": seed, **({"layer": layer} if layer is not None else {})}
             fresh = measure(model, tokenizer, test_data, text, layer, numbers, tag)
+            fresh[-1]["settings"] = json.dumps({**fixed, **table[method]})
             rows += fresh
             del model
-            summary = {r["metric"]: r["value"] for r in fresh if "language" not in r}
-            print(f"seed {seed} {method:32}", {k: round(v, 4) for k, v in summary.items()}, flush=True)
-            present = {row["method"] for row in rows}
-            claims = claims_of(rows) if {"aligned", OUR_METHOD} <= present and not options.map else []
-            write(
-                options.output, options.output.stem, rows, claims, sorted({r["seed"] for r in rows}), settings=settings
-            )
-    if not options.map:
-        print_claims(claims_of(rows))
+            summary = {r["metric"]: round(r["value"], 4) for r in fresh if "language" not in r}
+            print(f"seed {seed} {method:32}", summary, flush=True)
+            seeds = sorted({row["seed"] for row in rows})
+            write(options.name, rows, source, command_line(), seeds, folder=options.folder)
+    for found in claims(rows) if options.name == "mlc_transfer" else []:
+        verdict = "holds" if found["holds"] else "FALLS SHORT"
+        print(f"{found['id']:45} {found['value']:10.4f} {found['compare']} {found['target']:<6} {verdict}")
 
 
 if __name__ == "__main__":
