@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "activation_bits": 4,
     "kv_bits": 16,
     "weight_group_size": None,
+    "smooth_alpha": 0.5,
     "learned_start": "closed_form",
     "learning_rate": 2e-3,
     "epochs": 15,
@@ -65,6 +66,7 @@ class FreeActConfig(QuantizationConfigMixin):
         transform (`str`, *optional*): `"none"`, `"hadamard"`, `"kronecker"` (closed form or learned) or `"orthogonal"`
             (dense random; for comparison, d^2 numbers per input).
         channel_scale (`str`, *optional*): `"none"`, `"smoothquant"` or `"closed_form"`.
+        smooth_alpha (`float`, *optional*, defaults to 0.5): Migration strength of `"smoothquant"` scales.
         centring (`str`, *optional*): Subtract the mean activation, exactly compensated by an output bias: `"none"`,
             `"shared"` by all tokens or `"per_type"`.
         low_rank (`int`, *optional*): Rank of a 16-bit branch that carries each input's strongest directions; 0 for none.
@@ -145,7 +147,7 @@ class FreeActConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if value != "search" and not (isinstance(value, (int, float)) and 0 < value <= 1):
                 raise ValueError(f"{name} must be 'search' or a number in (0, 1], got {value!r}.")
-        for name in ("damping", "learning_rate"):
+        for name in ("damping", "learning_rate", "smooth_alpha"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {value!r}.")

@@ -1,7 +1,9 @@
 """Streamed first and second moments of a linear layer's input, per token type.
 
-Sums are accumulated in float64 about a fixed shift (the first batch's mean), so that subtracting means later cancels
-no digits, and memory does not grow with the number of tokens.
+Sums are accumulated in float64 about a fixed shift per type (the mean of the type's first batch), so that subtracting
+means later cancels no digits, and memory does not grow with the number of tokens. The shift must be the type's own:
+a sink token's input is thousands of times larger than the others', and about the others' mean its rounding errors alone
+exceed its variance (measured on SmolLM2: covariances lost their positivity, and everything fitted to them diverged).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ class Moments:
     """Counts, means and centred second moments of rows `x`, optionally crossed with paired rows `y`.
 
     `y` are the inputs that the same tokens have in the full-precision model; their cross moments tell how the weight
-    must change so that `W' x` best predicts `W y` (see [`optimum_freeact.transforms.correction`]).
+    must change so that `W' x` best predicts `W y` (see `optimum_freeact.transforms.correction`).
 
     Args:
         n_features (`int`): Width of the rows.
@@ -28,13 +30,13 @@ class Moments:
     ):
         self.n_types = n_types
         self.count = torch.zeros(n_types, dtype=torch.float64, device=device)
-        self.sum = torch.zeros(n_types, n_features, dtype=torch.float64, device=device)
+        self.shift = torch.zeros(n_types, n_features, dtype=torch.float64, device=device)
+        self.sum = torch.zeros_like(self.shift)  # of x - shift
         self.second = torch.zeros(n_types, n_features, n_features, dtype=torch.float64, device=device)
         self.peak = torch.zeros(n_features, dtype=torch.float32, device=device)  # largest |x| per channel
         self.paired = paired
         self.sum_y = torch.zeros_like(self.sum) if paired else None
-        self.cross = torch.zeros_like(self.second) if paired else None  # sum of y^T x
-        self.shift: torch.Tensor | None = None
+        self.cross = torch.zeros_like(self.second) if paired else None  # sum of (y - shift)^T (x - shift)
         self.n_rows = n_rows
         self._rows: list[torch.Tensor] = []
         self._row_types: list[torch.Tensor] = []
@@ -48,30 +50,36 @@ class Moments:
             y (`torch.Tensor` of shape `(n, n_features)`, *optional*): Paired rows.
         """
         x = x.float()
-        if self.shift is None:
-            self.shift = x.mean(0)
         self.peak = torch.maximum(self.peak, x.abs().amax(0))
-        keep = max(1, self.n_rows // 8)
-        if sum(len(rows) for rows in self._rows) < self.n_rows:
-            picked = torch.linspace(0, len(x) - 1, min(keep, len(x)), device=x.device).long()
-            self._rows.append(x[picked].clone())
-            self._row_types.append(types[picked].clone())
-        x = x - self.shift
-        if y is not None:
-            y = y.float() - self.shift
+        self._keep_rows(x, types)
         for kind in range(self.n_types):
             chosen = types == kind
             n = int(chosen.sum())
             if n == 0:
                 continue
             rows = x if n == len(x) else x[chosen]
+            if self.count[kind] == 0:
+                self.shift[kind] = rows.mean(0, dtype=torch.float64)
+            rows = self._about_shift(rows, kind)
             self.count[kind] += n
             self.sum[kind] += rows.sum(0, dtype=torch.float64)
             self.second[kind] += rows.mT @ rows
             if y is not None:
-                other = y if n == len(y) else y[chosen]
+                other = self._about_shift(y if n == len(y) else y[chosen], kind)
                 self.sum_y[kind] += other.sum(0, dtype=torch.float64)
                 self.cross[kind] += other.mT @ rows
+
+    def _about_shift(self, rows: torch.Tensor, kind: int) -> torch.Tensor:
+        """Rows less the type's shift; float64 products where rows are few (they are cheap, and few rows vary little)."""
+        few = len(rows) < rows.shape[1] // 4
+        return (rows.double() - self.shift[kind]).to(torch.float64 if few else torch.float32)
+
+    def _keep_rows(self, x: torch.Tensor, types: torch.Tensor) -> None:
+        if sum(len(rows) for rows in self._rows) < self.n_rows:
+            n = min(max(1, self.n_rows // 8), len(x))
+            picked = torch.linspace(0, len(x) - 1, n, device=x.device).long()
+            self._rows.append(x[picked].clone())
+            self._row_types.append(types[picked].clone())
 
     @property
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,31 +90,33 @@ class Moments:
         """Whether no NaN or inf was seen."""
         return bool(torch.isfinite(self.sum).all() and torch.isfinite(self.second).all())
 
+    def _overall(self, sums: torch.Tensor) -> torch.Tensor:
+        return (sums + self.shift * self.count[:, None]).sum(0) / self.count.sum()
+
     def mean(self, kind: int | None = None) -> torch.Tensor:
         """Mean row of one type, or of all tokens, float64; a type that was never seen gets the mean of all."""
         if kind is not None and self.count[kind] > 0:
-            return self.sum[kind] / self.count[kind] + self.shift.double()
-        return self.sum.sum(0) / self.count.sum() + self.shift.double()
+            return self.sum[kind] / self.count[kind] + self.shift[kind]
+        return self._overall(self.sum)
 
     def mean_of_pair(self, kind: int | None = None) -> torch.Tensor:
         """Like [`mean`], of the paired rows `y`."""
         if kind is not None and self.count[kind] > 0:
-            return self.sum_y[kind] / self.count[kind] + self.shift.double()
-        return self.sum_y.sum(0) / self.count.sum() + self.shift.double()
+            return self.sum_y[kind] / self.count[kind] + self.shift[kind]
+        return self._overall(self.sum_y)
 
     def covariance(self, kind: int, centre: torch.Tensor) -> torch.Tensor:
-        """Mean of `(x - centre)^T (x - centre)` over one type, float64, positive semi-definite by construction."""
-        n = self.count[kind].clamp_min(1)
-        offset = self.sum[kind] / n  # mean relative to the shift
-        about_mean = self.second[kind] / n - torch.outer(offset, offset)
-        gap = offset + self.shift.double() - centre
-        return about_mean + torch.outer(gap, gap)
+        """Mean of `(x - centre)^T (x - centre)` over one type, float64."""
+        return self._about(self.second[kind], self.sum[kind], self.sum[kind], kind, centre, centre)
 
     def cross_covariance(self, kind: int, centre_y: torch.Tensor, centre_x: torch.Tensor) -> torch.Tensor:
         """Mean of `(y - centre_y)^T (x - centre_x)` over one type, float64."""
+        return self._about(self.cross[kind], self.sum_y[kind], self.sum[kind], kind, centre_y, centre_x)
+
+    def _about(self, product, sum_left, sum_right, kind, centre_left, centre_right) -> torch.Tensor:
+        """Mean product about two centres, from sums about the type's shift."""
         n = self.count[kind].clamp_min(1)
-        offset_x, offset_y = self.sum[kind] / n, self.sum_y[kind] / n
-        about_means = self.cross[kind] / n - torch.outer(offset_y, offset_x)
-        gap_x = offset_x + self.shift.double() - centre_x
-        gap_y = offset_y + self.shift.double() - centre_y
-        return about_means + torch.outer(gap_y, gap_x)
+        left, right = sum_left / n, sum_right / n
+        gap_left = left + self.shift[kind] - centre_left
+        gap_right = right + self.shift[kind] - centre_right
+        return product / n - torch.outer(left, right) + torch.outer(gap_left, gap_right)

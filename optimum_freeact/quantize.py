@@ -37,7 +37,9 @@ def quantize(model: nn.Module, config: FreeActConfig) -> nn.Module:
     """
     present = getattr(model.config, "quantization_config", None)
     if present is not None or quantized_linears(model):
-        raise ValueError(f"The model is quantized already ({type(present).__name__}): load it in full precision first.")
+        raise ValueError(
+            f"The model is quantized already ({type(present).__name__}): load it in full precision first."
+        )
     quantizer = FreeActHfQuantizer(config, pre_quantized=False)
     quantizer.validate_environment()
     quantizer.preprocess_model(model)
@@ -102,7 +104,9 @@ def run_calibration(model: nn.Module, config: FreeActConfig) -> list:
     experts = [name for name, reason in kept.items() if "experts" in reason]
     if experts:
         logger.warning(
-            "%d mixture-of-experts tensors (%s, ...) are 3-D parameters and stay in full precision.", len(experts), experts[0]
+            "%d mixture-of-experts tensors (%s, ...) are 3-D parameters and stay in full precision.",
+            len(experts),
+            experts[0],
         )
     return records
 

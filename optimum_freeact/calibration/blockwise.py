@@ -16,7 +16,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from optimum_freeact.calibration.capture import Batch, capture, run_block
-from optimum_freeact.calibration.closed_form import fit_group
+from optimum_freeact.calibration.closed_form import GroupFit
+from optimum_freeact.calibration.learned import build_twins, learn, write_back
 from optimum_freeact.calibration.records import BlockRecord
 from optimum_freeact.calibration.resume import BlockStore
 from optimum_freeact.config import FreeActConfig
@@ -90,9 +91,11 @@ def _quantize_block(block, linears, groups, index, stream, config, store, device
     """Fit or read back one block; returns its output error, its inputs' records and the learned stage's record."""
     n_types = config.n_types
     done = store.load(index) if store else None
-    records, learned = [], None
+    records, learned, fits = [], None, {}
     if done is None:
-        moments = {group[0]: Moments(linears[group[0]].in_features, n_types, device, paired=stream.paired) for group in groups}
+        moments = {
+            group[0]: Moments(linears[group[0]].in_features, n_types, device, paired=stream.paired) for group in groups
+        }
         reference = stream.observe(block, index, {group[0]: linears[group[0]] for group in groups}, moments)
     else:
         reference = stream.observe(block, index, {}, {})
@@ -101,9 +104,13 @@ def _quantize_block(block, linears, groups, index, stream, config, store, device
         originals = [linears[name] for name in group]
         source, targets = replace_group(block, group, config, stream.state, device)
         if done is None:
-            records.append(fit_group(group, originals, source, targets, moments.pop(group[0]), config, generator))
+            fit = GroupFit(group, originals, source, targets, moments.pop(group[0]), config)
+            records.append(fit.closed_form(generator))
+            fits[group[0]] = fit if config.calibration == "learned" else None
     if done is not None:
         store.restore(block, done)
+    elif config.calibration == "learned":
+        records, learned = refine_block(block, groups, linears, fits, records, stream, index, reference, config)
     for module in block.modules():
         if hasattr(module, "prepare"):
             module.prepare()
@@ -120,6 +127,7 @@ class _Stream:
         self.batches, self.device, self.state = batches, device, state
         self.propagate = config.propagate_error
         self.paired = config.error_correction and config.propagate_error
+        self.keep_outputs = config.calibration == "learned"
         self.actual = [batch.hidden for batch in batches]
         self.exact = list(self.actual) if self.paired else None
 
@@ -146,32 +154,69 @@ class _Stream:
             else:
                 paired = {}
             last = i == len(self.batches) - 1
-            if inputs or not self.propagate or last:
+            if inputs or not self.propagate or last or self.keep_outputs:
                 output = run_block(block, self.actual[i], batch.calls[index], self.device)
                 for name, x in seen.items():
                     y = paired.get(name)
                     types = self._types(batch, x) if x.shape[:-1].numel() == batch.hidden.shape[:-1].numel() else None
-                    types = torch.zeros(x.shape[:-1].numel(), dtype=torch.long, device=x.device) if types is None else types
+                    types = (
+                        torch.zeros(x.shape[:-1].numel(), dtype=torch.long, device=x.device)
+                        if types is None
+                        else types
+                    )
                     moments[name].update(x.flatten(0, -2), types, None if y is None else y.flatten(0, -2))
                 seen.clear()
-                outputs.append(output if last or not self.propagate else None)
+                outputs.append(output if last or not self.propagate or self.keep_outputs else None)
         for hook in hooks:
             hook.remove()
         return outputs
+
+    def run(self, block: nn.Module, index: int, i: int) -> torch.Tensor:
+        """Output of the block on batch `i` as the quantized model feeds it."""
+        batch = self.batches[i]
+        self.state.types = None if batch.types is None else batch.types.to(self.device)
+        return run_block(block, self.actual[i], batch.calls[index], self.device)
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int, reference: list[torch.Tensor]) -> float:
         """Run the quantized block to get the next inputs; returns the relative error on the last batch."""
         error = 0.0
-        for i, batch in enumerate(self.batches):
+        for i in range(len(self.batches)):
             last = i == len(self.batches) - 1
             if self.propagate or last:
-                self.state.types = None if batch.types is None else batch.types.to(self.device)
-                output = run_block(block, self.actual[i], batch.calls[index], self.device)
+                output = self.run(block, index, i)
                 if last:
                     error = relative_error(output, reference[-1])
             self.actual[i] = output if self.propagate else reference[i]
         return error
+
+
+def refine_block(block, groups, linears, fits, records, stream, index, reference, config):
+    """Learn a block from its closed form; keep what is learned only where the held-out batch's error falls.
+
+    From a random start there is no such choice: that is the published method, and it is kept in any case.
+    """
+    held_out = len(reference) - 1
+
+    def error() -> float:
+        with torch.no_grad():
+            return relative_error(stream.run(block, index, held_out), reference[held_out])
+
+    before = error()
+    kept = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    twins, inputs = build_twins(block, groups, linears, config)
+    result = learn(block, twins, inputs, lambda i: stream.run(block, index, i), reference, config)
+    learned = []
+    for group, twin in zip(groups, inputs, strict=True):
+        clip = write_back(fits[group[0]].source, twin)
+        weight_clip = torch.cat([torch.sigmoid(twins[name].clip.detach()) for name in group])
+        learned.append(fits[group[0]].fill(clip, weight_clip))
+    after = error()
+    accepted = config.learned_start == "random" or after < before
+    if not accepted:
+        block.load_state_dict(kept)
+    summary = {**result, "held_out_before": before, "held_out_after": after, "accepted": accepted}
+    return learned if accepted else records, summary
 
 
 def _keep(seen: dict[str, torch.Tensor], name: str):
@@ -196,7 +241,9 @@ def block_groups(
     groups = watcher.groups()
     unused = set(linears) - {name for group in groups for name in group}
     if unused:
-        logger.warning("Linears %s of block %d did not run in calibration and stay as they are.", sorted(unused), index)
+        logger.warning(
+            "Linears %s of block %d did not run in calibration and stay as they are.", sorted(unused), index
+        )
     return groups
 
 

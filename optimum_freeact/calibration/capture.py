@@ -64,7 +64,9 @@ def _recording(blocks: nn.ModuleList, calls: list[tuple[tuple, dict]], first: li
 
 
 @torch.no_grad()
-def capture(model: nn.Module, blocks: nn.ModuleList, samples: torch.Tensor, batch_size: int, state: TypeState) -> list[Batch]:
+def capture(
+    model: nn.Module, blocks: nn.ModuleList, samples: torch.Tensor, batch_size: int, state: TypeState
+) -> list[Batch]:
     """Arguments of all blocks for all batches; hidden states are those before the first block.
 
     Args:

@@ -25,15 +25,9 @@ MIN_ROWS_PER_TYPE = 16  # fewer sample rows of a type do not decide its own clip
 def map_spec(config: FreeActConfig, rank: int) -> MapSpec:
     """The part of the config that says what to fit."""
     fixed = config.calibration == "learned" and config.learned_start == "random"
-    return MapSpec(config.transform, config.channel_scale, config.centring, rank, closed_form=not fixed)
-
-
-def store_map(source: FreeActInput, found: InputMap) -> InputMap:
-    """Write a fitted map into its module; returns what is stored (rounded to the stored types), in float64."""
-    for name, value in vars(found).items():
-        if value is not None:
-            getattr(source, name).copy_(value)
-    return source.input_map(torch.float64)
+    return MapSpec(
+        config.transform, config.channel_scale, config.centring, rank, not fixed, smooth_alpha=config.smooth_alpha
+    )
 
 
 def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: FreeActConfig) -> list[float]:
@@ -73,12 +67,19 @@ def output_biases(
     return result if bias is None else result + bias.double()
 
 
-def round_weight(v: torch.Tensor, moments_z: torch.Tensor, config: FreeActConfig) -> RoundedWeight | None:
-    """Codes and scales of the transformed weight, `None` at 16 bits."""
+def round_weight(
+    v: torch.Tensor, moments_z: torch.Tensor, config: FreeActConfig, learned_clip: torch.Tensor | None = None
+) -> RoundedWeight | None:
+    """Codes and scales of the transformed weight, `None` at 16 bits.
+
+    `learned_clip` of shape `(out, groups, 1)` replaces the config's clip when rounding to nearest.
+    """
     if config.weight_bits == 16:
         return None
     size = config.weight_group_size or v.shape[1]
     clip = None if config.weight_clip == "search" else float(config.weight_clip)
+    if config.rounding == "rtn" and learned_clip is not None:
+        clip = learned_clip.to(v.device)
     if config.rounding == "rtn":
         return round_to_nearest(v.float(), config.weight_bits, size, clip)
     return gptq(v.float(), moments_z, config.weight_bits, size, config.damping, clip)
@@ -88,17 +89,8 @@ def _share(error: torch.Tensor, output: torch.Tensor) -> float:
     return float(error.square().sum() / output.square().sum().clamp_min(1e-30))
 
 
-@torch.no_grad()
-def fit_group(
-    names: list[str],
-    linears: list[nn.Linear],
-    source: FreeActInput,
-    targets: list[FreeActLinear],
-    moments: Moments,
-    config: FreeActConfig,
-    generator: torch.Generator,
-) -> InputRecord:
-    """Fit the input's map, round the weights and fill the modules.
+class GroupFit:
+    """One group of linears on its way to being quantized: originals, empty modules and moments.
 
     Args:
         names: Names of the linears, for messages and the record.
@@ -106,72 +98,89 @@ def fit_group(
         source, targets: The empty quantized modules, on the device where the fit shall run.
         moments ([`Moments`]): Of the shared input.
         config ([`FreeActConfig`]): Settings.
-        generator (`torch.Generator`): CPU generator of the rotations.
 
     Raises:
-        `ValueError`: if an input or a weight is not finite; the message names the module.
+        `ValueError`: if an input is not finite; the message names the module.
     """
-    weights = [linear.weight.detach().to(source.clip.device).double() for linear in linears]
-    if not moments.is_finite():
-        raise ValueError(f"The inputs of {names[0]!r} hold NaN or inf during calibration: nothing can be fitted to them.")
-    rank = 0 if source.basis is None else source.basis.shape[1]
-    stats = gather_statistics(moments, weights, map_spec(config, rank))
-    stored = store_map(source, fit_map(stats, map_spec(config, rank), generator))
-    return fill_group(names, linears, source, targets, moments, stats, stored, config)
 
+    def __init__(
+        self,
+        names: list[str],
+        linears: list[nn.Linear],
+        source: FreeActInput,
+        targets: list[FreeActLinear],
+        moments: Moments,
+        config: FreeActConfig,
+    ):
+        if not moments.is_finite():
+            raise ValueError(
+                f"The inputs of {names[0]!r} hold NaN or inf in calibration: nothing can be fitted to them."
+            )
+        self.names, self.linears, self.source, self.targets = names, linears, source, targets
+        self.moments, self.config = moments, config
+        rank = 0 if source.basis is None else source.basis.shape[1]
+        self.spec = map_spec(config, rank)
+        self.weight = torch.cat([linear.weight.detach().to(source.clip.device).double() for linear in linears])
+        parts = self.weight.split([linear.out_features for linear in linears])
+        self.stats: InputStatistics = gather_statistics(moments, list(parts), self.spec)
 
-@torch.no_grad()
-def fill_group(
-    names: list[str],
-    linears: list[nn.Linear],
-    source: FreeActInput,
-    targets: list[FreeActLinear],
-    moments: Moments,
-    stats: InputStatistics,
-    stored: InputMap,
-    config: FreeActConfig,
-    clip: list[float] | None = None,
-) -> InputRecord:
-    """Second half of [`fit_group`]: with the map given, choose clips, round the weights, write everything."""
-    weight = torch.cat([linear.weight.detach().to(source.clip.device).double() for linear in linears])
-    v, low_rank = stored.transform_weight(weight)
-    rows, types = moments.rows
-    z, _ = stored.apply(rows.double(), types)
-    clip = search_clip(z, v, types, config) if clip is None else clip
-    source.clip.copy_(torch.tensor(clip))
-    ratios = pick(source.clip.double().unsqueeze(-1), types)
-    noise = fake_quantize(z, config.activation_bits, config.activation_symmetric, ratios) - z
-    moments_z = stored.transform_moments(stats.c)
-    moments_z = (moments_z + moments_z.mT) / 2
-    eye = torch.eye(len(moments_z), dtype=moments_z.dtype, device=moments_z.device)
-    moments_z = moments_z + noise[types == 0].square().mean().nan_to_num() * eye  # the rounding noise of z itself
-    target = v
-    if config.error_correction and stats.cross is not None:
-        ridge = config.damping * moments_z.diagonal().mean() * eye
-        target = corrected_weight(v, moments_z + ridge, stored.transform_moments(stats.cross) + ridge)
-    rounded = round_weight(target, moments_z, config)
-    biases = [output_biases(moments, stored, w.weight.detach().to(v.device), w.bias, config) for w in linears]
-    start = 0
-    for module, bias in zip(targets, biases, strict=True):
-        stop = start + module.out_features
-        if rounded is None:
-            module.set_weight(target[start:stop].unsqueeze(1), None)
-        else:
-            module.set_weight(rounded.codes[start:stop], rounded.scale[start:stop])
-        if bias is not None:
-            module.type_bias.copy_(bias)
-        if low_rank is not None:
-            module.low_rank.copy_(low_rank[start:stop])
-        start = stop
-    used = torch.cat([module.transformed_weight(torch.float64) for module in targets])
-    output = z @ v.mT
-    energy = rows.double().square().sum()
-    left = stored.centre(rows.double(), types).square().sum()
-    return InputRecord(
-        linears=list(names),
-        clip=[float(c) for c in clip],
-        rank=0 if source.basis is None else source.basis.shape[1],
-        mean_share=float(1 - left / energy.clamp_min(1e-30)),
-        activation_error=_share(noise @ v.mT, output),
-        weight_error=_share(z @ (used - v).mT, output),
-    )
+    @torch.no_grad()
+    def closed_form(self, generator: torch.Generator) -> InputRecord:
+        """Fit the input's map, round the weights and fill the modules; `generator` draws the rotations (CPU)."""
+        found = fit_map(self.stats, self.spec, generator)
+        for name, value in vars(found).items():
+            if value is not None:
+                getattr(self.source, name).copy_(value)
+        return self.fill()
+
+    @torch.no_grad()
+    def fill(self, clip: list[float] | None = None, weight_clip: torch.Tensor | None = None) -> InputRecord:
+        """With the map in the module given: choose clips (or take the learned ones), round the weights, write all."""
+        config, source = self.config, self.source
+        stored = source.input_map(torch.float64)  # as stored, so that the layer is exact for what is stored
+        v, low_rank = stored.transform_weight(self.weight)
+        rows, types = self.moments.rows
+        z, _ = stored.apply(rows.double(), types)
+        source.clip.copy_(torch.tensor(search_clip(z, v, types, config) if clip is None else clip))
+        ratios = pick(source.clip.double().unsqueeze(-1), types)
+        noise = fake_quantize(z, config.activation_bits, config.activation_symmetric, ratios) - z
+        moments_z = stored.transform_moments(self.stats.c)
+        eye = torch.eye(len(moments_z), dtype=moments_z.dtype, device=moments_z.device)
+        # the rounding noise of z itself reaches the weights too
+        moments_z = (moments_z + moments_z.mT) / 2 + noise[types == 0].square().mean().nan_to_num() * eye
+        target = v
+        if config.error_correction and self.stats.cross is not None:
+            ridge = config.damping * moments_z.diagonal().mean() * eye
+            target = corrected_weight(v, moments_z + ridge, stored.transform_moments(self.stats.cross) + ridge)
+        self._write(target, round_weight(target, moments_z, config, weight_clip), low_rank, stored)
+        used = torch.cat([module.transformed_weight(torch.float64) for module in self.targets])
+        output = z @ v.mT
+        energy = rows.double().square().sum()
+        left = stored.centre(rows.double(), types).square().sum()
+        return InputRecord(
+            linears=list(self.names),
+            clip=source.clip.tolist(),
+            rank=0 if source.basis is None else source.basis.shape[1],
+            mean_share=float(1 - left / energy.clamp_min(1e-30)),
+            activation_error=_share(noise @ v.mT, output),
+            weight_error=_share(z @ (used - v).mT, output),
+        )
+
+    def _write(
+        self, target: torch.Tensor, rounded: RoundedWeight | None, low_rank: torch.Tensor | None, stored: InputMap
+    ) -> None:
+        """Fill the group's linears with their rows of the stacked weight."""
+        start = 0
+        for module, linear in zip(self.targets, self.linears, strict=True):
+            rows = slice(start, start + module.out_features)
+            if rounded is None:
+                module.set_weight(target[rows].unsqueeze(1), None)
+            else:
+                module.set_weight(rounded.codes[rows], rounded.scale[rows])
+            bias = None if linear.bias is None else linear.bias.detach().to(target.device)
+            bias = output_biases(self.moments, stored, self.weight[rows], bias, self.config)
+            if bias is not None:
+                module.type_bias.copy_(bias)
+            if low_rank is not None:
+                module.low_rank.copy_(low_rank[rows])
+            start = rows.stop

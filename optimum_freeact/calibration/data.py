@@ -19,7 +19,9 @@ def _read_file(path: Path) -> list:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}, is not JSON: {error}. One JSON object a line is expected.") from None
+            raise ValueError(
+                f"{path}, line {number}, is not JSON: {error}. One JSON object a line is expected."
+            ) from None
         if isinstance(row, dict):
             row = row.get("text", row.get("messages"))
         if row is None:
@@ -67,7 +69,9 @@ def _tokenize(items: list, tokenizer: Any) -> torch.Tensor:
         if isinstance(item, str):
             stream.extend(tokenizer(item, add_special_tokens=False).input_ids)
         elif _is_chat(item):
-            stream.extend(tokenizer(tokenizer.apply_chat_template(item, tokenize=False), add_special_tokens=False).input_ids)
+            stream.extend(
+                tokenizer(tokenizer.apply_chat_template(item, tokenize=False), add_special_tokens=False).input_ids
+            )
         else:
             raise ValueError(
                 f"A calibration item must be a string or a list of {{'role', 'content'}} messages, got {type(item).__name__}."
@@ -107,7 +111,9 @@ def load_samples(
             raise ValueError(f"Token ids must be an integer tensor of shape (n, length), got {tuple(dataset.shape)}.")
         windows = dataset.long()[:, :seq_len]
         if windows.shape[1] < seq_len:
-            raise ValueError(f"Token ids have length {windows.shape[1]}; seq_len={seq_len} is asked for. Lower seq_len.")
+            raise ValueError(
+                f"Token ids have length {windows.shape[1]}; seq_len={seq_len} is asked for. Lower seq_len."
+            )
     else:
         items = list(dataset)
         if not items:
@@ -122,6 +128,8 @@ def load_samples(
             f"has {windows.numel()} in whole windows. Give more text, or lower n_samples or seq_len."
         )
     if vocab_size is not None and windows.numel() and not 0 <= int(windows.min()) <= int(windows.max()) < vocab_size:
-        raise ValueError(f"Calibration ids must lie in [0, {vocab_size}), got {int(windows.min())}..{int(windows.max())}.")
+        raise ValueError(
+            f"Calibration ids must lie in [0, {vocab_size}), got {int(windows.min())}..{int(windows.max())}."
+        )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[:n_samples].sort().values]

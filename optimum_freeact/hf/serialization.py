@@ -34,9 +34,15 @@ def check_checkpoint(files: list[str] | None) -> None:
                 if length > size - 8:
                     raise ValueError("its header runs past the end of the file")
                 header = json.loads(handle.read(length))
-                needed = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+                needed = (
+                    8
+                    + length
+                    + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+                )
             except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path!r} has a damaged safetensors header ({error}). Fetch or save it again.") from None
+                raise ValueError(
+                    f"{path!r} has a damaged safetensors header ({error}). Fetch or save it again."
+                ) from None
             if needed != size:
                 raise ValueError(
                     f"{path!r} has {size} bytes but its header announces {needed}: the file is truncated or damaged. "

@@ -10,14 +10,28 @@ import torch
 from torch import nn
 
 
-LLAMA_LIKE = {"self_attn": [["q_proj", "k_proj", "v_proj"], ["o_proj"]], "mlp": [["gate_proj", "up_proj"], ["down_proj"]]}
+LLAMA_LIKE = {
+    "self_attn": [["q_proj", "k_proj", "v_proj"], ["o_proj"]],
+    "mlp": [["gate_proj", "up_proj"], ["down_proj"]],
+}
 FUSED = {"self_attn": [["qkv_proj"], ["o_proj"]], "mlp": [["gate_up_proj"], ["down_proj"]]}
 
 # model_type -> module inside a block -> groups of linears that read the same tensor
 INPUT_GROUPS: dict[str, dict[str, list[list[str]]]] = {
     **{
         name: LLAMA_LIKE
-        for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma3", "olmo2", "smollm3")
+        for name in (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "gemma3",
+            "olmo2",
+            "smollm3",
+        )
     },
     "phi3": FUSED,
 }

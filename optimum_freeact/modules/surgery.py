@@ -82,7 +82,9 @@ def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> No
     _, blocks = find_blocks(model)
     groups = config.input_groups
     if not groups:
-        raise ValueError("The checkpoint's config lacks 'input_groups': it was not written by FreeActConfig's quantizer.")
+        raise ValueError(
+            "The checkpoint's config lacks 'input_groups': it was not written by FreeActConfig's quantizer."
+        )
     for index, block in enumerate(blocks):
         for group in groups.get(str(index), groups.get("*", [])):
             replace_group(block, group, config, state, "meta")

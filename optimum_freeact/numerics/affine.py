@@ -3,7 +3,8 @@
 Symmetric codes lie in `[-2^(b-1), 2^(b-1) - 1]` and stand for `scale * code`. Asymmetric codes lie in the same range
 and stand for `scale * code + offset` with a floating-point offset: after centring and rotation zero is no special
 value, so the grid need not contain it, and `offset` times the sum of a weight row's codes is one multiply-add.
-Ties round to even (`torch.round`).
+Ties round to even (`torch.round`). NaN and infinity never become finite codes: a row that holds one gets a grid that
+is not finite, and a value that is not finite gets the code NaN on any grid.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def symmetric_qparams(values: torch.Tensor, bits: int, clip: torch.Tensor | floa
     """
     qmax = code_range(bits)[1] + 0.5  # half a step beyond the last code: range [-(qmax), qmax] is cut evenly
     scale = values.abs().amax(dim=-1, keepdim=True) * clip / qmax
-    return QParams(torch.where(scale > 0, scale, torch.ones_like(scale)), None)
+    return QParams(torch.where(scale == 0, torch.ones_like(scale), scale), None)
 
 
 def asymmetric_qparams(values: torch.Tensor, bits: int, clip: torch.Tensor | float = 1.0) -> QParams:
@@ -48,10 +49,9 @@ def asymmetric_qparams(values: torch.Tensor, bits: int, clip: torch.Tensor | flo
     """
     low = values.amin(dim=-1, keepdim=True)
     high = values.amax(dim=-1, keepdim=True)
-    middle, half = (high + low) / 2, (high - low) / 2 * clip
-    levels = (1 << bits) - 1
-    scale = 2 * half / levels
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    middle, half = high / 2 + low / 2, (high / 2 - low / 2) * clip  # halved first: float16 would overflow
+    scale = half / (((1 << bits) - 1) / 2)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     # the lowest code, qmin, stands for the low end of the kept range
     return QParams(scale, middle - half - scale * code_range(bits)[0] * (half > 0))
 
@@ -62,10 +62,14 @@ def choose_qparams(values: torch.Tensor, bits: int, symmetric: bool, clip: torch
 
 
 def quantize(values: torch.Tensor, qparams: QParams, bits: int) -> torch.Tensor:
-    """Codes of `values`, still in floating point so that callers choose the integer type; NaN stays NaN."""
+    """Codes of `values`, still in floating point so that callers choose the integer type.
+
+    NaN and infinity get the code NaN, which [`pack`][optimum_freeact.numerics.packing.pack] refuses.
+    """
     qmin, qmax = code_range(bits)
     shifted = values if qparams.offset is None else values - qparams.offset
-    return torch.clamp(torch.round(shifted / qparams.scale), qmin, qmax)
+    codes = torch.clamp(torch.round(shifted / qparams.scale), qmin, qmax)
+    return torch.where(shifted.isfinite(), codes, torch.nan)
 
 
 def dequantize(codes: torch.Tensor, qparams: QParams) -> torch.Tensor:
@@ -96,7 +100,9 @@ class _Round(torch.autograd.Function):
 
 def fake_quantize_ste(values: torch.Tensor, qparams: QParams, bits: int) -> torch.Tensor:
     """[`fake_quantize`] that is differentiable in `values`, `scale` and `offset`: rounding passes the gradient,
-    clamping stops it, as FlatQuant and LSQ do."""
+    clamping stops it, as FlatQuant and LSQ do.
+    """
     qmin, qmax = code_range(bits)
     shifted = values if qparams.offset is None else values - qparams.offset
-    return dequantize(torch.clamp(_Round.apply(shifted / qparams.scale), qmin, qmax), qparams)
+    codes = torch.clamp(_Round.apply(shifted / qparams.scale), qmin, qmax)
+    return dequantize(torch.where(shifted.isfinite(), codes, torch.nan), qparams)

@@ -46,5 +46,5 @@ def partial_traces(
     \\( \mathrm{Tr}_a[M (G_a \otimes I)] \\) of shape `(b, b)`.
     """
     a, b = left_metric.shape[0], right_metric.shape[0]
-    four = matrix.view(a, b, a, b)
-    return torch.einsum("ibjd,bd->ij", four, right_metric), torch.einsum("ibjd,ij->bd", four, left_metric)
+    four = matrix.reshape(a, b, a, b)
+    return torch.einsum("ibjd,db->ij", four, right_metric), torch.einsum("ibjd,ji->bd", four, left_metric)

@@ -19,7 +19,7 @@ def damped(matrix: torch.Tensor, share: float = 1e-3) -> torch.Tensor:
 def spd_power(matrix: torch.Tensor, power: float) -> torch.Tensor:
     """`matrix ** power` of a symmetric positive matrix (batched); eigenvalues below 1e-10 of the largest are raised."""
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    values = values.clamp_min(values.amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny) * 1e-10)
+    values = values.clamp_min((values.amax(-1, keepdim=True) * 1e-10).clamp_min(torch.finfo(values.dtype).tiny))
     return (vectors * values.pow(power).unsqueeze(-2)) @ vectors.mT
 
 

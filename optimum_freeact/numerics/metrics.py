@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Energy of the difference over the energy of the reference; 0 for two zeros."""
+    """Energy of the difference over the energy of the reference; 0 for two zeros, infinite for a zero reference only.
+
+    Raises:
+        `ValueError`: if the shapes differ.
+    """
+    if value.shape != reference.shape:
+        raise ValueError(f"value has shape {tuple(value.shape)}, reference {tuple(reference.shape)}; they must agree.")
     energy = reference.double().square().sum()
     error = (value.double() - reference.double()).square().sum()
-    return float(error / energy) if energy > 0 else float(error)
+    return 0.0 if energy == 0 and error == 0 else float(error / energy)
 
 
 def sqnr_db(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Signal to quantization-noise ratio in decibels, `-10 log10` of [`relative_error`]."""
-    return float(-10 * torch.log10(torch.tensor(max(relative_error(value, reference), 1e-30))))
+    """Signal to quantization-noise ratio in decibels, `-10 log10` of [`relative_error`]; at most 300."""
+    return -10 * math.log10(max(relative_error(value, reference), 1e-30))

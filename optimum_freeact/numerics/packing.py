@@ -17,8 +17,14 @@ from __future__ import annotations
 import torch
 
 
+def _check_bits(bits: int) -> None:
+    if bits not in (4, 8, 16):
+        raise ValueError(f"codes are packed in 4, 8 or 16 bits, got {bits!r}.")
+
+
 def bytes_per_group(group_size: int, bits: int, dtype: torch.dtype) -> int:
     """Bytes that one group of `group_size` weights takes; `dtype` matters for 16 bits (unquantized) only."""
+    _check_bits(bits)
     if bits == 4:
         return (group_size + 1) // 2
     return group_size if bits == 8 else group_size * dtype.itemsize
@@ -35,9 +41,18 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     Returns:
         `torch.Tensor` (`uint8`) of shape `(out_features, n_groups, bytes_per_group)`; an odd group is padded by one
         zero code.
+
+    Raises:
+        `ValueError`: if `bits` is not allowed, or floating-point `codes` hold NaN or infinity (4 and 8 bits).
     """
+    _check_bits(bits)
     if bits == 16:
         return codes.contiguous().view(torch.uint8)
+    if codes.is_floating_point() and not codes.isfinite().all():
+        raise ValueError(
+            f"{int((~codes.isfinite()).sum())} of {codes.numel()} codes are NaN or infinite and have no {bits}-bit form; "
+            "the values that were quantized, or their scales, are not finite."
+        )
     shifted = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
     if bits == 8:
         return shifted.contiguous()
@@ -48,6 +63,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype) -> torch.Tensor:
     """Inverse of [`pack`]: `int8` codes, or for 16 bits the values in `dtype`, shape `(out, n_groups, group_size)`."""
+    _check_bits(bits)
     if bits == 16:
         return packed.contiguous().view(dtype)
     if bits == 8:

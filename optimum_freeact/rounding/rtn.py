@@ -22,7 +22,7 @@ class RoundedWeight(NamedTuple):
 
 
 def search_scale(
-    weight: torch.Tensor, bits: int, importance: torch.Tensor | None = None, clip: float | None = None
+    weight: torch.Tensor, bits: int, importance: torch.Tensor | None = None, clip: float | torch.Tensor | None = None
 ) -> torch.Tensor:
     """Symmetric scale of each row that minimises the (weighted) squared rounding error over [`CLIP_GRID`].
 
@@ -31,7 +31,7 @@ def search_scale(
         bits (`int`): 4 or 8.
         importance (`torch.Tensor` of shape `(groups, group_size)`, *optional*): Weight of each column's error, e.g. the
             second moments of its input. `None` counts all columns alike.
-        clip (`float`, *optional*): Use this one ratio instead of searching.
+        clip (`float` or `torch.Tensor` of shape `(out, groups, 1)`, *optional*): Use this instead of searching.
 
     Returns:
         `torch.Tensor` of shape `(out, groups, 1)`.
@@ -50,14 +50,16 @@ def search_scale(
     return best_scale
 
 
-def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int, clip: float | None = None) -> RoundedWeight:
+def round_to_nearest(
+    weight: torch.Tensor, bits: int, group_size: int, clip: float | torch.Tensor | None = None
+) -> RoundedWeight:
     """Round each group of `group_size` columns of each row to the nearest code.
 
     Args:
         weight (`torch.Tensor` of shape `(out, in)`): Floating point; not modified.
         bits (`int`): 4 or 8.
         group_size (`int`): Divides `in`; `in` itself means one scale per output channel.
-        clip (`float`, *optional*): Fixed clip ratio; searched by default.
+        clip (`float` or `torch.Tensor` of shape `(out, groups, 1)`, *optional*): Fixed ratio; searched by default.
     """
     grouped = weight.unflatten(-1, (-1, group_size))
     scale = search_scale(grouped, bits, clip=clip)

@@ -29,6 +29,7 @@ class MapSpec:
         centring (`str`): `"none"`, `"shared"` or `"per_type"`.
         low_rank (`int`): Rank of the high-precision branch.
         closed_form (`bool`): Fit Kronecker factors to the moments; otherwise they only rotate.
+        smooth_alpha (`float`): Migration strength of SmoothQuant scales.
         damping (`float`): Share of the mean diagonal added to second moments.
     """
 
@@ -37,6 +38,7 @@ class MapSpec:
     centring: str
     low_rank: int
     closed_form: bool
+    smooth_alpha: float = 0.5
     damping: float = 1e-3
 
 
@@ -73,7 +75,7 @@ def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSp
         mean = moments.mean().unsqueeze(0)
     else:
         mean = None
-    zero = torch.zeros_like(moments.shift, dtype=torch.float64)
+    zero = torch.zeros_like(moments.shift[0])
     c, cross, total = torch.zeros_like(h), torch.zeros_like(h), moments.count.sum()
     energies = []
     for k in kinds:
@@ -98,7 +100,7 @@ def balanced_channel_scale(c: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     return (damped(h).diagonal() / damped(c).diagonal()).pow(0.25)
 
 
-def smoothquant_scale(peak: torch.Tensor, weight_peak: torch.Tensor, alpha: float = 0.5) -> torch.Tensor:
+def smoothquant_scale(peak: torch.Tensor, weight_peak: torch.Tensor, alpha: float) -> torch.Tensor:
     """SmoothQuant (2211.10438, Eq. 4) as a multiplier of the activations: s_j = max|W_j|^(1-a) / max|x_j|^a."""
     return weight_peak.clamp_min(1e-5).pow(1 - alpha) / peak.clamp_min(1e-5).pow(alpha)
 
@@ -113,7 +115,7 @@ def low_rank_and_scale(stats: InputStatistics, spec: MapSpec) -> tuple[torch.Ten
     n = len(stats.c)
     eye = torch.eye(n, dtype=stats.c.dtype, device=stats.c.device)
     if spec.channel_scale == "smoothquant":
-        scale = smoothquant_scale(stats.peak, stats.weight_peak)
+        scale = smoothquant_scale(stats.peak, stats.weight_peak, spec.smooth_alpha)
     elif spec.channel_scale == "closed_form":
         scale = balanced_channel_scale(stats.c, stats.h)
     else:

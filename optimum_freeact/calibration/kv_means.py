@@ -1,0 +1,93 @@
+"""Means of keys and values for a quantized cache, from one pass over a text.
+
+Keys are cached after the rotary embedding, which turns their mean with the position. Turning each cached key back by
+its own angle gives the mean before the embedding, whatever stands between projection and embedding (biases, norms).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+
+class CacheMeans(NamedTuple):
+    """Per layer, as `CacheSpec` takes them (`CacheSpec(**means._asdict())`); all `None` for a layer without a cache."""
+
+    key_mean: list[torch.Tensor | None]
+    key_frequencies: list[torch.Tensor | None]
+    value_mean: list[torch.Tensor | None]
+
+
+def rotary_frequencies(decoder: nn.Module) -> list[torch.Tensor | None]:
+    """Rotary frequencies of each layer, `(n,)` float64 on the CPU; `None` where the model does not say.
+
+    Read from `decoder.rotary_emb`: one buffer for all layers, or one per layer type (Gemma 3).
+    """
+    rotary, config = getattr(decoder, "rotary_emb", None), decoder.config
+    types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
+    found = [getattr(rotary, f"{kind}_inv_freq", getattr(rotary, "inv_freq", None)) for kind in types]
+    return [None if f is None else f.detach().to("cpu", torch.float64) for f in found]
+
+
+def turn_back(keys: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Undo the rotary embedding of keys at positions 0, 1, ...
+
+    Args:
+        keys (`torch.Tensor` of shape `(..., tokens, head_dim)`): The first `2 n` channels of each head are turned, channel
+            `i` with channel `n + i` (the half-split form of Llama, Qwen, Mistral, Gemma, Phi-3 and OLMo-2).
+        frequencies (`torch.Tensor` of shape `(n,)`): Angle per position.
+
+    Returns:
+        `torch.Tensor` of the shape of `keys`, float64.
+    """
+    angles = torch.arange(keys.shape[-2], device=keys.device).double()[:, None] * frequencies.to(keys.device)
+    n = frequencies.numel()
+    first, second, rest = keys.double().split((n, n, keys.shape[-1] - 2 * n), dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
+
+
+@torch.no_grad()
+def cache_means(model: nn.Module, samples: torch.Tensor, sink_tokens: int = 1) -> CacheMeans:
+    """Measure the means of a decoder's keys (before the rotary embedding) and values.
+
+    Args:
+        model (`PreTrainedModel`): A decoder-only model, with or without head, without a quantized cache installed.
+        samples (`torch.Tensor` of shape `(n, tokens)`): Token ids without padding; run one row at a time.
+        sink_tokens (`int`, *optional*, defaults to 1): Positions left out of the means, as the cache keeps them exact.
+
+    Returns:
+        [`CacheMeans`] with means in float32 on the CPU.
+
+    Raises:
+        `ValueError`: if `samples` has no token beyond the sink, or a quantized cache is installed.
+    """
+    if samples.dim() != 2 or samples.shape[0] == 0 or samples.shape[1] <= sink_tokens:
+        raise ValueError(
+            f"the means of a KV cache need samples of shape (n, tokens) with more than {sink_tokens} tokens each, got "
+            f"{tuple(samples.shape)}."
+        )
+    decoder = model.get_decoder()
+    frequencies = rotary_frequencies(decoder)
+    sums: list[list[torch.Tensor] | None] = [None] * len(frequencies)
+    for row in samples:
+        cache = DynamicCache()  # without a configuration: no windows, all positions stay
+        decoder(input_ids=row[None].to(decoder.device), past_key_values=cache, use_cache=True)
+        for index, layer in enumerate(cache.layers):
+            if not layer.is_initialized:
+                continue
+            if not layer.keys.is_floating_point():
+                raise ValueError(
+                    f"{type(model).__name__} has a quantized KV cache installed; remove() its handle first."
+                )
+            keys = layer.keys if frequencies[index] is None else turn_back(layer.keys, frequencies[index])
+            found = [states[0, :, sink_tokens:].double().sum(1).cpu() for states in (keys, layer.values)]
+            sums[index] = found if sums[index] is None else [a + b for a, b in zip(sums[index], found)]
+    count = samples.shape[0] * (samples.shape[1] - sink_tokens)
+    means = [(None, None) if pair is None else [(s / count).float() for s in pair] for pair in sums]
+    keys, values = zip(*means)
+    known = [f if key is not None else None for f, key in zip(frequencies, keys)]
+    return CacheMeans(list(keys), known, list(values))

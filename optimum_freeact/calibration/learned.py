@@ -1,0 +1,173 @@
+"""Learned calibration: gradient steps on a block's transforms, channel scales and clips against its output error.
+
+Each linear of the block is replaced for a while by a differentiable twin that computes what the quantized one will
+compute, with rounding passed through by the straight-through estimator. The loss is the squared error of the block's
+output; it is divided by its own detached value, so that steps do not depend on a block's scale (FlatQuant, 2410.09426,
+does the same).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.numerics.affine import choose_qparams, fake_quantize_ste, symmetric_qparams
+from optimum_freeact.transforms.affine_map import InputMap, pick
+
+
+CLIP_RATE = 10.0  # clips learn ten times as fast as transforms, as in FlatQuant
+# Start of the weights' clip ratios: near the 4-bit optimum of a Gaussian row, or FlatQuant's sigmoid(4)
+WEIGHT_CLIP_START = {"closed_form": 0.86, "random": 0.982}
+
+
+def _logit(ratio: torch.Tensor) -> torch.Tensor:
+    return torch.logit(ratio.clamp(0.05, 0.982))  # 0.982: FlatQuant's own start for "no clipping"
+
+
+class LearnedInput(nn.Module):
+    """Differentiable twin of a [`FreeActInput`]: learns `left`, `right`, the channel scale and the clips."""
+
+    def __init__(self, source: FreeActInput):
+        super().__init__()
+        fixed = source.input_map(torch.float32)
+        self.fixed, self.bits, self.symmetric, self.state = fixed, source.bits, source.symmetric, source.state
+        self.left = nn.Parameter(fixed.left.clone())
+        self.right = nn.Parameter(fixed.right.clone())
+        scale = fixed.channel_scale
+        self.log_scale = nn.Parameter(scale.log()) if scale is not None else None
+        self.clip = nn.Parameter(_logit(source.clip.float()))
+        self._last: tuple[torch.Tensor, tuple] | None = None
+
+    def current(self) -> InputMap:
+        """The map with the parameters as they are now."""
+        scale = None if self.log_scale is None else self.log_scale.exp()
+        return InputMap(self.fixed.mean, scale, self.fixed.basis, self.left, self.right)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Rounded z, p and types of rows `x`; computed once for the linears that share `x`."""
+        if self._last is not None and self._last[0] is x:
+            return self._last[1]
+        types = self.state.of(x) if len(self.clip) > 1 else None
+        z, low_rank = self.current().apply(x.float(), types)
+        if self.bits < 16:
+            clip = pick(torch.sigmoid(self.clip).unsqueeze(-1), types)
+            z = fake_quantize_ste(z, choose_qparams(z, self.bits, self.symmetric, clip), self.bits)
+        self._last = (x, (z, low_rank, types))
+        return self._last[1]
+
+
+class LearnedLinear(nn.Module):
+    """Differentiable twin of a quantized linear: learns the clip of each weight row."""
+
+    def __init__(self, linear: nn.Linear, source: LearnedInput, type_bias: torch.Tensor | None, config: FreeActConfig):
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach().float(), persistent=False)
+        self.register_buffer("type_bias", type_bias, persistent=False)
+        self.__dict__["source"] = source
+        self.bits, self.group = config.weight_bits, config.weight_group_size or linear.in_features
+        shape = (len(self.weight), self.weight.shape[1] // self.group, 1)
+        start = torch.full(shape, WEIGHT_CLIP_START[config.learned_start])
+        self.clip = nn.Parameter(_logit(start).to(self.weight.device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As `FreeActLinear.forward`, with gradients."""
+        z, low_rank, types = self.source(x)
+        v, branch = self.source.current().transform_weight(self.weight)
+        if self.bits < 16:
+            grouped = v.unflatten(-1, (-1, self.group))
+            qparams = symmetric_qparams(grouped, self.bits, torch.sigmoid(self.clip))
+            v = fake_quantize_ste(grouped, qparams, self.bits).flatten(1)
+        y = z @ v.mT
+        if low_rank is not None:
+            y = y + low_rank @ branch.mT
+        if self.type_bias is not None:
+            y = y + pick(self.type_bias, types)
+        return y.to(x.dtype)
+
+
+def build_twins(
+    block: nn.Module, groups: list[list[str]], originals: dict[str, nn.Linear], config: FreeActConfig
+) -> tuple[dict[str, LearnedLinear], list[LearnedInput]]:
+    """Twins of a block's filled quantized modules; not yet put in place."""
+    twins, inputs = {}, []
+    for group in groups:
+        filled = [block.get_submodule(name) for name in group]
+        source = LearnedInput(filled[0].source)
+        inputs.append(source)
+        for name, module in zip(group, filled, strict=True):
+            twins[name] = LearnedLinear(originals[name], source, module.type_bias, config)
+    return twins, inputs
+
+
+def learn(
+    block: nn.Module,
+    twins: dict[str, LearnedLinear],
+    inputs: list[LearnedInput],
+    run: Callable[[int], torch.Tensor],
+    targets: list[torch.Tensor],
+    config: FreeActConfig,
+) -> dict[str, float]:
+    """Train the twins in place of the block's linears, then take them out again.
+
+    Args:
+        block: The block; its quantized modules are back in place afterwards.
+        twins, inputs: From [`build_twins`].
+        run: Runs the block on batch `i` and returns its output.
+        targets (`list[torch.Tensor]`): Wanted outputs per batch; the last batch is held out.
+        config ([`FreeActConfig`]): Epochs, learning rate, seed.
+
+    Returns:
+        Relative training loss of the first and the last epoch.
+    """
+    replaced = {name: block.get_submodule(name) for name in twins}
+    for name, twin in twins.items():
+        block.set_submodule(name, twin)
+    slow = [p for source in inputs for n, p in source.named_parameters() if n != "clip"]
+    fast = [source.clip for source in inputs] + [twin.clip for twin in twins.values()]
+    rate = config.learning_rate
+    optimizer = torch.optim.AdamW([{"params": slow, "lr": rate}, {"params": fast, "lr": rate * CLIP_RATE}])
+    train = list(range(max(1, len(targets) - 1)))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * len(train), eta_min=rate * 1e-3)
+    generator = torch.Generator().manual_seed(config.seed)
+    energy = [target.float().square().mean() for target in targets]
+    history = []
+    frozen = [p for p in block.parameters() if p.requires_grad and not any(p is q for q in slow + fast)]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            for _ in range(config.epochs):
+                total = 0.0
+                for i in torch.randperm(len(train), generator=generator).tolist():
+                    for source in inputs:
+                        source._last = None
+                    loss = (run(i).float() - targets[i].float()).square().mean()
+                    optimizer.zero_grad(set_to_none=True)
+                    (loss / loss.detach().clamp_min(1e-20)).backward()
+                    optimizer.step()
+                    schedule.step()
+                    total += float(loss.detach() / energy[i])
+                history.append(total / len(train))
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for source in inputs:
+            source._last = None
+        for name, module in replaced.items():
+            block.set_submodule(name, module)
+    return {"first_loss": history[0], "last_loss": history[-1]}
+
+
+@torch.no_grad()
+def write_back(source: FreeActInput, learned: LearnedInput) -> list[float]:
+    """Store a learned map in its module; returns the clips. The weights must be rounded again afterwards."""
+    found = learned.current()
+    for name in ("left", "right", "channel_scale"):
+        value = getattr(found, name)
+        if value is not None:
+            getattr(source, name).copy_(value)
+    return torch.sigmoid(learned.clip).tolist()

@@ -1,0 +1,136 @@
+"""Generation and padded batches with the installed cache: equal to one quantized prefill per step, row by row."""
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache
+
+from optimum_freeact.calibration.kv_means import cache_means
+from optimum_freeact.modules.kv_cache import install_kv_cache
+from optimum_freeact.modules.kv_store import CacheSpec
+from tests.helpers.tiny_decoders import FAMILIES, prompt, tiny_decoder
+
+
+CLOSE = {"rtol": 0, "atol": 1e-9}
+SPEC = CacheSpec(4, rotate=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def prefill_every_step(model):
+    """Make a model that is called with `use_cache=False` run each forward through a fresh (then quantized) cache."""
+
+    def hook(module, args, kwargs):
+        if kwargs["use_cache"] is False:  # some models hand back a cache nevertheless: never reuse one
+            kwargs["past_key_values"] = DynamicCache(config=module.config)
+        return args, kwargs
+
+    model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def generate(model, ids, **options):
+    options = {"max_new_tokens": 10, "do_sample": False, "attention_mask": torch.ones_like(ids)} | options
+    return model.generate(ids, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_generate_equals_prefill_every_step(family, options):
+    model, ids = tiny_decoder(family), prompt()
+    exact = generate(model, ids, **options)
+    prefill_every_step(model)
+    install_kv_cache(model, SPEC)
+    quantized = generate(model, ids, **options)
+    assert torch.equal(quantized, generate(model, ids, use_cache=False, **options))
+    assert quantized.shape == (2 * options.get("num_return_sequences", 1), ids.shape[1] + 10)
+    assert not torch.equal(quantized, exact)  # the cache was in use
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generate_equals_a_manual_loop(family):
+    model, ids = tiny_decoder(family), prompt()
+    install_kv_cache(model, SPEC)
+    cache, text, new = None, ids, ids
+    for _ in range(10):
+        output = model(new, past_key_values=cache)
+        cache, new = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        text = torch.cat((text, new), 1)
+    assert torch.equal(generate(model, ids), text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_assisted_and_chunked_generate_equal_the_plain_one(family):
+    model, assistant, ids = tiny_decoder(family), tiny_decoder(family), prompt(batch=1)
+    for name, parameter in assistant.named_parameters():  # much like the model: some candidates are accepted
+        parameter.copy_(model.get_parameter(name) + 0.02 * torch.randn_like(parameter))
+    install_kv_cache(model, SPEC)
+    install_kv_cache(assistant, SPEC)
+    expected = generate(model, ids)
+    assert torch.equal(generate(model, ids, assistant_model=assistant), expected)
+    assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=3), expected)
+    assert torch.equal(generate(model, ids, prefill_chunk_size=4), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sink_tokens", [0, 1, 2])
+@pytest.mark.parametrize("centred", [False, True])
+def test_left_padding_changes_nothing(family, sink_tokens, centred):
+    """The sink is each row's first real token: rows of a padded batch get the logits they get alone."""
+    model, ids = tiny_decoder(family), prompt(batch=3, tokens=12)
+    means = cache_means(model, prompt(tokens=20))._asdict() if centred else {}
+    install_kv_cache(model, CacheSpec(4, sink_tokens=sink_tokens, **means))
+    padding = [0, 5, 9]
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(padding):
+        mask[row, :length] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    for pieces in ((12,), (4, 4, 1, 3)):  # in the second, row 2 begins with two calls of padding only
+        cache, logits, end = None, [], 0
+        for piece, position in zip(ids.split(pieces, 1), positions.split(pieces, 1)):
+            end += piece.shape[1]
+            output = model(piece, attention_mask=mask[:, :end], position_ids=position, past_key_values=cache)
+            cache = output.past_key_values
+            logits.append(output.logits)
+        logits = torch.cat(logits, 1)
+        for row, length in enumerate(padding):
+            alone = model(ids[row : row + 1, length:]).logits
+            torch.testing.assert_close(logits[row : row + 1, length:], alone, **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 3}])
+def test_left_padded_generate(family, options):
+    model, ids = tiny_decoder(family), prompt(batch=2, tokens=8)
+    install_kv_cache(model, SPEC)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    together = generate(model, ids, attention_mask=mask, **options)
+    assert torch.equal(together[:1], generate(model, ids[:1], **options))
+    assert torch.equal(together[1:, 5:], generate(model, ids[1:, 5:], **options))
+
+
+def test_cache_reuse_crop_and_reset():
+    model, ids = tiny_decoder("llama"), prompt(tokens=16)
+    install_kv_cache(model, SPEC)
+    whole = model(ids).logits
+    cache = DynamicCache(config=model.config)
+    first = generate(model, ids[:, :6], past_key_values=cache, max_new_tokens=4)
+    assert cache.get_seq_length() == 9
+    cache.crop(-4)  # back to the prompt without its last token
+    torch.testing.assert_close(model(ids[:, 5:], past_key_values=cache).logits, whole[:, 5:], **CLOSE)
+    cache.reset()
+    assert torch.equal(generate(model, ids[:, :6], past_key_values=cache, max_new_tokens=4), first)
+    cache.reset()
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, whole, **CLOSE)
+
+
+def test_a_longer_conversation_continues_where_it_stopped():
+    model, ids = tiny_decoder("mistral"), prompt(batch=1)
+    install_kv_cache(model, SPEC)
+    cache = DynamicCache(config=model.config)
+    answer = generate(model, ids, past_key_values=cache)
+    longer = torch.cat((answer, prompt(batch=1, tokens=3)), 1)
+    assert torch.equal(generate(model, longer, past_key_values=cache), generate(model, longer))
