@@ -92,6 +92,7 @@ def plot_layers(scores: Sequence[LayerScore], path: str | Path) -> None:
         bottom.plot(layers, [s.spectrum[j] for s in scores], color=(shade, shade, shade + 0.15), linewidth=1)
     bottom.set_ylabel("sigma_j / sigma_1", fontsize=8)
     bottom.set_xlabel("hidden state", fontsize=8)
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     for panel in (top, bottom):
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
