@@ -24,9 +24,10 @@ class Extractor(nn.Module):
         super().__init__()
         self.proj: nn.Module = nn.Identity()
         if dim > 0:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                self.proj = nn.Linear(hidden_size, dim, bias=bias, device="cpu", dtype=torch.float32)
+            self.proj = nn.utils.skip_init(nn.Linear, hidden_size, dim, bias=bias, device="cpu", dtype=torch.float32)
+            own = torch.Generator().manual_seed(seed)
+            for parameter in self.proj.parameters():  # torch's own start of a linear layer
+                nn.init.uniform_(parameter, -(hidden_size**-0.5), hidden_size**-0.5, generator=own)
         self.out_features = dim or hidden_size
         self.requires_grad_(trainable)
 
