@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
@@ -26,6 +26,18 @@ class DataOptions:
     limit: int | None = field(default=None, metadata={"help": "Use only this many rows."})
     flat_prefix: str | None = field(
         default=None, metadata={"help": "Read flat columns with this prefix, such as 'prompt_', as translations."}
+    )
+
+
+@dataclass
+class TrainOptions(DataOptions):
+    """What `sft` and `dpo` read besides the model's and the trainer's options."""
+
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Rows for evaluation, if eval_strategy asks for it; dataset_name if absent."}
+    )
+    eval_dataset_split: str | None = field(
+        default=None, metadata={"help": "Their split; 'test' of the same data set, else 'train'."}
     )
 
 
@@ -80,6 +92,14 @@ def load_rows(options):
     return data if options.flat_prefix is None else from_flat_columns(data, options.flat_prefix)
 
 
+def load_eval_rows(options: TrainOptions):
+    """Rows for evaluation during training."""
+    other = options.eval_dataset_name is not None
+    split = options.eval_dataset_split or ("train" if other else "test")
+    name = options.eval_dataset_name if other else options.dataset_name
+    return load_rows(replace(options, dataset_name=name, dataset_split=split, limit=None))
+
+
 def _parse(types: tuple, arguments: list[str], command: str):
     from trl import TrlParser
 
@@ -105,7 +125,7 @@ def train(method: str, arguments: list[str]) -> None:
     else:
         from trl_mlc.sft import MLCSFTConfig as config_class
         from trl_mlc.sft import MLCSFTTrainer as trainer_class
-    data_options, args, model_options = _parse((DataOptions, config_class, ModelConfig), arguments, method)
+    data_options, args, model_options = _parse((TrainOptions, config_class, ModelConfig), arguments, method)
     loading = {
         "revision": model_options.model_revision,
         "attn_implementation": model_options.attn_implementation,
@@ -116,6 +136,7 @@ def train(method: str, arguments: list[str]) -> None:
         model_options.model_name_or_path,
         args=args,
         train_dataset=load_rows(data_options),
+        eval_dataset=load_eval_rows(data_options) if args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model_options),
         peft_config=get_peft_config(model_options),
     )

@@ -44,7 +44,7 @@ def test_dpo_from_yaml_then_evaluate_and_scan(tiny, data, tmp_path, capsys):
     assert printed.count("<- auto") == 1
 
 
-def test_sft_from_flags(tiny, tmp_path):
+def test_sft_from_flags_with_evaluation(tiny, tmp_path, capsys):
     path = tmp_path / "sft.jsonl"
     lines = [
         {"prompt": f"say {w}", "completion": " yes", "prompt_sw": f"sema {w}"} for w in ("cat", "boat", "sun", "tea")
@@ -52,8 +52,10 @@ def test_sft_from_flags(tiny, tmp_path):
     path.write_text("\n".join(map(json.dumps, lines)) + "\n")
     options = f"--model_name_or_path {tiny} --dtype float32 --dataset_name {path} --flat_prefix prompt_ --max_steps 1"
     options += f" --output_dir {tmp_path / 'sft'} --report_to none --bf16 False --use_cpu --mlc_layer -1"
+    options += f" --eval_strategy steps --eval_steps 1 --eval_dataset_name {path}"
     assert main(["sft", *options.split()]) == 0
     assert json.loads((tmp_path / "sft" / "mlc_config.json").read_text())["layer"] == 4
+    assert "eval_mlc/loss" in capsys.readouterr().out
 
 
 def test_help_and_unknown_commands(capsys):
