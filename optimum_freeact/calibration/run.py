@@ -15,7 +15,7 @@ from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.kv_means import cache_means
-from optimum_freeact.modules.layout import find_blocks, find_decoder, unquantized_parameters
+from optimum_freeact.modules.layout import find_blocks, find_decoder, is_plain_linear, unquantized_parameters
 from optimum_freeact.token_types import TokenTyper, attach_state, install_typer
 
 
@@ -50,12 +50,19 @@ def measure_cache(model: nn.Module, config: FreeActConfig, samples: torch.Tensor
     find_decoder(model).add_module(CACHE_NAME, buffers)
 
 
-def run_calibration(model: nn.Module, config: FreeActConfig) -> list:
-    """Calibrate and replace all blocks; the records go to `config.calibration_record`."""
+def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor | list | None = None) -> list:
+    """Calibrate and replace all blocks; the records go to `config.calibration_record`.
+
+    Args:
+        model: A decoder in full precision; changed in place.
+        config ([`FreeActConfig`]): Settings; what was recorded is filled in.
+        data (*optional*): The config's dataset as `read_data` returns it, if it was read already.
+    """
     check_model(model, config)
-    is_ids = isinstance(config.dataset, torch.Tensor)
+    data = config.dataset if data is None else data
+    is_ids = isinstance(data, torch.Tensor)
     samples = load_samples(
-        config.dataset,
+        data,
         None if is_ids else find_tokenizer(model, config),
         config.n_samples,
         config.seq_len,
@@ -63,7 +70,7 @@ def run_calibration(model: nn.Module, config: FreeActConfig) -> list:
         model.get_input_embeddings().num_embeddings,
     )
     prefix, blocks = find_blocks(model)
-    linear = next(m for m in blocks.modules() if type(m) is nn.Linear)
+    linear = next(m for m in blocks.modules() if is_plain_linear(m))
     config.weight_dtype = str(linear.weight.dtype).removeprefix("torch.")
     if config.calibration_device is not None:
         device = torch.device(config.calibration_device)

@@ -17,8 +17,8 @@ import torch
 CUDA_MIN_ROWS = 32  # _int_mm refuses 16 rows and fewer; 32 keeps tiles whole
 
 
-@torch.compiler.assume_constant_result  # what it asks cannot be traced
 @cache
+@torch.compiler.assume_constant_result  # what it asks cannot be traced
 def cpu_has_vnni() -> bool:
     """Whether this CPU multiplies bytes in hardware (AVX-512 VNNI or AMX)."""
     checks = (getattr(torch.cpu, name, None) for name in ("_is_vnni_supported", "_is_avx512_vnni_supported"))

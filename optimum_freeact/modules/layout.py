@@ -26,6 +26,15 @@ INPUT_GROUPS: dict[str, dict[str, list[list[str]]]] = {
 }
 
 
+# subclasses that compute just what nn.Linear does
+PLAIN_SUBCLASSES = ("FalconLinear",)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is an `nn.Linear` and nothing more."""
+    return type(module) is nn.Linear or type(module).__name__ in PLAIN_SUBCLASSES
+
+
 def find_decoder(model: nn.Module) -> nn.Module:
     """The module that owns the decoder blocks: `get_decoder()` where the model has one, else its base model."""
     getter = getattr(model, "get_decoder", None)
@@ -75,7 +84,7 @@ def block_linears(block: nn.Module, prefix: str, excluded: list[str] | None) -> 
     return {
         name: module
         for name, module in block.named_modules()
-        if type(module) is nn.Linear and not is_excluded(f"{prefix}.{name}", excluded)
+        if is_plain_linear(module) and not is_excluded(f"{prefix}.{name}", excluded)
     }
 
 

@@ -53,6 +53,7 @@ class FreeActLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
         self.weight_dtype = dtype
+        self.has_bias = bias
         self.__dict__["source"] = source  # not registered here: the parent owns it, its tensors are stored once
         self._is_hf_initialized = True
         groups = in_features // group_size

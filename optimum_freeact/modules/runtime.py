@@ -11,6 +11,7 @@ from optimum_freeact.modules.kv_cache import install_kv_cache
 from optimum_freeact.modules.kv_means import rotary_frequencies
 from optimum_freeact.modules.kv_store import CacheSpec
 from optimum_freeact.modules.layout import find_decoder
+from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.surgery import input_name, quantized_linears
 from optimum_freeact.token_types import TokenTyper, attach_state, install_typer
 
@@ -38,24 +39,54 @@ def cache_spec(model: nn.Module, config: FreeActConfig) -> CacheSpec:
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """Replace quantized linears by plain ones in `dtype`, in place: exact up to what rounding has lost.
+    """Replace quantized linears by plain ones in `dtype`, in place; activations and the cache are no longer rounded.
 
-    Activations and the cache are no longer rounded; with several token types the bias is that of ordinary text.
+    Raises:
+        `ValueError`: if tensors are offloaded; nothing has changed then.
     """
     dtype = dtype or torch.float32
-    inputs = set()
-    for name, module in quantized_linears(model).items():
-        weight, bias = module.dequantized()
+    found = quantized_linears(model)
+    offloaded = [name for name, module in found.items() if module.weight.device.type == "meta"]
+    if offloaded:
+        raise ValueError(
+            f"{len(offloaded)} quantized linears ({offloaded[0]}, ...) are offloaded: load the model without a disk or "
+            "CPU offload to dequantize it."
+        )
+    for name, module in found.items():
+        weight, bias = plain_weight(module)
         plain = nn.Linear(module.in_features, module.out_features, bias is not None, device=weight.device, dtype=dtype)
         plain.weight.data.copy_(weight)
         if bias is not None:
             plain.bias.data.copy_(bias)
+        plain.train(module.training)
         model.set_submodule(name, plain)
-        inputs.add(name)
-    for name in inputs:
+    for name in found:
         parent, _, leaf = input_name([name]).rpartition(".")
         model.get_submodule(parent)._modules.pop(leaf, None)
     find_decoder(model)._modules.pop(CACHE_NAME, None)
     for hook in model.__dict__.pop("_freeact_hooks", []):
         hook.remove()
     return model
+
+
+@torch.no_grad()
+def plain_weight(module: FreeActLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of the plain linear that replaces a quantized one; a bias only if the original had one.
+
+    The bias per token type says what the layer answers to each type's mean. A plain linear has no types, so its weight
+    is given the same answers, by the smallest change that does so: along the means it becomes as good as the biases,
+    and everywhere else it stays the rounded weight.
+    """
+    weight, bias = module.dequantized()
+    if module.source.mean is None:
+        return weight, bias
+    means, answers, weight = module.source.mean.double(), module.type_bias.double(), weight.double()
+    if module.has_bias:  # type 0's answer is the bias's business, those of the others relative to it the weight's
+        change, bias = (means - means[0])[1:], answers[0] - weight @ means[0]
+        wanted = (answers - answers[0])[1:]
+    else:
+        change, wanted, bias = means, answers, None
+    weight = weight + torch.linalg.pinv(change).matmul(wanted - change @ weight.mT).mT if len(change) else weight
+    if bias is not None:
+        bias = answers[0] - weight @ means[0]
+    return weight.float(), None if bias is None else bias.float()

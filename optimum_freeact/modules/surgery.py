@@ -23,7 +23,9 @@ def input_name(group: list[str]) -> str:
 
 
 def rank_of(config: FreeActConfig, in_features: int) -> int:
-    """Rank of the high-precision branch: the config's, at most an eighth of the input's width."""
+    """Rank of the branch: the config's, at most an eighth of the width; 0 where nothing is rounded that it could spare."""
+    if config.weight_bits == config.activation_bits == 16:
+        return 0
     return min(config.low_rank, in_features // 8)
 
 
