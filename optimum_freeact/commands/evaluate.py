@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from optimum_freeact.commands.folder import write_json
+from optimum_freeact.commands.folder import check_file, write_json
 from optimum_freeact.commands.loading import (
     console,
     load_config,
@@ -26,6 +26,7 @@ from optimum_freeact.commands.loading import (
 
 def run(args: argparse.Namespace) -> None:
     """Score and print; with `--json`, write too."""
+    check_file(args.json)
     device = pick_device(args.device)
     config = load_config(args.model)
     windows = load_windows(args.text, load_tokenizer(args.tokenizer or args.model), args.window, args.tokens, config)

@@ -74,6 +74,16 @@ def new_folder(out: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
+def check_file(path: str | None) -> None:
+    """Refuse a place for a file that is a folder.
+
+    Raises:
+        `ValueError`: naming it.
+    """
+    if path is not None and Path(path).is_dir():
+        raise ValueError(f"{path!r} is a folder; name the file to write.")
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON (never NaN) through a temporary file."""
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

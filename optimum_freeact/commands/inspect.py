@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from optimum_freeact.commands.folder import write_json
+from optimum_freeact.commands.folder import check_file, write_json
 from optimum_freeact.commands.loading import console, load_config, model_name, pick_device
 from optimum_freeact.config import RECORDED
 from optimum_freeact.report.inspection import Inspection, inspect_model
@@ -17,6 +17,7 @@ from optimum_freeact.report.sizes import human
 
 def run(args: argparse.Namespace) -> None:
     """Inspect and print; with `--json`, write too."""
+    check_file(args.json)
     device = pick_device(args.device)
     folder = Path(args.model) if Path(args.model).is_dir() else None
     found = inspect_model(load_config(args.model), folder, device)

@@ -151,7 +151,7 @@ def score(model: nn.Module, windows: torch.Tensor, label: str, progress: bool) -
     for window in bar:
         part = score_text(model, window)
         total, count = total + part.nll * part.n_tokens, count + part.n_tokens
-        bar.set_postfix(nll=f"{total / count:.4f}")
+        bar.set_postfix(nll=f"{total / count:.4f}", refresh=False)
     return TextScore(total / count, math.exp(min(total / count, 700.0)), count)
 
 

@@ -15,7 +15,7 @@ TEMPLATE = """\
 
 # {name} in {scheme}
 
-{base} with its decoder linears quantized by [hf-concord](https://pypi.org/project/hf-concord/)'s `optimum_freeact`:
+{base} with its decoder linears quantized by `optimum_freeact` (hf-concord):
 preset `{preset}`, weights in {weight_bits} bits, activations in {activation_bits} bits, KV cache in {kv_bits} bits.
 Embeddings, output head and norms are as in the original. The original model's licence and terms apply.
 

@@ -13,6 +13,7 @@ from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.layout import find_blocks, unquantized_parameters
 from optimum_freeact.modules.linear import FreeActLinear
 
+
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
