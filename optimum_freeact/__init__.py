@@ -20,7 +20,7 @@ _LAZY = {
     "FreeActInput": "optimum_freeact.modules.activation",
     "FreeActLinear": "optimum_freeact.modules.linear",
     "TokenTyper": "optimum_freeact.token_types",
-    "quantize": "optimum_freeact.quantize",
+    "quantize": "optimum_freeact.api",
     "score_text": "optimum_freeact.report.evaluate",
     "tokenize_windows": "optimum_freeact.report.evaluate",
 }

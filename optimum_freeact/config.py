@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
 # known only while calibrating; never written
 RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress")
 # written by the quantizer for those who load
-RECORDED = ("input_groups", "weight_dtype", "calibration_record")
+RECORDED = ("input_groups", "weight_dtype", "cache_shapes", "calibration_record")
 
 
 class FreeActConfig(QuantizationConfigMixin):
@@ -69,7 +69,8 @@ class FreeActConfig(QuantizationConfigMixin):
         smooth_alpha (`float`, *optional*, defaults to 0.5): Migration strength of `"smoothquant"` scales.
         centring (`str`, *optional*): Subtract the mean activation, exactly compensated by an output bias: `"none"`,
             `"shared"` by all tokens or `"per_type"`.
-        low_rank (`int`, *optional*): Rank of a 16-bit branch that carries each input's strongest directions; 0 for none.
+        low_rank (`int`, *optional*): Rank of a branch, stored in one byte a number, that carries each input's strongest
+            directions around the rounding; 0 for none.
         rounding (`str`, *optional*): `"rtn"` or `"gptq"` for the weights.
         activation_clip (`float` or `"search"`, *optional*): Share of each token's range that the grid covers.
         weight_clip (`float` or `"search"`, *optional*): The same for each weight row.

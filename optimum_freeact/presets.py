@@ -51,19 +51,21 @@ PRESETS: dict[str, dict] = {
         "epochs": 15,
         "propagate_error": False,
     },
-    # Ours: means per type subtracted, closed-form scale and Kronecker transform, second-order rounding that also
-    # corrects the errors of earlier blocks.
+    # Ours, in closed form: means per type subtracted, the sink a type of its own, balanced channel scale, the strongest
+    # directions carried by a one-byte branch, Hadamard rotation, second-order rounding. Chosen on SmolLM2-135M (H100,
+    # 64 x 1024 calibration tokens, two held-out texts, excess nats over full precision): hadamard .168/.178 against
+    # closed-form Kronecker factors .178/.182; rank 0/8/16/32 .178/.146/.137/.115 on the first text.
     "freeact": {
         "activation_symmetric": False,
-        "transform": "kronecker",
+        "transform": "hadamard",
         "channel_scale": "closed_form",
         "centring": "per_type",
-        "low_rank": 0,
+        "low_rank": 24,
         "rounding": "gptq",
         "activation_clip": "search",
         "weight_clip": "search",
         "token_types": ["text", "sink"],
         "calibration": "closed_form",
-        "error_correction": True,
+        "error_correction": False,
     },
 }

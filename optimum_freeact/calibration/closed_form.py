@@ -37,7 +37,7 @@ def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: F
         return [1.0] * n
     if config.activation_clip != "search":
         return [float(config.activation_clip)] * n
-    errors = []
+    errors, z, v = [], z.float(), v.float()
     for ratio in ACTIVATION_CLIP_GRID:
         noise = fake_quantize(z, config.activation_bits, config.activation_symmetric, ratio) - z
         errors.append((noise @ v.mT).square().sum(-1))

@@ -56,6 +56,7 @@ class FreeActHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             from optimum_freeact.hf.serialization import check_checkpoint
             from optimum_freeact.modules.surgery import build_empty
+            from optimum_freeact.token_types import attach_state
 
             check_checkpoint(kwargs.get("checkpoint_files"))
             build_empty(model, self.quantization_config, attach_state(model))
@@ -64,11 +65,13 @@ class FreeActHfQuantizer(HfQuantizer):
     # ---------------------------------------------------------------- after loading
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ARG002
         from optimum_freeact.hf.serialization import check_loaded
-        from optimum_freeact.quantize import activate, run_calibration
+        from optimum_freeact.modules.runtime import activate
 
         if self.pre_quantized:
             check_loaded(model)
         else:
+            from optimum_freeact.calibration.run import run_calibration
+
             run_calibration(model, self.quantization_config)
             self.pre_quantized = True
         activate(model, self.quantization_config)
@@ -76,12 +79,8 @@ class FreeActHfQuantizer(HfQuantizer):
             _dispatch(model, self._user_device_map)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:  # noqa: ARG002
-        """The plain state dict serves; the header names the format for those who open the file without us."""
-        return None, {"quant_method": "freeact", "format_version": str(self.quantization_config.format_version)}
-
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        from optimum_freeact.quantize import dequantize_
+        from optimum_freeact.modules.runtime import dequantize_
 
         if isinstance(dtype, str):  # save_pretrained leaves config.dtype as a string
             dtype = getattr(torch, dtype)
@@ -101,15 +100,6 @@ class FreeActHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """`torch.compile` traces the modules without graph breaks."""
         return True
-
-
-def attach_state(model: nn.Module) -> Any:
-    """The model's [`TypeState`], made on first use."""
-    from optimum_freeact.token_types import TypeState
-
-    if "_freeact_state" not in model.__dict__:
-        model.__dict__["_freeact_state"] = TypeState()
-    return model.__dict__["_freeact_state"]
 
 
 def _dispatch(model: nn.Module, device_map: Any) -> None:

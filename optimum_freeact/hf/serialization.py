@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.linear import FreeActLinear
 
 
@@ -60,7 +61,7 @@ def check_loaded(model: nn.Module) -> None:
     """
     missing = []
     for name, module in model.named_modules():
-        if isinstance(module, (FreeActLinear, FreeActInput)):
+        if isinstance(module, (FreeActLinear, FreeActInput, CacheMeanBuffers)):
             for key, tensor in module.state_dict(keep_vars=True).items():
                 if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False):
                     missing.append(f"{name}.{key}")

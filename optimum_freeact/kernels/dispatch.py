@@ -17,6 +17,7 @@ import torch
 CUDA_MIN_ROWS = 32  # _int_mm refuses 16 rows and fewer; 32 keeps tiles whole
 
 
+@torch.compiler.assume_constant_result  # what it asks cannot be traced
 @cache
 def cpu_has_vnni() -> bool:
     """Whether this CPU multiplies bytes in hardware (AVX-512 VNNI or AMX)."""

@@ -18,21 +18,10 @@ FUSED = {"self_attn": [["qkv_proj"], ["o_proj"]], "mlp": [["gate_up_proj"], ["do
 
 # model_type -> module inside a block -> groups of linears that read the same tensor
 INPUT_GROUPS: dict[str, dict[str, list[list[str]]]] = {
-    **{
-        name: LLAMA_LIKE
-        for name in (
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "gemma3",
-            "olmo2",
-            "smollm3",
-        )
-    },
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma3", "olmo2", "smollm3"),
+        LLAMA_LIKE,
+    ),
     "phi3": FUSED,
 }
 
