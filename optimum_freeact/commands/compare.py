@@ -14,6 +14,7 @@ import torch
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from optimum_freeact.api import quantize
 from optimum_freeact.commands.folder import check_free, new_folder
 from optimum_freeact.commands.loading import (
     check_full_precision,
@@ -146,7 +147,7 @@ def _measure_one(
     reference: float,
     progress: bool,
 ) -> Row:
-    model = load_model(name, dtype, torch.device("cpu"), quantization_config=config).to(device)
+    model = quantize(load_model(name, dtype, torch.device("cpu")), config).to(device)
     record: dict[str, Any] = model.config.quantization_config.calibration_record
     start = time.perf_counter()
     nll = score(model, windows, f"{config.preset} {config.scheme}", progress).nll

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from optimum_freeact.calibration.data import load_samples
 from optimum_freeact.config import FreeActConfig
+from optimum_freeact.hf.serialization import check_checkpoint
 from optimum_freeact.report.evaluate import TextScore, score_text, tokenize_windows
 
 
@@ -60,16 +61,17 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype | str:
 
 
 def load_config(model: str) -> PretrainedConfig:
-    """The model's config.
+    """The model's config; the headers of its files are checked on the way.
 
     Raises:
-        `ValueError`: for a path that is no folder.
+        `ValueError`: for a path that is no folder or holds no whole model.
         `OSError`: from transformers, for a name that cannot be fetched.
     """
     if not os.path.isdir(model) and not HUB_NAME.fullmatch(model):
         raise ValueError(f"{model!r} is neither a folder here nor a model's name on the hub.")
     if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "config.json")):
         raise ValueError(f"{model!r} holds no config.json: it is no model saved by save_pretrained.")
+    check_checkpoint([str(path) for path in sorted(Path(model).glob("*.safetensors"))])
     return AutoConfig.from_pretrained(model)
 
 
@@ -139,9 +141,17 @@ def load_windows(text: str, tokenizer: Any, window: int, tokens: int, config: Pr
     return tokenize_windows(content, tokenizer, window, tokens // window)
 
 
-def load_model(model: str, dtype: torch.dtype | str, device: torch.device, **kwargs: Any) -> nn.Module:
-    """A causal language model in eval mode on `device`."""
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **kwargs).to(device).eval()
+def load_model(model: str, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
+    """A causal language model in eval mode on `device`.
+
+    Raises:
+        `ValueError`: if the checkpoint lacks weights, which transformers would replace by random ones with a warning.
+    """
+    loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{model!r} lacks {len(missing)} weights of its model, the first are {missing[:3]}.")
+    return loaded.to(device).eval()
 
 
 def score(model: nn.Module, windows: torch.Tensor, label: str, progress: bool) -> TextScore:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from optimum_freeact.api import quantize
 from optimum_freeact.commands.folder import check_free, new_folder
 from optimum_freeact.commands.loading import (
     check_full_precision,
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     with new_folder(out) as folder:
         # weights that stay in 16 bits are stored in the dtype they are calibrated in
         dtype = "auto" if args.dtype is None and config.weight_bits == 16 else pick_dtype(args.dtype, device)
-        model = load_model(args.model, dtype, torch.device("cpu"), quantization_config=config)
+        model = quantize(load_model(args.model, dtype, torch.device("cpu")), config)
         save(model, folder, getattr(source, "dtype", None))
         tokenizer.save_pretrained(folder)
         size = quantized_size(model)

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from optimum_freeact.config import FreeActConfig
-from optimum_freeact.hf.serialization import check_checkpoint
 from optimum_freeact.kernels.dispatch import describe
 from optimum_freeact.modules.layout import block_linears, find_blocks
 from optimum_freeact.modules.linear import FreeActLinear
@@ -70,11 +69,11 @@ def inspect_model(source: PretrainedConfig, folder: Path | None, device: torch.d
 
     Args:
         source (`PretrainedConfig`): The model's config.
-        folder (`Path`, *optional*): Its folder, if it is one here: its files are checked and counted.
+        folder (`Path`, *optional*): Its folder, if it is one here: its files are counted.
         device (`torch.device`): Where it would run.
 
     Raises:
-        `ValueError`: for another quantization method, a newer format, damaged files, or no decoder blocks.
+        `ValueError`: for another quantization method, a newer format, or no decoder blocks.
     """
     found = getattr(source, "quantization_config", None)
     found = found if found is None or isinstance(found, dict) else found.to_dict()
@@ -84,7 +83,6 @@ def inspect_model(source: PretrainedConfig, folder: Path | None, device: torch.d
         )
     config = FreeActConfig() if found is None else FreeActConfig.from_dict(dict(found))
     files = [] if folder is None else sorted(folder.glob("*.safetensors"))
-    check_checkpoint([str(path) for path in files])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(source, dtype=getattr(source, "dtype", None) or torch.float32)
     prefix, blocks = find_blocks(model)
