@@ -163,7 +163,7 @@ class Plan:
             for seed in seeds:
                 for settings in self._settings():
                     claimed = "w4a4" in settings and method in ("freeact", "freeact-learned", "flatquant", "quarot")
-                    rank = (0 if learned else 1) if claimed else (5 if learned else 2)
+                    rank = (0 if learned else 1) if claimed else (2 if learned else 3)
                     self.add("preset", method, settings, seed, quantize, rank=rank, **more)
 
     def _settings(self) -> list[tuple[str, ...]]:
@@ -172,7 +172,7 @@ class Plan:
         for scheme in self.schemes:
             one = bits(scheme)
             together.setdefault((one["weight_bits"], one["activation_bits"]), []).append(scheme)
-        return [tuple(sorted(group, key=lambda s: bits(s)["kv_bits"])) for group in together.values()]
+        return [tuple(sorted(group, key=lambda s: -bits(s)["kv_bits"])) for group in together.values()]
 
     def asymmetric_quarot(self) -> None:
         """QuaRot's other grid, and its clip searched: the strongest of it is what we compare with."""
@@ -361,11 +361,8 @@ def _size_ratio(model) -> float:
 
 
 def _change_cache(model, kv_bits: int) -> None:
-    """The same weights with another cache: calibration does not depend on it (a test holds this).
-
-    The quantized cache comes first, because its means are measured while calibrating.
-    """
-    from optimum_freeact.modules.runtime import activate
+    """The same weights with another cache: calibration does not depend on it (a test holds this)."""
+    from optimum_freeact.quantize import activate
 
     config = model.hf_quantizer.quantization_config
     config.kv_bits = kv_bits
@@ -379,7 +376,8 @@ def _score(job: Job, setting: str, model, tokenizer) -> list[dict]:
     for text in job.texts:
         held_out = text.read_evaluation(measure["windows"] * measure["window"])
         windows = tokenize_windows(held_out, tokenizer, measure["window"], measure["windows"])
-        score = score_text(model, windows, batch_size=2 if job.device == "cuda" else 1)
+        tokens = 2048 if job.device == "cuda" else 1024  # a forward; large vocabularies make large logits
+        score = score_text(model, windows, batch_size=max(1, tokens // measure["window"]))
         if score.nll != score.nll or score.nll == float("inf"):
             rows.append(_row(job, setting, "nll", None, f"the loss is {score.nll}", text=text.name))
         else:

@@ -413,7 +413,7 @@ def _prepare(options: argparse.Namespace, scratch: Path) -> tuple[dict[str, str]
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() and not (options.tiny or options.cpu_cost) else "cpu"
     if options.tiny:
-        options.samples, options.seq_len, options.batch_size, options.windows = 16, TINY_WINDOW, 8, 64
+        options.samples, options.seq_len, options.batch_size, options.windows = 16, TINY_WINDOW, 8, 32
         options.schemes = options.schemes or "w4a16,w4a4,w4a4kv4"
         options.learned_epochs, options.jobs = options.learned_epochs or 1, 0 if options.jobs == 1 else options.jobs
         options.out = options.out or _results.ROOT / "out"
