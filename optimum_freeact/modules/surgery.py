@@ -104,7 +104,7 @@ def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> No
             "The checkpoint's config lacks 'input_groups': it was not written by FreeActConfig's quantizer."
         )
     if config.cache_shapes:
-        with torch.device("meta"):
+        with torch.device("meta"), float32_default():
             find_decoder(model).add_module(CACHE_NAME, CacheMeanBuffers(config.cache_shapes))
     for index, block in enumerate(blocks):
         for group in groups.get(str(index), groups.get("*", [])):
