@@ -48,8 +48,6 @@ class MLCMixin:
         if self.args.mlc_weight > 0:
             self._mlc_set_up()
 
-    # ------------------------------------------------------------------------------------------------ setting up
-
     def _mlc_check_config(self, arguments: dict) -> None:
         wanted = self._mlc_config_class
         if arguments.get("args") is None:
@@ -141,8 +139,6 @@ class MLCMixin:
                 "one process and pass the layer as a number, without mlc_center."
             )
 
-    # ----------------------------------------------------------------------------------------------------- data
-
     def _prepare_dataset(self, dataset, processing_class, args, *rest, **kwargs):
         if args.mlc_weight > 0:
             name = kwargs.get("dataset_name", rest[-1] if rest else "train")
@@ -167,8 +163,6 @@ class MLCMixin:
     def compute_ref_log_probs(self, model, inputs):
         """As the host's, for batches that carry prompts: a reference model never sees them."""
         return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != KEY})
-
-    # ----------------------------------------------------------------------------------------------------- loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The host's loss plus `mlc_weight` times the term, in training (and in evaluation if asked for)."""
@@ -211,8 +205,9 @@ class MLCMixin:
         states = self._mlc_pass.take()
         if states is None or (training and not _has_graph(states, self._mlc_pass)):
             raise RuntimeError(
-                f"{type(self).__name__}'s forward did not run the parallel prompts with gradients: this version of TRL "
-                "calls the model in a way that MLC does not know. Please report it with the version."
+                f"{type(self).__name__}'s forward did not run the parallel prompts with gradients. Either no parameter "
+                f"up to layer {self._mlc_pass.layer} is trained (choose a deeper mlc_layer, or adapt earlier layers), or "
+                "this version of TRL calls the model in a way that MLC does not know: please report it."
             )
         if self._mlc_asked is None:
             return loss + 0.0 * states.representations.sum().to(loss.device)
@@ -237,8 +232,6 @@ class MLCMixin:
     def _mlc_record(self, mode: str, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
-
-    # ------------------------------------------------------------------------------------- optimizer and state
 
     def create_optimizer(self, *args, **kwargs):
         """As the host's; with `mlc_extractor_lr`, the extractor's parameters move to a group of their own."""
