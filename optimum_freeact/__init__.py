@@ -20,7 +20,8 @@ _LAZY = {
     "FreeActInput": "optimum_freeact.modules.activation",
     "FreeActLinear": "optimum_freeact.modules.linear",
     "TokenTyper": "optimum_freeact.token_types",
-    "quantize": "optimum_freeact.quantize",
+    "quantize": "optimum_freeact.api",
+    "save": "optimum_freeact.api",
     "score_text": "optimum_freeact.report.evaluate",
     "tokenize_windows": "optimum_freeact.report.evaluate",
 }
@@ -32,6 +33,7 @@ __all__ = [
     "FreeActLinear",
     "TokenTyper",
     "quantize",
+    "save",
     "score_text",
     "tokenize_windows",
 ]

@@ -46,8 +46,10 @@ DEFAULTS: dict[str, Any] = {
 }
 # known only while calibrating; never written
 RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress")
+# may be given anew when a saved model is loaded
+LOADING = ("kv_bits",)
 # written by the quantizer for those who load
-RECORDED = ("input_groups", "weight_dtype", "calibration_record")
+RECORDED = ("input_groups", "weight_dtype", "cache_shapes", "calibration_record")
 
 
 class FreeActConfig(QuantizationConfigMixin):
@@ -69,7 +71,8 @@ class FreeActConfig(QuantizationConfigMixin):
         smooth_alpha (`float`, *optional*, defaults to 0.5): Migration strength of `"smoothquant"` scales.
         centring (`str`, *optional*): Subtract the mean activation, exactly compensated by an output bias: `"none"`,
             `"shared"` by all tokens or `"per_type"`.
-        low_rank (`int`, *optional*): Rank of a 16-bit branch that carries each input's strongest directions; 0 for none.
+        low_rank (`int`, *optional*): Rank of a branch, stored in one byte a number, that carries each input's strongest
+            directions around the rounding; 0 for none.
         rounding (`str`, *optional*): `"rtn"` or `"gptq"` for the weights.
         activation_clip (`float` or `"search"`, *optional*): Share of each token's range that the grid covers.
         weight_clip (`float` or `"search"`, *optional*): The same for each weight row.
@@ -107,12 +110,14 @@ class FreeActConfig(QuantizationConfigMixin):
     def __init__(self, preset: str = "freeact", **kwargs: Any):
         kwargs.pop("quant_method", None)
         version = kwargs.pop("format_version", FORMAT_VERSION)
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise ValueError(f"format_version must be a positive integer, got {version!r}: the config is damaged.")
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"This checkpoint has format version {version}; this release reads versions up to {FORMAT_VERSION}. "
                 "Install a newer hf-concord to load it."
             )
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}.")
         known = {**DEFAULTS, **PRESETS[preset]}
         unknown = sorted(set(kwargs) - set(known) - set(RUNTIME) - set(RECORDED))
@@ -120,6 +125,7 @@ class FreeActConfig(QuantizationConfigMixin):
             raise TypeError(
                 f"FreeActConfig does not know {unknown}; known arguments: {sorted({*known, *RUNTIME, 'preset'})}."
             )
+        self._given = sorted(kwargs) + (["preset"] if preset != "freeact" else [])
         self.quant_method = "freeact"
         self.format_version = version
         self.preset = preset
@@ -135,7 +141,7 @@ class FreeActConfig(QuantizationConfigMixin):
         """Check every value once, and combinations that contradict each other."""
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
-            if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+            if value not in allowed or type(value) is not type(allowed[0]):
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
         for name in ("n_samples", "seq_len", "batch_size", "epochs"):
             self._check_int(name, minimum=1)
@@ -145,12 +151,15 @@ class FreeActConfig(QuantizationConfigMixin):
             self._check_int("weight_group_size", minimum=2)
         for name in ("activation_clip", "weight_clip"):
             value = getattr(self, name)
-            if value != "search" and not (isinstance(value, (int, float)) and 0 < value <= 1):
+            is_ratio = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+            if value != "search" and not is_ratio:
                 raise ValueError(f"{name} must be 'search' or a number in (0, 1], got {value!r}.")
         for name in ("damping", "learning_rate", "smooth_alpha"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        if isinstance(self.token_types, tuple):
+            self.token_types = list(self.token_types)
         if self.token_types not in (["text"], ["text", "sink"]):
             raise ValueError(f"token_types must be ['text'] or ['text', 'sink'], got {self.token_types!r}.")
         skipped = self.modules_to_not_convert
@@ -179,7 +188,23 @@ class FreeActConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON without what is known only while calibrating."""
-        return {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in RUNTIME}
+        return {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in RUNTIME and k != "_given"}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What may be chosen anew when a saved model is loaded: the bits of the KV cache.
+
+        Raises:
+            `ValueError`: if this config was meant for quantizing; a quantized checkpoint is not quantized again.
+        """
+        if self.input_groups is not None:  # it comes from a quantized model itself
+            return {name: getattr(self, name) for name in LOADING}
+        other = [name for name in self._given if name not in LOADING]
+        if other:
+            raise ValueError(
+                f"The checkpoint is quantized already: {other} cannot be changed. Load it without quantization_config "
+                f"(or with {list(LOADING)} only), or quantize the full-precision model again."
+            )
+        return {name: getattr(self, name) for name in LOADING if name in self._given}
 
     def __iter__(self):
         yield from self.to_dict().items()

@@ -10,6 +10,7 @@ stay until the next forward, because gradient checkpointing recomputes blocks la
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
@@ -41,6 +42,9 @@ class TypeState:
         memo[id(self)] = copy
         return copy
 
+    def __reduce__(self) -> tuple:
+        return TypeState, ()  # types belong to a forward, not to the model: a copy starts without
+
     def of(self, x: torch.Tensor) -> torch.Tensor | None:
         """Types that fit the rows of `x`: same leading shape, or the same number of rows when tokens were flattened."""
         types = self.types
@@ -49,6 +53,13 @@ class TypeState:
         if x.shape[:-1] == types.shape:
             return types
         return types.reshape(x.shape[:-1]) if x.shape[:-1].numel() == types.numel() else None
+
+
+def attach_state(model: nn.Module) -> TypeState:
+    """The model's [`TypeState`], made on first use."""
+    if "_freeact_state" not in model.__dict__:
+        model.__dict__["_freeact_state"] = TypeState()
+    return model.__dict__["_freeact_state"]
 
 
 def _past_length(arguments: dict[str, Any]) -> int | torch.Tensor:
@@ -60,7 +71,7 @@ def sink_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
     """Which of the current tokens are the first real token of their sequence.
 
     Correct for left and right padding (through a 2-D `attention_mask`), packed sequences (through `position_ids` that
-    start again at 0), and cached decoding (no new token is first).
+    start again at 0, with or without a mask), and cached decoding (no new token is first).
 
     Args:
         arguments (`dict`): The decoder's keyword arguments: `input_ids` or `inputs_embeds`, and where present
@@ -75,17 +86,18 @@ def sink_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
         return None
     batch, length = given.shape[:2]
     mask = arguments.get("attention_mask")
-    mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+    mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[-1] >= length else None
     positions = arguments.get("position_ids")
+    positions = positions if isinstance(positions, torch.Tensor) and positions.ndim == 2 else None
+    restarts = None if positions is None else (positions == 0).expand(batch, length)
     if mask is not None:
-        first = (mask.cumsum(-1) == 1) & (mask == 1)
-        first = first[:, -length:] if mask.shape[-1] >= length else None
-    else:
-        index = torch.arange(length, device=given.device) + _past_length(arguments)
-        first = (index == 0).expand(batch, length)
-    if first is None or (isinstance(positions, torch.Tensor) and positions.ndim == 2 and mask is None):
-        first = (positions == 0).expand(batch, length)
-    return first
+        real = mask != 0
+        first = ((real.cumsum(-1) == 1) & real)[:, -length:]
+        return first if restarts is None else first | (restarts & real[:, -length:])
+    if restarts is not None:
+        return restarts
+    index = torch.arange(length, device=given.device) + _past_length(arguments)
+    return (index == 0).expand(batch, length)
 
 
 class TokenTyper:
@@ -108,13 +120,18 @@ class TokenTyper:
         return None if first is None else first.long() * self.names.index(SINK)
 
 
+class _TyperHook:
+    """The pre-hook; an object, so that it is copied together with its module and state."""
+
+    def __init__(self, typer: TokenTyper, state: TypeState):
+        self.typer, self.state = typer, state
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if args:
+            kwargs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
+        self.state.types = self.typer(kwargs)
+
+
 def install_typer(decoder: nn.Module, typer: TokenTyper, state: TypeState) -> torch.utils.hooks.RemovableHandle:
     """Make every forward of `decoder` write its tokens' types to `state`; returns the hook's handle."""
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:  # noqa: ARG001
-        arguments = dict(kwargs)
-        if args:
-            arguments.setdefault("input_ids", args[0])
-        state.types = typer(arguments)
-
-    return decoder.register_forward_pre_hook(hook, with_kwargs=True)
+    return decoder.register_forward_pre_hook(_TyperHook(typer, state), with_kwargs=True)

@@ -163,7 +163,7 @@ class Plan:
             for seed in seeds:
                 for settings in self._settings():
                     claimed = "w4a4" in settings and method in ("freeact", "freeact-learned", "flatquant", "quarot")
-                    rank = (0 if learned else 1) if claimed else (2 if learned else 3)
+                    rank = (0 if learned else 1) if claimed else (5 if learned else 2)
                     self.add("preset", method, settings, seed, quantize, rank=rank, **more)
 
     def _settings(self) -> list[tuple[str, ...]]:
@@ -172,7 +172,7 @@ class Plan:
         for scheme in self.schemes:
             one = bits(scheme)
             together.setdefault((one["weight_bits"], one["activation_bits"]), []).append(scheme)
-        return [tuple(sorted(group, key=lambda s: -bits(s)["kv_bits"])) for group in together.values()]
+        return [tuple(sorted(group, key=lambda s: bits(s)["kv_bits"])) for group in together.values()]
 
     def asymmetric_quarot(self) -> None:
         """QuaRot's other grid, and its clip searched: the strongest of it is what we compare with."""
@@ -362,7 +362,7 @@ def _size_ratio(model) -> float:
 
 def _change_cache(model, kv_bits: int) -> None:
     """The same weights with another cache: calibration does not depend on it (a test holds this)."""
-    from optimum_freeact.quantize import activate
+    from optimum_freeact.modules.runtime import activate
 
     config = model.hf_quantizer.quantization_config
     config.kv_bits = kv_bits

@@ -79,7 +79,7 @@ def calibrate(
         linears = block_linears(block, f"{prefix}.{index}", config.modules_to_not_convert)
         groups = block_groups(model, block, linears, stream, index)
         config.input_groups[str(index)] = groups
-        record = _quantize_block(block, linears, groups, index, stream, config, store, device)
+        record = _quantize_block(block, f"{prefix}.{index}", linears, groups, index, stream, config, store, device)
         block.to(home)
         record = BlockRecord(index, time.perf_counter() - start, record[0], record[1], record[2])
         bar.set_postfix(output_error=f"{record.output_error:.4f}")
@@ -87,7 +87,7 @@ def calibrate(
     config.input_groups = compress_groups(config.input_groups)
 
 
-def _quantize_block(block, linears, groups, index, stream, config, store, device):
+def _quantize_block(block, name, linears, groups, index, stream, config, store, device):
     """Fit or read back one block; returns its output error, its inputs' records and the learned stage's record."""
     n_types = config.n_types
     done = store.load(index) if store else None
@@ -97,6 +97,12 @@ def _quantize_block(block, linears, groups, index, stream, config, store, device
             group[0]: Moments(linears[group[0]].in_features, n_types, device, paired=stream.paired) for group in groups
         }
         reference = stream.observe(block, index, {group[0]: linears[group[0]] for group in groups}, moments)
+        for first, seen in moments.items():
+            if not seen.is_finite():
+                raise ValueError(
+                    f"The input of '{name}.{first}' holds NaN or inf in calibration: nothing can be fitted to it. Check "
+                    "the model in full precision on the same data, or load it in bfloat16 or float32 instead of float16."
+                )
     else:
         reference = stream.observe(block, index, {}, {})
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)

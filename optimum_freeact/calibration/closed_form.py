@@ -37,7 +37,7 @@ def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: F
         return [1.0] * n
     if config.activation_clip != "search":
         return [float(config.activation_clip)] * n
-    errors = []
+    errors, z, v = [], z.float(), v.float()
     for ratio in ACTIVATION_CLIP_GRID:
         noise = fake_quantize(z, config.activation_bits, config.activation_symmetric, ratio) - z
         errors.append((noise @ v.mT).square().sum(-1))
@@ -54,7 +54,7 @@ def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: F
 
 
 def output_biases(
-    moments: Moments, stored: InputMap, weight: torch.Tensor, bias: torch.Tensor | None, config: FreeActConfig
+    moments: Moments, stored: InputMap, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Bias per type, shape `(n_means or 1, out)`: W mu_k + b, or where errors are corrected the full-precision mean."""
     if stored.mean is None:
@@ -128,9 +128,7 @@ class GroupFit:
     def closed_form(self, generator: torch.Generator) -> InputRecord:
         """Fit the input's map, round the weights and fill the modules; `generator` draws the rotations (CPU)."""
         found = fit_map(self.stats, self.spec, generator)
-        for name, value in vars(found).items():
-            if value is not None:
-                getattr(self.source, name).copy_(value)
+        self.source.store(found)
         return self.fill()
 
     @torch.no_grad()
@@ -178,9 +176,9 @@ class GroupFit:
             else:
                 module.set_weight(rounded.codes[rows], rounded.scale[rows])
             bias = None if linear.bias is None else linear.bias.detach().to(target.device)
-            bias = output_biases(self.moments, stored, self.weight[rows], bias, self.config)
+            bias = output_biases(self.moments, stored, self.weight[rows], bias)
             if bias is not None:
                 module.type_bias.copy_(bias)
             if low_rank is not None:
-                module.low_rank.copy_(low_rank[rows])
+                module.set_low_rank(low_rank[rows])
             start = rows.stop

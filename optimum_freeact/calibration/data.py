@@ -9,11 +9,21 @@ from typing import Any
 import torch
 
 
+KINDS = (
+    "the path of a .txt or .jsonl file, a list of strings or of chat messages, token ids of shape (n, length), or a "
+    "dataset name"
+)
+
+
 def _read_file(path: Path) -> list:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}); calibration data may be {KINDS}.") from None
     if path.suffix not in (".jsonl", ".json"):
-        return [path.read_text(encoding="utf-8")]
+        return [text]
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -62,21 +72,73 @@ def _tokenize(items: list, tokenizer: Any) -> torch.Tensor:
     """All items as one stream of ids; texts are joined without special tokens, chats through the chat template."""
     stream: list[int] = []
     for item in items:
-        if isinstance(item, dict) and "messages" in item:
-            item = item["messages"]
-        if isinstance(item, dict) and "text" in item:
-            item = item["text"]
-        if isinstance(item, str):
-            stream.extend(tokenizer(item, add_special_tokens=False).input_ids)
-        elif _is_chat(item):
-            stream.extend(
-                tokenizer(tokenizer.apply_chat_template(item, tokenize=False), add_special_tokens=False).input_ids
-            )
-        else:
-            raise ValueError(
-                f"A calibration item must be a string or a list of {{'role', 'content'}} messages, got {type(item).__name__}."
-            )
+        text = item if isinstance(item, str) else tokenizer.apply_chat_template(item, tokenize=False)
+        stream.extend(tokenizer(text, add_special_tokens=False).input_ids)
     return torch.tensor(stream, dtype=torch.long)
+
+
+def _text_of(item: Any) -> str | list:
+    """An item's text, or its chat messages."""
+    if isinstance(item, dict):
+        item = item.get("messages", item.get("text", item))
+    if not isinstance(item, str) and not (_is_chat(item) and item):
+        raise ValueError(
+            f"A calibration item must be a string or a list of {{'role', 'content'}} messages, got {type(item).__name__}."
+        )
+    return item
+
+
+def _too_short(n_samples: int, seq_len: int, found: str) -> ValueError:
+    return ValueError(
+        f"Calibration needs n_samples * seq_len = {n_samples} * {seq_len} = {n_samples * seq_len} tokens; the data {found}. "
+        "Give more text, or lower n_samples or seq_len."
+    )
+
+
+def read_data(dataset: Any, n_samples: int, seq_len: int) -> torch.Tensor | list:
+    """Calibration data as token ids or as a list of texts and chats, with all that can be checked without a model.
+
+    Args:
+        dataset: See [`FreeActConfig`]; what this function returned is returned again.
+        n_samples, seq_len (`int`): How many windows of how many tokens will be cut from it.
+
+    Raises:
+        `ValueError`: for no data, data of another kind, or too little of it (says how many tokens are needed).
+    """
+    if dataset is None:
+        raise ValueError(f"Quantizing needs calibration data: pass FreeActConfig(dataset=...) with {KINDS}.")
+    if isinstance(dataset, torch.Tensor):
+        if dataset.ndim != 2 or dataset.is_floating_point() or dataset.dtype == torch.bool:
+            raise ValueError(
+                f"Token ids must be an integer tensor of shape (n, length), got {dataset.dtype} of {tuple(dataset.shape)}."
+            )
+        if dataset.shape[1] < seq_len:
+            raise ValueError(
+                f"Token ids have length {dataset.shape[1]}; seq_len={seq_len} is asked for. Lower seq_len."
+            )
+        if len(dataset) < n_samples:
+            raise _too_short(n_samples, seq_len, f"has {len(dataset)} rows")
+        return dataset
+    if isinstance(dataset, (str, Path)):
+        path = Path(dataset)
+        if path.is_dir() or (path.suffix in (".txt", ".jsonl", ".json") and not path.is_file()):
+            raise ValueError(
+                f"dataset={str(dataset)!r} is {'a folder' if path.is_dir() else 'no file here'}; pass {KINDS}."
+            )
+        dataset = _read_file(path) if path.is_file() else _read_dataset(str(dataset))
+    if isinstance(dataset, (dict, bytes)) or not hasattr(dataset, "__iter__"):
+        raise ValueError(f"dataset must be {KINDS}, got {type(dataset).__name__}.")
+    items = list(dataset)
+    if items and all(isinstance(m, dict) and "role" in m for m in items):
+        items = [items]  # one conversation
+    items = [_text_of(item) for item in items]
+    if not any(items):
+        raise ValueError(f"The calibration data is empty. {n_samples * seq_len} tokens are needed.")
+    if all(isinstance(item, str) for item in items):  # no tokenizer makes more tokens than bytes, but for a prefix
+        most = sum(len(item.encode("utf-8")) + 1 for item in items)
+        if most < n_samples * seq_len:
+            raise _too_short(n_samples, seq_len, f"has {most - len(items)} bytes of text")
+    return items
 
 
 def load_samples(
@@ -95,39 +157,19 @@ def load_samples(
         `torch.Tensor` of shape `(n_samples, seq_len)`, `int64`.
 
     Raises:
-        `ValueError`: for no data, data of another kind, too little text (says how many tokens are needed), or ids out
-        of range.
+        `ValueError`: as [`read_data`], and for text without a tokenizer or ids out of range.
     """
-    if dataset is None:
-        raise ValueError(
-            "Quantizing needs calibration data: pass FreeActConfig(dataset=...) with the path of a .txt or .jsonl file, "
-            "a list of strings or of chat messages, token ids, or a dataset name."
-        )
-    if isinstance(dataset, (str, Path)):
-        path = Path(dataset)
-        dataset = _read_file(path) if path.is_file() else _read_dataset(str(dataset))
-    if isinstance(dataset, torch.Tensor):
-        if dataset.ndim != 2 or dataset.is_floating_point():
-            raise ValueError(f"Token ids must be an integer tensor of shape (n, length), got {tuple(dataset.shape)}.")
-        windows = dataset.long()[:, :seq_len]
-        if windows.shape[1] < seq_len:
-            raise ValueError(
-                f"Token ids have length {windows.shape[1]}; seq_len={seq_len} is asked for. Lower seq_len."
-            )
+    data = read_data(dataset, n_samples, seq_len)
+    if isinstance(data, torch.Tensor):
+        windows = data.long()[:, :seq_len]
     else:
-        items = list(dataset)
-        if not items:
-            raise ValueError("The calibration data is empty.")
         if tokenizer is None:
             raise ValueError("Calibration on text needs a tokenizer: pass FreeActConfig(tokenizer=...).")
-        stream = _tokenize(items, tokenizer)
+        stream = _tokenize(data, tokenizer)
         windows = stream[: len(stream) // seq_len * seq_len].view(-1, seq_len)
-    if len(windows) < n_samples:
-        raise ValueError(
-            f"Calibration needs n_samples * seq_len = {n_samples} * {seq_len} = {n_samples * seq_len} tokens; the data "
-            f"has {windows.numel()} in whole windows. Give more text, or lower n_samples or seq_len."
-        )
-    if vocab_size is not None and windows.numel() and not 0 <= int(windows.min()) <= int(windows.max()) < vocab_size:
+        if len(windows) < n_samples:
+            raise _too_short(n_samples, seq_len, f"has {len(stream)}")
+    if vocab_size is not None and not 0 <= int(windows.min()) <= int(windows.max()) < vocab_size:
         raise ValueError(
             f"Calibration ids must lie in [0, {vocab_size}), got {int(windows.min())}..{int(windows.max())}."
         )

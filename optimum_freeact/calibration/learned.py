@@ -41,6 +41,11 @@ class LearnedInput(nn.Module):
         self.log_scale = nn.Parameter(scale.log()) if scale is not None else None
         self.clip = nn.Parameter(_logit(source.clip.float()))
         self._last: tuple[torch.Tensor, tuple] | None = None
+        self.inverses: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forget(self) -> None:
+        """Drop what was computed from the parameters before a step."""
+        self._last = self.inverses = None
 
     def current(self) -> InputMap:
         """The map with the parameters as they are now."""
@@ -51,6 +56,8 @@ class LearnedInput(nn.Module):
         """Rounded z, p and types of rows `x`; computed once for the linears that share `x`."""
         if self._last is not None and self._last[0] is x:
             return self._last[1]
+        # inv_ex does not check for singularity, hence does not wait for the device; a singular factor yields NaN loss
+        self.inverses = (torch.linalg.inv_ex(self.left)[0], torch.linalg.inv_ex(self.right)[0])
         types = self.state.of(x) if len(self.clip) > 1 else None
         z, low_rank = self.current().apply(x.float(), types)
         if self.bits < 16:
@@ -76,7 +83,7 @@ class LearnedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As `FreeActLinear.forward`, with gradients."""
         z, low_rank, types = self.source(x)
-        v, branch = self.source.current().transform_weight(self.weight)
+        v, branch = self.source.current().transform_weight(self.weight, self.source.inverses)
         if self.bits < 16:
             grouped = v.unflatten(-1, (-1, self.group))
             qparams = symmetric_qparams(grouped, self.bits, torch.sigmoid(self.clip))
@@ -134,32 +141,32 @@ def learn(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * len(train), eta_min=rate * 1e-3)
     generator = torch.Generator().manual_seed(config.seed)
     energy = [target.float().square().mean() for target in targets]
-    history = []
+    history: list[torch.Tensor] = []
     frozen = [p for p in block.parameters() if p.requires_grad and not any(p is q for q in slow + fast)]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
         with torch.enable_grad():
             for _ in range(config.epochs):
-                total = 0.0
+                total = torch.zeros((), device=targets[0].device)
                 for i in torch.randperm(len(train), generator=generator).tolist():
                     for source in inputs:
-                        source._last = None
+                        source.forget()
                     loss = (run(i).float() - targets[i].float()).square().mean()
                     optimizer.zero_grad(set_to_none=True)
                     (loss / loss.detach().clamp_min(1e-20)).backward()
                     optimizer.step()
                     schedule.step()
-                    total += float(loss.detach() / energy[i])
+                    total += loss.detach() / energy[i]
                 history.append(total / len(train))
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
         for source in inputs:
-            source._last = None
+            source.forget()
         for name, module in replaced.items():
             block.set_submodule(name, module)
-    return {"first_loss": history[0], "last_loss": history[-1]}
+    return {"first_loss": float(history[0]), "last_loss": float(history[-1])}
 
 
 @torch.no_grad()

@@ -7,7 +7,9 @@ fills them by name, and full-precision weights never exist.
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
 from typing import Any
 
 import torch
@@ -26,24 +28,22 @@ class FreeActHfQuantizer(HfQuantizer):
     requires_calibration = False  # True would forbid quantizing in from_pretrained
 
     def __init__(self, quantization_config: FreeActConfig, **kwargs: Any):
-        super().__init__(quantization_config, **kwargs)
+        # a copy: what calibration records belongs to this model, and the caller may quantize another with the same config
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._user_device_map: Any = None
+        self._data: Any = None
 
     # ---------------------------------------------------------------- before loading
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Refuse early what cannot work: quantizing without data, or into a map that offloads to disk."""
+        """Refuse before a model is loaded what cannot work: no or unusable data, devices that are not there."""
         if self.pre_quantized:
             return
-        if self.quantization_config.dataset is None:
-            from optimum_freeact.calibration.data import load_samples
+        config = self.quantization_config
+        check_places(config, kwargs.get("device_map"))
+        if self._data is None:  # transformers asks twice
+            from optimum_freeact.calibration.data import read_data
 
-            load_samples(None, None, 1, 1, 0)  # raises the one message about calibration data
-        device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError(
-                "device_map places modules on disk, which works for saved FreeAct checkpoints but not while quantizing: "
-                "quantize on 'cpu' (blocks are moved to the GPU one by one), save, and load with that device_map."
-            )
+            self._data = read_data(config.dataset, config.n_samples, config.seq_len)
 
     def update_device_map(self, device_map: Any) -> Any:
         """While quantizing the model waits on the CPU; the user's map is used for the (smaller) quantized model."""
@@ -56,6 +56,7 @@ class FreeActHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             from optimum_freeact.hf.serialization import check_checkpoint
             from optimum_freeact.modules.surgery import build_empty
+            from optimum_freeact.token_types import attach_state
 
             check_checkpoint(kwargs.get("checkpoint_files"))
             build_empty(model, self.quantization_config, attach_state(model))
@@ -64,24 +65,23 @@ class FreeActHfQuantizer(HfQuantizer):
     # ---------------------------------------------------------------- after loading
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ARG002
         from optimum_freeact.hf.serialization import check_loaded
-        from optimum_freeact.quantize import activate, run_calibration
+        from optimum_freeact.modules.runtime import activate
 
         if self.pre_quantized:
             check_loaded(model)
         else:
-            run_calibration(model, self.quantization_config)
+            from optimum_freeact.calibration.run import run_calibration
+
+            run_calibration(model, self.quantization_config, self._data)
+            self._data = None
             self.pre_quantized = True
         activate(model, self.quantization_config)
         if self._user_device_map is not None:
             _dispatch(model, self._user_device_map)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:  # noqa: ARG002
-        """The plain state dict serves; the header names the format for those who open the file without us."""
-        return None, {"quant_method": "freeact", "format_version": str(self.quantization_config.format_version)}
-
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        from optimum_freeact.quantize import dequantize_
+        from optimum_freeact.modules.runtime import dequantize_
 
         if isinstance(dtype, str):  # save_pretrained leaves config.dtype as a string
             dtype = getattr(torch, dtype)
@@ -103,13 +103,24 @@ class FreeActHfQuantizer(HfQuantizer):
         return True
 
 
-def attach_state(model: nn.Module) -> Any:
-    """The model's [`TypeState`], made on first use."""
-    from optimum_freeact.token_types import TypeState
-
-    if "_freeact_state" not in model.__dict__:
-        model.__dict__["_freeact_state"] = TypeState()
-    return model.__dict__["_freeact_state"]
+def check_places(config: FreeActConfig, device_map: Any) -> None:
+    """Refuse a disk in the device map, a calibration device that is not there, and a `resume_dir` that is a file."""
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        raise ValueError(
+            "device_map places modules on disk, which works for saved FreeAct checkpoints but not while quantizing: "
+            "quantize on 'cpu' (blocks are moved to the GPU one by one), save, and load with that device_map."
+        )
+    name = config.calibration_device
+    try:
+        kind = None if name is None else torch.device(name).type
+    except RuntimeError:
+        kind = "?"
+    if kind == "?" or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(
+            f"calibration_device={name!r} is not available here; leave it out to take cuda where there is one, else cpu."
+        )
+    if config.resume_dir is not None and os.path.isfile(config.resume_dir):
+        raise ValueError(f"resume_dir={config.resume_dir!r} is a file; name a folder.")
 
 
 def _dispatch(model: nn.Module, device_map: Any) -> None:

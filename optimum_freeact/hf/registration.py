@@ -25,6 +25,11 @@ def register() -> None:
         if present is not None and present.__module__ != cls.__module__:
             raise ValueError(f"quant_method {NAME!r} is registered by {present.__module__} already.")
         table[NAME] = cls
+    types = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", ())
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (
+        *(t for t in types if t.__module__ != FreeActConfig.__module__),
+        FreeActConfig,
+    )
 
 
 register()

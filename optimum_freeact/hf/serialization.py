@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
-
-from optimum_freeact.modules.activation import FreeActInput
-from optimum_freeact.modules.linear import FreeActLinear
 
 
 def check_checkpoint(files: list[str] | None) -> None:
@@ -26,48 +22,36 @@ def check_checkpoint(files: list[str] | None) -> None:
                 f"{path!r} is not a safetensors file. FreeAct checkpoints are never pickled; re-save the model with "
                 "save_pretrained."
             )
-        with open(path, "rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            start = handle.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-            try:
-                if length > size - 8:
-                    raise ValueError("its header runs past the end of the file")
-                header = json.loads(handle.read(length))
-                needed = (
-                    8
-                    + length
-                    + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-                )
-            except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-                raise ValueError(
-                    f"{path!r} has a damaged safetensors header ({error}). Fetch or save it again."
-                ) from None
-            if needed != size:
-                raise ValueError(
-                    f"{path!r} has {size} bytes but its header announces {needed}: the file is truncated or damaged. "
-                    "Fetch or save it again."
-                )
+        try:
+            with safe_open(path, "pt"):
+                pass  # opening checks the whole header: names, types, shapes, offsets, and the file's size
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path!r} ({os.path.getsize(path)} bytes) is truncated or damaged ({error}). Fetch or save it again."
+            ) from None
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Every tensor of every quantized module came from the checkpoint.
+    """Every tensor that this model and its checkpoint have in common came from the checkpoint, and is finite.
 
-    transformers leaves tensors that a checkpoint lacks at arbitrary values, with a warning only.
+    transformers initialises what a checkpoint lacks, with a warning only. That is right for the new head of another
+    task, and for nothing else: a checkpoint of this very class must hold everything.
 
     Raises:
         `ValueError`: naming the first missing tensors.
     """
+    same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
+    inner = model if same_class else getattr(model, "base_model", model)
     missing = []
-    for name, module in model.named_modules():
-        if isinstance(module, (FreeActLinear, FreeActInput)):
-            for key, tensor in module.state_dict(keep_vars=True).items():
-                if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False):
-                    missing.append(f"{name}.{key}")
-                elif tensor.is_floating_point() and tensor.device.type != "meta" and not torch.isfinite(tensor).all():
-                    raise ValueError(f"The checkpoint's tensor {name}.{key} holds NaN or inf: it is damaged.")
+    for name, tensor in inner.state_dict(keep_vars=True).items():
+        if tensor.device.type == "meta":  # offloaded: read from the checkpoint later
+            continue
+        if not getattr(tensor, "_is_hf_initialized", False):
+            missing.append(name)
+        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"The checkpoint's tensor {name!r} holds NaN or inf: it is damaged.")
     if missing:
         raise ValueError(
-            f"The checkpoint lacks {len(missing)} tensors of quantized modules, the first are {missing[:3]}. "
-            "It is incomplete, or was saved with other settings than its config says."
+            f"The checkpoint lacks {len(missing)} tensors, the first are {missing[:3]}. It is incomplete or damaged, or was "
+            "saved with other settings than its config says."
         )

@@ -18,23 +18,21 @@ FUSED = {"self_attn": [["qkv_proj"], ["o_proj"]], "mlp": [["gate_up_proj"], ["do
 
 # model_type -> module inside a block -> groups of linears that read the same tensor
 INPUT_GROUPS: dict[str, dict[str, list[list[str]]]] = {
-    **{
-        name: LLAMA_LIKE
-        for name in (
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "gemma3",
-            "olmo2",
-            "smollm3",
-        )
-    },
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma3", "olmo2", "smollm3"),
+        LLAMA_LIKE,
+    ),
     "phi3": FUSED,
 }
+
+
+# subclasses that compute just what nn.Linear does
+PLAIN_SUBCLASSES = ("FalconLinear",)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is an `nn.Linear` and nothing more."""
+    return type(module) is nn.Linear or type(module).__name__ in PLAIN_SUBCLASSES
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
@@ -86,7 +84,7 @@ def block_linears(block: nn.Module, prefix: str, excluded: list[str] | None) -> 
     return {
         name: module
         for name, module in block.named_modules()
-        if type(module) is nn.Linear and not is_excluded(f"{prefix}.{name}", excluded)
+        if is_plain_linear(module) and not is_excluded(f"{prefix}.{name}", excluded)
     }
 
 

@@ -6,7 +6,13 @@ import torch
 from torch import nn
 
 from optimum_freeact.kernels.dispatch import int_linear
-from optimum_freeact.modules.activation import PICKLE_REFUSED, FreeActInput, _deepcopy_module, keep_dtypes
+from optimum_freeact.modules.activation import (
+    PICKLE_REFUSED,
+    FreeActInput,
+    _deepcopy_module,
+    column_codes,
+    keep_dtypes,
+)
 from optimum_freeact.numerics.affine import dequantize
 from optimum_freeact.numerics.packing import bytes_per_group, pack, unpack
 from optimum_freeact.transforms.affine_map import pick
@@ -22,7 +28,7 @@ class FreeActLinear(nn.Linear):
     - `qscale` (`float32`, shape `(out, groups)`): scale of each group's codes; absent at 16 bits.
     - `type_bias` (`float32`, shape `(n_means or 1, out)`): output bias of each token type; absent without bias and
       centring.
-    - `low_rank` (`bfloat16`, shape `(out, r)`): L; absent at rank 0.
+    - `low_rank` (`int8`, shape `(out, r)`) and `low_rank_scale` (`float32`, shape `(r,)`): L; absent at rank 0.
 
     Args:
         in_features, out_features (`int`): As in `nn.Linear`.
@@ -47,6 +53,7 @@ class FreeActLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
         self.weight_dtype = dtype
+        self.has_bias = bias
         self.__dict__["source"] = source  # not registered here: the parent owns it, its tensors are stored once
         self._is_hf_initialized = True
         groups = in_features // group_size
@@ -57,7 +64,8 @@ class FreeActLinear(nn.Linear):
         rows = 1 if source.mean is None else len(source.mean)
         self.register_buffer("type_bias", torch.zeros(rows, out_features) if bias or source.mean is not None else None)
         rank = 0 if source.basis is None else source.basis.shape[1]
-        self.register_buffer("low_rank", torch.zeros(out_features, rank, dtype=torch.bfloat16) if rank else None)
+        self.register_buffer("low_rank", torch.zeros(out_features, rank, dtype=torch.int8) if rank else None)
+        self.register_buffer("low_rank_scale", torch.ones(rank) if rank else None)
         self._codes: torch.Tensor | None = None
         self._row_sum: torch.Tensor | None = None
 
@@ -69,6 +77,13 @@ class FreeActLinear(nn.Linear):
         if scale is not None:
             self.qscale.copy_(scale.squeeze(-1))
         self._codes = self._row_sum = None
+
+    @torch.no_grad()
+    def set_low_rank(self, branch: torch.Tensor) -> None:
+        """Store L of shape `(out, r)`."""
+        codes, scale = column_codes(branch)
+        self.low_rank.copy_(codes)
+        self.low_rank_scale.copy_(scale)
 
     def codes(self) -> torch.Tensor:
         """`int8` codes of shape `(out, in)` (at 16 bits the values of V in their own dtype)."""
@@ -98,7 +113,7 @@ class FreeActLinear(nn.Linear):
         else:
             y = self._integer_product(rounded, dtype)
         if rounded.low_rank is not None:
-            y = y + rounded.low_rank @ self.low_rank.to(dtype).mT
+            y = y + (rounded.low_rank * self.low_rank_scale.to(dtype)) @ self.low_rank.to(dtype).mT
         if self.type_bias is not None:
             y = y + pick(self.type_bias.to(dtype), rounded.types)
         return y.to(x.dtype)
@@ -124,7 +139,8 @@ class FreeActLinear(nn.Linear):
         weight = self.transformed_weight(torch.float64)
         scaled = source.restore_weight(weight) / (1 if source.channel_scale is None else source.channel_scale)
         if source.basis is not None:
-            scaled = scaled - scaled @ source.basis @ source.basis.mT + self.low_rank.double() @ source.basis.mT
+            branch = self.low_rank.double() * self.low_rank_scale.double()
+            scaled = scaled - scaled @ source.basis @ source.basis.mT + branch @ source.basis.mT
         weight = scaled if source.channel_scale is None else scaled * source.channel_scale
         bias = None if self.type_bias is None else self.type_bias[0].double()
         if source.mean is not None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
-from optimum_freeact.modules.layout import find_blocks
+from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
+from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
+from optimum_freeact.modules.layout import find_blocks, find_decoder
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.token_types import TypeState
 
@@ -18,7 +23,9 @@ def input_name(group: list[str]) -> str:
 
 
 def rank_of(config: FreeActConfig, in_features: int) -> int:
-    """Rank of the high-precision branch: the config's, at most an eighth of the input's width."""
+    """Rank of the branch: the config's, at most an eighth of the width; 0 where nothing is rounded that it could spare."""
+    if config.weight_bits == config.activation_bits == 16:
+        return 0
     return min(config.low_rank, in_features // 8)
 
 
@@ -38,6 +45,17 @@ def check_linear(name: str, module: nn.Linear, config: FreeActConfig) -> None:
         )
 
 
+@contextmanager
+def float32_default() -> Iterator[None]:
+    """Scales, maps and biases are float32 in every model: `from_pretrained(dtype=...)` sets another default around us."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def replace_group(
     block: nn.Module, group: list[str], config: FreeActConfig, state: TypeState, device: torch.device | str
 ) -> tuple[FreeActInput, list[FreeActLinear]]:
@@ -45,7 +63,7 @@ def replace_group(
     first = block.get_submodule(group[0])
     n = first.in_features
     means = {"none": 0, "shared": 1, "per_type": config.n_types}[config.centring]
-    with torch.device(device):
+    with torch.device(device), float32_default():
         source = FreeActInput(
             n,
             n_types=config.n_types,
@@ -85,6 +103,9 @@ def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> No
         raise ValueError(
             "The checkpoint's config lacks 'input_groups': it was not written by FreeActConfig's quantizer."
         )
+    if config.cache_shapes:
+        with torch.device("meta"), float32_default():
+            find_decoder(model).add_module(CACHE_NAME, CacheMeanBuffers(config.cache_shapes))
     for index, block in enumerate(blocks):
         for group in groups.get(str(index), groups.get("*", [])):
             replace_group(block, group, config, state, "meta")

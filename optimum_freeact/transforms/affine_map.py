@@ -51,11 +51,11 @@ class InputMap:
         return x if self.mean is None else x - pick(self.mean, types)
 
     def apply(self, x: torch.Tensor, types: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """z and p of rows `x` of shape `(..., d)`."""
+        """Coordinates z and p of rows `x` of shape `(..., d)`."""
         return self.apply_centred(self.centre(x, types))
 
     def apply_centred(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """z and p of rows that are centred already."""
+        """Coordinates z and p of rows that are centred already."""
         if self.channel_scale is not None:
             u = u * self.channel_scale
         p = None
@@ -69,12 +69,18 @@ class InputMap:
             return kron_apply(u, self.left, self.right)
         return u if self.dense is None else u @ self.dense
 
-    def transform_weight(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """V of shape `(out, d)` and L of shape `(out, r)` of a weight of shape `(out, d)`."""
+    def transform_weight(
+        self, weight: torch.Tensor, inverses: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """V of shape `(out, d)` and L of shape `(out, r)` of a weight of shape `(out, d)`.
+
+        `inverses` of the Kronecker factors may be given where several weights share them.
+        """
         scaled = weight if self.channel_scale is None else weight / self.channel_scale
         low_rank = None if self.basis is None else scaled @ self.basis
         if self.left is not None:
-            return kron_apply(scaled, torch.linalg.inv(self.left).mT, torch.linalg.inv(self.right).mT), low_rank
+            left, right = inverses or (torch.linalg.inv(self.left), torch.linalg.inv(self.right))
+            return kron_apply(scaled, left.mT, right.mT), low_rank
         if self.dense is not None:
             return torch.linalg.solve(self.dense, scaled.mT).mT, low_rank
         return scaled, low_rank

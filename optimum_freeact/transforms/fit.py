@@ -48,7 +48,8 @@ class InputStatistics:
 
     Args:
         c (`torch.Tensor` of shape `(d, d)`): Activation second moments about the type means, mixed over types.
-        h (`torch.Tensor` of shape `(d, d)`): W^T W summed over the linears that share the input.
+        h (`torch.Tensor` of shape `(d, d)`): W^T W summed over the linears that share the input, each normalised by
+            its output energy.
         mean (`torch.Tensor` of shape `(n_types or 1, d)`, *optional*): The centres.
         cross (`torch.Tensor` of shape `(d, d)`, *optional*): Full-precision inputs against actual ones.
     """
@@ -67,7 +68,8 @@ def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSp
     Types are mixed by their share of tokens after each is normalised by its own output energy tr(C_k H), so that one
     sink token with a thousand times the energy of the others does not decide the transform of all.
     """
-    h = sum(w.double().mT @ w.double() for w in weights)
+    grams = [w.double().mT @ w.double() for w in weights]
+    h = sum(grams)
     kinds = [k for k in range(moments.n_types) if moments.count[k] > 0]
     if spec.centring == "per_type":
         mean = torch.stack([moments.mean(k) for k in range(moments.n_types)])
@@ -89,6 +91,9 @@ def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSp
             centre_y = zero if mean is None else moments.mean_of_pair(k if len(mean) > 1 else None)
             cross += share * moments.cross_covariance(k, centre_y, centre)
     scale = sum(share * energy for share, energy in energies)  # back to the units of the activations
+    if len(grams) > 1:  # linears count by their relative output error: a weak k_proj as much as a strong q_proj
+        outputs = [(c * gram).sum().clamp_min(torch.finfo(torch.float64).tiny) for gram in grams]
+        h = sum(gram / output for gram, output in zip(grams, outputs)) * sum(outputs) / len(outputs)
     weight_peak = torch.stack([w.abs().amax(0) for w in weights]).amax(0).double()
     return InputStatistics(
         c * scale, h, mean, cross * scale if moments.paired else None, moments.peak.double(), weight_peak
@@ -105,15 +110,30 @@ def smoothquant_scale(peak: torch.Tensor, weight_peak: torch.Tensor, alpha: floa
     return weight_peak.clamp_min(1e-5).pow(1 - alpha) / peak.clamp_min(1e-5).pow(alpha)
 
 
+# kept energy relative to exact eigenvectors, SmolLM2 inputs, rank 24: .981 to .994 after 2, .998 to .9998 after 4
+SUBSPACE_ITERATIONS = 4
+
+
 def top_directions(c: torch.Tensor, rank: int) -> torch.Tensor:
-    """Orthonormal basis of the `rank` directions with the most energy, shape `(d, rank)`."""
-    return torch.linalg.eigh(c)[1][:, -rank:]
+    """Orthonormal basis of (nearly) the `rank` directions with the most energy, shape `(d, rank)`.
+
+    Subspace iteration (Halko, Martinsson and Tropp, 0909.4061, Alg. 4.4) with half as many extra columns: any orthonormal
+    basis keeps the layer exact, so the last digits of an eigenvector are not worth a full decomposition, which takes
+    seconds at d = 1536 on a CPU.
+    """
+    n = len(c)
+    if n <= 4 * rank:
+        return torch.linalg.eigh(c)[1][:, -rank:]
+    start = torch.randn(n, rank + rank // 2 + 8, generator=torch.Generator().manual_seed(0), dtype=c.dtype)
+    basis = torch.linalg.qr(start.to(c.device))[0]
+    for _ in range(SUBSPACE_ITERATIONS):
+        basis = torch.linalg.qr(c @ basis)[0]
+    return basis @ torch.linalg.eigh(basis.mT @ c @ basis)[1][:, -rank:]
 
 
 def low_rank_and_scale(stats: InputStatistics, spec: MapSpec) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Channel scale and low-rank basis, alternated twice because each changes what the other sees."""
     n = len(stats.c)
-    eye = torch.eye(n, dtype=stats.c.dtype, device=stats.c.device)
     if spec.channel_scale == "smoothquant":
         scale = smoothquant_scale(stats.peak, stats.weight_peak, spec.smooth_alpha)
     elif spec.channel_scale == "closed_form":
@@ -128,8 +148,9 @@ def low_rank_and_scale(stats: InputStatistics, spec: MapSpec) -> tuple[torch.Ten
         basis = top_directions(scaled, rank)
         if last or spec.channel_scale != "closed_form":
             return scale, basis
-        keep = eye - basis @ basis.mT
-        residual = (keep @ scaled @ keep).diagonal() / scale.square()
+        image = scaled @ basis  # diagonal of (I - U U^T) S (I - U U^T) without forming it
+        kept = (basis @ (basis.mT @ image) * basis).sum(1)
+        residual = (scaled.diagonal() - 2 * (image * basis).sum(1) + kept) / scale.square()
         scale = balanced_channel_scale(torch.diag(residual), stats.h)
     raise AssertionError("unreachable")
 

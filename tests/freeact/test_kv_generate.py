@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from optimum_freeact.calibration.kv_means import cache_means
 from optimum_freeact.modules.kv_cache import install_kv_cache
+from optimum_freeact.modules.kv_means import cache_means
 from optimum_freeact.modules.kv_store import CacheSpec
 from tests.helpers.tiny_decoders import FAMILIES, prompt, tiny_decoder
 

@@ -3,8 +3,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from optimum_freeact.calibration.kv_means import cache_means, rotary_frequencies, turn_back
 from optimum_freeact.modules.kv_cache import install_kv_cache
+from optimum_freeact.modules.kv_means import cache_means, rotary_frequencies, turn_back
 from optimum_freeact.modules.kv_store import CacheSpec
 from tests.helpers.tiny_decoders import prompt, tiny_decoder
 
@@ -67,7 +67,7 @@ def test_layer_types_have_their_own_frequencies():
 def test_without_known_frequencies_the_mean_is_that_of_the_cached_keys(monkeypatch):
     model, samples = tiny_decoder("llama"), prompt(2, 9)
     cached = torch.cat([model(row[None]).past_key_values.layers[0].keys for row in samples])
-    monkeypatch.setattr("optimum_freeact.calibration.kv_means.rotary_frequencies", lambda decoder: [None, None])
+    monkeypatch.setattr("optimum_freeact.modules.kv_means.rotary_frequencies", lambda decoder: [None, None])
     means = cache_means(model, samples)
     torch.testing.assert_close(means.key_mean[0].double(), cached[:, :, 1:].mean((0, 2)), rtol=0, atol=1e-6)
     assert means.key_frequencies == [None, None]

@@ -1,0 +1,117 @@
+"""The verbs on a model that is in memory: quantize it, save it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.hf.quantizer import FreeActHfQuantizer
+from optimum_freeact.modules.surgery import quantized_linears
+
+
+def quantize(model: nn.Module, config: FreeActConfig) -> nn.Module:
+    """Quantize a loaded full-precision model in place; for models that did not come through `from_pretrained`.
+
+    Args:
+        model: A transformers decoder model.
+        config ([`FreeActConfig`]): Settings with `dataset`.
+
+    Returns:
+        The same model, with `save_pretrained` and `dequantize` as after `from_pretrained`.
+
+    Raises:
+        `ValueError`: for a model that is quantized already, and for all that [`FreeActConfig`] and calibration refuse.
+    """
+    present = getattr(model.config, "quantization_config", None)
+    if present is not None or quantized_linears(model):
+        raise ValueError(
+            f"The model is quantized already ({type(present).__name__}): load it in full precision first."
+        )
+    quantizer = FreeActHfQuantizer(config, pre_quantized=False)
+    quantizer.validate_environment()
+    quantizer.preprocess_model(model)
+    model.hf_quantizer = quantizer
+    try:
+        quantizer.postprocess_model(model)
+    except Exception:
+        if not quantized_linears(model):  # refused before anything was changed: it may be tried again
+            quantizer.remove_quantization_config(model)
+        raise
+    return model
+
+
+def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None, *, overwrite: bool = False) -> Path:
+    """Save a model so that the folder appears whole or not at all.
+
+    `model.save_pretrained` writes into the folder itself, config first: when the disk is full, half a model stays. Here
+    everything is written beside it and moved into place at the end.
+
+    Args:
+        model: A quantized model (or any other with `save_pretrained`).
+        folder (`str` or `os.PathLike`): Must not exist or be empty.
+        tokenizer (*optional*): Saved with it.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace an existing folder.
+
+    Returns:
+        `pathlib.Path` of the folder.
+
+    Raises:
+        `FileExistsError`: if the folder holds something and `overwrite` is not set.
+        `OSError`: if writing fails; nothing is left, and a folder that was to be overwritten is as it was.
+    """
+    folder = Path(folder)
+    occupied = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if occupied and (folder.is_file() or not overwrite):
+        raise FileExistsError(
+            f"{str(folder)!r} exists already: name a new folder, or pass overwrite=True for a folder."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        partial.chmod(0o777 & ~_umask())
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(_card(model), encoding="utf-8")
+        if folder.is_dir():
+            old = partial.with_suffix(".old")
+            folder.rename(old)
+            partial.rename(folder)
+            shutil.rmtree(old)
+        else:
+            partial.rename(folder)
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
+        raise OSError(
+            f"Saving to {str(folder)!r} failed ({error}); nothing was left there. "
+            f"{shutil.disk_usage(folder.parent).free / 1e6:.0f} MB are free, the model takes about "
+            f"{model.get_memory_footprint() / 1e6:.0f} MB: free space or name another folder."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _card(model: nn.Module) -> str:
+    """The model card: how to load it."""
+    config = getattr(model.config, "quantization_config", None)
+    scheme = f"Quantized to {config.scheme} with FreeAct" if isinstance(config, FreeActConfig) else "Saved"
+    return (
+        "---\nlibrary_name: transformers\ntags: [freeact]\n---\n\n"
+        f"{scheme} (`pip install hf-concord`). transformers knows the format once `optimum_freeact` is imported:\n\n"
+        "```python\nimport optimum_freeact\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```\n\n'
+        "A program that does not import it runs with `python -m optimum_freeact.run PROGRAM ...`.\n"
+    )

@@ -1,0 +1,106 @@
+"""From a loaded model and its config to a quantized model: data, typing hook, calibration loop, record."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_freeact.calibration.blockwise import calibrate, check_model
+from optimum_freeact.calibration.data import load_samples
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
+from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
+from optimum_freeact.modules.kv_means import cache_means
+from optimum_freeact.modules.layout import find_blocks, find_decoder, is_plain_linear, unquantized_parameters
+from optimum_freeact.token_types import TokenTyper, attach_state, install_typer
+
+
+logger = logging.getLogger(__name__)
+
+
+def find_tokenizer(model: nn.Module, config: FreeActConfig) -> Any:
+    """The config's tokenizer, or the one saved beside the model; `None` if there is none."""
+    if config.tokenizer is not None and not isinstance(config.tokenizer, str):
+        return config.tokenizer
+    from transformers import AutoTokenizer
+
+    name = config.tokenizer or getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "")
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        logger.warning("No tokenizer found at %r (%s); pass FreeActConfig(tokenizer=...).", name, error)
+        return None
+
+
+CACHE_SAMPLES, CACHE_TOKENS = 8, 512  # a few thousand tokens fix a mean; the full-precision model runs where it is
+
+
+def measure_cache(model: nn.Module, config: FreeActConfig, samples: torch.Tensor) -> None:
+    """Measure the means of keys and values in the full-precision model and store them in its decoder."""
+    means = cache_means(model, samples[:CACHE_SAMPLES, :CACHE_TOKENS], sink_tokens=int("sink" in config.token_types))
+    config.cache_shapes = [[] if key is None else list(key.shape) for key in means.key_mean]
+    buffers = CacheMeanBuffers(config.cache_shapes)
+    buffers.fill(means.key_mean, means.value_mean)
+    find_decoder(model).add_module(CACHE_NAME, buffers)
+
+
+def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor | list | None = None) -> list:
+    """Calibrate and replace all blocks; the records go to `config.calibration_record`.
+
+    Args:
+        model: A decoder in full precision; changed in place.
+        config ([`FreeActConfig`]): Settings; what was recorded is filled in.
+        data (*optional*): The config's dataset as `read_data` returns it, if it was read already.
+    """
+    check_model(model, config)
+    data = config.dataset if data is None else data
+    is_ids = isinstance(data, torch.Tensor)
+    samples = load_samples(
+        data,
+        None if is_ids else find_tokenizer(model, config),
+        config.n_samples,
+        config.seq_len,
+        config.seed,
+        model.get_input_embeddings().num_embeddings,
+    )
+    prefix, blocks = find_blocks(model)
+    linear = next(m for m in blocks.modules() if is_plain_linear(m))
+    config.weight_dtype = str(linear.weight.dtype).removeprefix("torch.")
+    if config.calibration_device is not None:
+        device = torch.device(config.calibration_device)
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    state, decoder = attach_state(model), find_decoder(model)
+    handle = install_typer(decoder, TokenTyper(config.token_types), state)
+    start = time.perf_counter()
+    if config.kv_bits < 16 and config.centring != "none":
+        measure_cache(model, config, samples)
+    try:
+        records = list(calibrate(model, config, samples, state, device))
+    finally:
+        handle.remove()
+        state.types = None
+    config.calibration_record = {
+        "n_samples": len(samples),
+        "seq_len": samples.shape[1],
+        "seconds": round(time.perf_counter() - start, 2),
+        "output_error": [round(record.output_error, 6) for record in records],
+    }
+    model.__dict__["_freeact_records"] = records
+    kept = unquantized_parameters(model, prefix, find_blocks(model)[1])
+    for name, reason in kept.items():
+        logger.info("%s stays as it is: %s.", name, reason)
+    experts = [name for name, reason in kept.items() if "experts" in reason]
+    if experts:
+        logger.warning(
+            "%d mixture-of-experts tensors (%s, ...) are 3-D parameters and stay in full precision.",
+            len(experts),
+            experts[0],
+        )
+    return records

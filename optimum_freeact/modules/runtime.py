@@ -1,0 +1,92 @@
+"""What makes a quantized model run (token types, KV cache), and what turns it back into a plain one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
+from optimum_freeact.modules.kv_cache import install_kv_cache
+from optimum_freeact.modules.kv_means import rotary_frequencies
+from optimum_freeact.modules.kv_store import CacheSpec
+from optimum_freeact.modules.layout import find_decoder
+from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.modules.surgery import input_name, quantized_linears
+from optimum_freeact.token_types import TokenTyper, attach_state, install_typer
+
+
+def activate(model: nn.Module, config: FreeActConfig) -> None:
+    """Install the hooks that a quantized model needs to run: token types and KV cache."""
+    for old in model.__dict__.pop("_freeact_hooks", []):
+        old.remove()
+    hooks = [install_typer(find_decoder(model), TokenTyper(config.token_types), attach_state(model))]
+    if config.kv_bits < 16:
+        hooks.append(install_kv_cache(model, cache_spec(model, config)))
+    model.__dict__["_freeact_hooks"] = hooks
+    for module in quantized_linears(model).values():
+        module.prepare()
+
+
+def cache_spec(model: nn.Module, config: FreeActConfig) -> CacheSpec:
+    """How the cache is stored: about its means where they were measured, else rotated if the config rotates."""
+    sinks = int("sink" in config.token_types)
+    decoder = find_decoder(model)
+    buffers = getattr(decoder, CACHE_NAME, None)
+    if buffers is not None:
+        return buffers.spec(config.kv_bits, sinks, rotary_frequencies(decoder))
+    return CacheSpec(config.kv_bits, rotate=config.transform != "none", sink_tokens=sinks)
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Replace quantized linears by plain ones in `dtype`, in place; activations and the cache are no longer rounded.
+
+    Raises:
+        `ValueError`: if tensors are offloaded; nothing has changed then.
+    """
+    dtype = dtype or torch.float32
+    found = quantized_linears(model)
+    offloaded = [name for name, module in found.items() if module.weight.device.type == "meta"]
+    if offloaded:
+        raise ValueError(
+            f"{len(offloaded)} quantized linears ({offloaded[0]}, ...) are offloaded: load the model without a disk or "
+            "CPU offload to dequantize it."
+        )
+    for name, module in found.items():
+        weight, bias = plain_weight(module)
+        plain = nn.Linear(module.in_features, module.out_features, bias is not None, device=weight.device, dtype=dtype)
+        plain.weight.data.copy_(weight)
+        if bias is not None:
+            plain.bias.data.copy_(bias)
+        plain.train(module.training)
+        model.set_submodule(name, plain)
+    for name in found:
+        parent, _, leaf = input_name([name]).rpartition(".")
+        model.get_submodule(parent)._modules.pop(leaf, None)
+    find_decoder(model)._modules.pop(CACHE_NAME, None)
+    for hook in model.__dict__.pop("_freeact_hooks", []):
+        hook.remove()
+    return model
+
+
+@torch.no_grad()
+def plain_weight(module: FreeActLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of the plain linear that replaces a quantized one; a bias only if the original had one.
+
+    The bias per token type says what the layer answers to each type's mean. A plain linear has no types, so its weight
+    is given the same answers, by the smallest change that does so: along the means it becomes as good as the biases,
+    and everywhere else it stays the rounded weight.
+    """
+    weight, bias = module.dequantized()
+    if module.source.mean is None:
+        return weight, bias
+    means, answers, weight = module.source.mean.double(), module.type_bias.double(), weight.double()
+    if module.has_bias:  # type 0's answer is the bias's business, those of the others relative to it the weight's
+        change, bias = (means - means[0])[1:], answers[0] - weight @ means[0]
+        wanted = (answers - answers[0])[1:]
+    else:
+        change, wanted, bias = means, answers, None
+    weight = weight + torch.linalg.pinv(change).matmul(wanted - change @ weight.mT).mT if len(change) else weight
+    if bias is not None:
+        bias = answers[0] - weight @ means[0]
+    return weight.float(), None if bias is None else bias.float()

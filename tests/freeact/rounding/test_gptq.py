@@ -1,0 +1,108 @@
+"""GPTQ: rounding to nearest where inputs are uncorrelated, better where they are not, and it never gives up."""
+
+import pytest
+import torch
+
+from optimum_freeact.rounding.gptq import gptq, inverse_factor
+from optimum_freeact.rounding.rtn import round_to_nearest
+
+
+OUT, D = 16, 64
+
+
+def weight():
+    return torch.randn(OUT, D) / D**0.5
+
+
+def correlated(rank=D, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(500, rank, dtype=torch.float64, generator=generator)
+    x = x @ torch.randn(rank, D, dtype=torch.float64, generator=generator)
+    return x.mT @ x / 500
+
+
+def restored(rounded):
+    return (rounded.codes * rounded.scale).flatten(1).double()
+
+
+def error(rounded, original, moments):
+    gap = restored(rounded) - original.double()
+    return float((gap @ moments * gap).sum())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [D, 16])
+@pytest.mark.parametrize("clip", [None, 0.9])
+def test_uncorrelated_inputs_give_round_to_nearest(bits, size, clip):
+    original = weight()
+    got = gptq(original, torch.eye(D, dtype=torch.float64), bits, size, clip=clip)
+    expected = round_to_nearest(original, bits, size, clip)
+    assert torch.equal(got.scale, expected.scale)
+    assert torch.equal(got.codes, expected.codes)
+
+
+@pytest.mark.parametrize("size", [D, 16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_correlated_inputs_lose_less(bits, size):
+    original, moments = weight(), correlated()
+    nearest, second_order = round_to_nearest(original, bits, size), gptq(original, moments, bits, size)
+    assert error(second_order, original, moments) < 0.8 * error(nearest, original, moments)
+    assert second_order.codes.shape == (OUT, D // size, size)
+    assert second_order.codes.abs().max() <= 2 ** (bits - 1)
+    assert torch.equal(second_order.codes, second_order.codes.round())
+
+
+@pytest.mark.parametrize("wide", [200, 300])
+def test_lazy_updates_change_nothing(wide):
+    """More columns than one lazy block: compared with updating all columns after each."""
+    from optimum_freeact.rounding import gptq as module
+
+    original = torch.randn(4, wide) / wide**0.5
+    x = torch.randn(900, wide, dtype=torch.float64) @ torch.randn(wide, wide, dtype=torch.float64)
+    moments, before = x.mT @ x / 900, module.BLOCK
+    blocked = gptq(original, moments, 4, wide)
+    try:
+        module.BLOCK = wide
+        whole = gptq(original, moments, 4, wide)
+    finally:
+        module.BLOCK = before
+    assert (blocked.codes != whole.codes).float().mean() < 0.01  # float32 ties only
+    assert error(blocked, original, moments) == pytest.approx(error(whole, original, moments), rel=0.01)
+
+
+SINGULAR = {
+    "zero": lambda: torch.zeros(D, D, dtype=torch.float64),
+    "rank one": lambda: correlated(1),
+    "rank three": lambda: correlated(3),
+    "dead channels": lambda: torch.diag((torch.arange(D) % 2).double()),
+    "slightly negative": lambda: correlated(3) - 1e-9 * torch.eye(D, dtype=torch.float64),
+    "negative": lambda: correlated(3) - 0.5 * torch.eye(D, dtype=torch.float64),
+    "tiny": lambda: 1e-30 * correlated(),
+    "huge": lambda: 1e30 * correlated(2),
+}
+
+
+@pytest.mark.parametrize("kind", SINGULAR)
+@pytest.mark.parametrize("damping", [0.01, 1e-12])
+def test_damping_never_fails(kind, damping):
+    moments = SINGULAR[kind]()
+    upper = inverse_factor(moments, damping)
+    assert torch.equal(upper, upper.triu())
+    assert torch.isfinite(upper).all()
+    got = gptq(weight(), moments, 4, D, damping)
+    assert torch.isfinite(restored(got)).all()
+
+
+def test_factor_is_that_of_the_inverse():
+    moments = correlated()
+    upper = inverse_factor(moments, 0.01)
+    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(D)
+    torch.testing.assert_close(upper.mT @ upper @ damped, torch.eye(D, dtype=torch.float64), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite_are_refused(value):
+    moments = correlated()
+    moments[3, 5] = value
+    with pytest.raises(ValueError, match="not finite"):
+        gptq(weight(), moments, 4, D)

@@ -1,0 +1,147 @@
+"""Every family: unchanged logits at 16 bits, known groups of linears, what stays and why, save and load."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from optimum_freeact.api import quantize
+from optimum_freeact.modules import layout
+from optimum_freeact.modules.layout import find_blocks, unquantized_parameters
+from optimum_freeact.modules.surgery import quantized_linears
+from tests.helpers.quantized import distance, logits, quantized, reload, settings
+from tests.helpers.tiny_models import DECODERS, EXPERTS, FALLBACK, KNOWN, plant_sink, sample_ids, tiny
+
+
+QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+LLAMA = [QKV, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+EXPECTED = {
+    **dict.fromkeys(KNOWN, LLAMA),
+    "phi3": [["self_attn.qkv_proj"], ["self_attn.o_proj"], ["mlp.gate_up_proj"], ["mlp.down_proj"]],
+    "gpt_neox": [["attention.query_key_value"], ["attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]],
+    "falcon": [
+        ["self_attention.query_key_value"],
+        ["self_attention.dense"],
+        ["mlp.dense_h_to_4h"],
+        ["mlp.dense_4h_to_h"],
+    ],
+    "stablelm": LLAMA,
+    "opt": [QKV, ["self_attn.out_proj"], ["fc1"], ["fc2"]],
+    **dict.fromkeys(EXPERTS, [QKV, ["self_attn.o_proj"]]),
+}
+assert set(EXPECTED) == {*DECODERS, *EXPERTS}
+EXACT = {"weight_bits": 16, "activation_bits": 16}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_sixteen_bits_change_nothing_and_groups_are_right(family):
+    plain, model = tiny(family), tiny(family)
+    quantize(model, settings(**EXACT))
+    assert model.config.quantization_config.input_groups == {"*": EXPECTED[family]}
+    assert len(quantized_linears(model)) == 2 * sum(map(len, EXPECTED[family]))
+    assert distance(logits(model), logits(plain)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("transform", "centring", "scale"),
+    [
+        ("none", "none", "none"),
+        ("none", "shared", "smoothquant"),
+        ("hadamard", "per_type", "closed_form"),
+        ("kronecker", "shared", "none"),
+        ("kronecker", "per_type", "smoothquant"),
+        ("orthogonal", "per_type", "closed_form"),
+    ],
+)
+def test_sixteen_bits_change_nothing_with_any_map(transform, centring, scale):
+    model = quantized("qwen2", transform=transform, centring=centring, channel_scale=scale, **EXACT)
+    assert distance(logits(model), logits(tiny("qwen2"))) < 1e-5
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_four_bits_are_near_and_survive_the_disk(family, tmp_path):
+    model = quantized(family)
+    expected = logits(model)
+    assert 1e-3 < distance(expected, logits(tiny(family))) < 0.75
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(tmp_path)), expected)
+
+
+def test_a_massive_sink_of_its_own_type_costs_the_others_nothing():
+    found = []
+    for sink in (False, True):
+        plain, model = tiny("llama"), tiny("llama")
+        for each in (plain, model) if sink else ():
+            plant_sink(each)
+        quantize(model, settings(low_rank=0))
+        found.append(distance(logits(model)[:, 1:], logits(plain)[:, 1:]))
+    assert found[1] < 1.2 * found[0]
+
+
+@pytest.mark.parametrize("family", FALLBACK)
+def test_the_fallback_needs_no_table(family):
+    assert tiny(family).config.model_type not in layout.INPUT_GROUPS
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_table_and_fallback_agree(family, monkeypatch):
+    monkeypatch.setattr(layout, "INPUT_GROUPS", {})
+    assert quantized(family).config.quantization_config.input_groups == {"*": EXPECTED[family]}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_are_reported(family, caplog):
+    with caplog.at_level(logging.WARNING, "optimum_freeact"):
+        model = quantized(family)
+    assert "mixture-of-experts tensors (model.layers.0.mlp.experts" in caplog.text
+    prefix, blocks = find_blocks(model)
+    reasons = unquantized_parameters(model, prefix, blocks)
+    assert sum("experts" in reason for reason in reasons.values()) == 4
+    assert any("gate" in name or "router" in name for name in reasons)
+    assert "outside the decoder blocks (model.layers)" in reasons["model.embed_tokens.weight"]
+
+
+def test_excluded_linears_stay_and_are_listed(tmp_path):
+    model = quantized("llama", modules_to_not_convert=["down_proj", "layers.1.self_attn"])
+    kept = {n for n, m in model.named_modules() if type(m) is nn.Linear}
+    attention = {f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"}
+    assert kept == {"lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", *attention}
+    prefix, blocks = find_blocks(model)
+    reasons = unquantized_parameters(model, prefix, blocks)
+    assert {f"{name}.weight" for name in kept} | {"model.embed_tokens.weight"} == set(reasons)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(tmp_path)), logits(model))
+
+
+def test_presets_run_on_a_tiny_model():
+    wanted = logits(tiny("llama"))
+    found = {name: distance(logits(quantized(preset=name)), wanted) for name in ("rtn", "smoothquant", "quarot")}
+    found["freeact"] = distance(logits(quantized()), wanted)
+    assert all(value < 1 for value in found.values())
+    assert found["freeact"] == min(found.values())
+
+
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_of_columns(group, bits, tmp_path):
+    model = quantized(weight_group_size=group, weight_bits=bits)
+    assert model.model.layers[0].mlp.up_proj.qscale.shape == (96, 64 // group)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(tmp_path)), logits(model))
+
+
+def test_learned_calibration_starts_from_the_closed_form_and_is_kept_only_if_better(tmp_path):
+    model = quantized(calibration="learned", epochs=2, n_samples=6, batch_size=2)
+    for record in model._freeact_records:
+        assert record.learned["accepted"] == (record.learned["held_out_after"] < record.learned["held_out_before"])
+        assert record.output_error <= record.learned["held_out_before"] * 1.001
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(tmp_path)), logits(model))
+
+
+def test_the_same_seed_gives_the_same_model_and_another_another():
+    first, again, other = (quantized(seed=seed) for seed in (0, 0, 1))
+    ids = sample_ids(2, 12, seed=5)
+    assert torch.equal(logits(first, ids), logits(again, ids))
+    assert not torch.equal(logits(first, ids), logits(other, ids))
