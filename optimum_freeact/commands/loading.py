@@ -145,12 +145,19 @@ def load_model(model: str, dtype: torch.dtype | str, device: torch.device) -> nn
     """A causal language model in eval mode on `device`.
 
     Raises:
-        `ValueError`: if the checkpoint lacks weights, which transformers would replace by random ones with a warning.
+        `ValueError`: if weights are missing or of another shape than the config says, naming the first;
+            transformers alone would use random ones for those that are missing.
     """
-    loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{model!r} lacks {len(missing)} weights of its model, the first are {missing[:3]}.")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    for what, found in (("lacks", info["missing_keys"]), ("has other shapes in", info["mismatched_keys"])):
+        names = sorted(item if isinstance(item, str) else item[0] for item in found)
+        if names:
+            raise ValueError(
+                f"{model!r} {what} {len(names)} of the weights that its config.json announces, the first are "
+                f"{names[:3]}: files and config do not belong together, or are damaged."
+            )
     return loaded.to(device).eval()
 
 

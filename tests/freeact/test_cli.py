@@ -175,12 +175,13 @@ def test_quantize_refuses_in_one_line_and_leaves_nothing(home, tmp_path, capsys,
         ("nothing", "holds no config.json"),
         ("nan", "holds NaN or inf"),
         ("cut", "truncated or damaged"),
-        ("renamed", "lacks 1 weights of its model, the first are ['model.norm.weight']"),
+        ("narrow", "has other shapes in 6 of the weights"),
+        ("renamed", "lacks 1 of the weights that its config.json announces, the first are ['model.norm.weight']"),
     ],
 )
 def test_models_that_cannot_be_quantized(home, tmp_path, capsys, model, message):
     (home / "nothing").mkdir(exist_ok=True)
-    if model in ("nan", "cut", "renamed"):
+    if model in ("nan", "cut", "renamed", "narrow"):
         shutil.copytree(home / "model", tmp_path / model)
         home = tmp_path
     if model == "nan":
@@ -194,6 +195,9 @@ def test_models_that_cannot_be_quantized(home, tmp_path, capsys, model, message)
     if model == "renamed":  # one flipped bit in the header
         file = home / model / "model.safetensors"
         file.write_bytes(file.read_bytes().replace(b'"model.norm.weight"', b'"model.norm.weighu"'))
+    if model == "narrow":
+        config = json.loads((home / model / "config.json").read_text())
+        (home / model / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 20)
     words = ["quantize", str(home / model), str(tmp_path / "q"), "--dataset", str(text), *SMALL]
