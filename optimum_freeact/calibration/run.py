@@ -38,12 +38,12 @@ def find_tokenizer(model: nn.Module, config: FreeActConfig) -> Any:
         return None
 
 
-CACHE_SAMPLES = 8  # a few thousand tokens fix a mean; each costs one full-precision forward
+CACHE_SAMPLES, CACHE_TOKENS = 8, 512  # a few thousand tokens fix a mean; the full-precision model runs where it is
 
 
 def measure_cache(model: nn.Module, config: FreeActConfig, samples: torch.Tensor) -> None:
     """Measure the means of keys and values in the full-precision model and store them in its decoder."""
-    means = cache_means(model, samples[:CACHE_SAMPLES], sink_tokens=int("sink" in config.token_types))
+    means = cache_means(model, samples[:CACHE_SAMPLES, :CACHE_TOKENS], sink_tokens=int("sink" in config.token_types))
     config.cache_shapes = [[] if key is None else list(key.shape) for key in means.key_mean]
     buffers = CacheMeanBuffers(config.cache_shapes)
     buffers.fill(means.key_mean, means.value_mean)

@@ -46,3 +46,22 @@ def int_linear(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             codes = torch.nn.functional.pad(codes, (0, 0, 0, CUDA_MIN_ROWS - rows))
         return torch._int_mm(codes, weight.t())[:rows]
     return codes.float() @ weight.float().t()
+
+
+def describe(device: torch.device | str) -> tuple[str, str]:
+    """Which product [`int_linear`] runs on a device, and why, for reports.
+
+    Returns:
+        `tuple[str, str]`: The product's name, and the reason in one line.
+    """
+    kind = torch.device(device).type
+    if kind == "cpu" and cpu_has_vnni():
+        return "torch._int_mm (int8)", "this CPU multiplies bytes in hardware (VNNI or AMX)"
+    if kind == "cpu":
+        return (
+            "float32 product of the codes (exact)",
+            "this CPU has no VNNI, without which int8 products run as scalars",
+        )
+    if kind == "cuda":
+        return "torch._int_mm (int8)", "CUDA tensor cores; inputs or outputs not divisible by 8 run in float32 instead"
+    return "float32 product of the codes (exact)", f"no integer product is known for device type {kind!r}"

@@ -1,0 +1,403 @@
+"""One job is one quantized model: what is measured, how it is planned, and the process that measures it.
+
+    python -m benchmarks.accuracy.jobs RESULT.json < JOB.json
+
+A job runs in a process of its own, so that its peak of memory is its own and a crash costs one job.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.claims import CPU_COST, FP
+from optimum_freeact.presets import PRESETS
+
+
+SCHEMES = ("w4a16", "w4a8", "w4a4", "w4a4kv4")
+# characters of each text: calibration comes from the first range, evaluation starts at the second
+SLICES = {"handbook": ((0, 300_000), 600_000), "brown": ((0, 600_000), 4_000_000)}
+CHARS_PER_TOKEN = 12  # more than any tokenizer here makes of English: how much of the text is read for the windows
+ABLATIONS: tuple[tuple[str, Any], ...] = (
+    ("centring", "none"),
+    ("centring", "shared"),
+    ("token_types", ["text"]),
+    ("channel_scale", "none"),
+    ("transform", "none"),
+    ("transform", "hadamard"),
+    ("low_rank", 0),
+    ("low_rank", 16),
+    ("rounding", "rtn"),
+    ("error_correction", False),
+    ("error_correction", True),
+    ("activation_symmetric", True),
+    ("activation_clip", 1.0),
+    ("weight_group_size", 64),
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text file and the ranges of it that calibration and evaluation read."""
+
+    name: str
+    path: str
+    calibration: tuple[int, int]
+    evaluation: int
+
+    def __post_init__(self):
+        if not 0 <= self.calibration[0] < self.calibration[1] <= self.evaluation:
+            raise ValueError(
+                f"Text {self.name!r}: calibration reads characters {self.calibration}, evaluation those from "
+                f"{self.evaluation}; they must not overlap."
+            )
+
+    def read_calibration(self) -> str:
+        """The characters to calibrate on."""
+        start, stop = self.calibration
+        return Path(self.path).read_text(encoding="utf-8")[start:stop]
+
+    def read_evaluation(self, n_tokens: int) -> str:
+        """The held-out characters, at least enough for so many tokens where the text has them."""
+        return Path(self.path).read_text(encoding="utf-8")[self.evaluation :][: n_tokens * CHARS_PER_TOKEN]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One calibration and what is scored after it.
+
+    Args:
+        model: Key of the model in rows and claims.
+        group: `full`, `preset`, `ablation`, `peer` or `cpu_cost`.
+        method: Name in the rows.
+        settings: The first is quantized; a second differs from it only in the cache's bits and shares its weights.
+        quantize: Fields of `FreeActConfig` beside the bits; `{"peer": name}` for a peer; empty for full precision.
+        measure: `samples`, `seq_len`, `batch_size`, `windows`, `window`, and `score` (False: cost only).
+        rank: Small ones are started first.
+    """
+
+    model: str
+    group: str
+    method: str
+    settings: tuple[str, ...]
+    seed: int
+    quantize: dict
+    measure: dict
+    model_path: str
+    texts: tuple[Text, ...]
+    device: str = "cpu"
+    threads: int | None = None
+    rank: int = 0
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """What a log line calls it."""
+        return f"{self.model} {self.method} {'+'.join(self.settings)} seed {self.seed}"
+
+    @property
+    def key(self) -> str:
+        """Same for jobs that measure the same thing, wherever the files lie."""
+        plain = dataclasses.asdict(self)
+        for text in plain["texts"]:
+            text.pop("path")
+        told = {k: v for k, v in plain.items() if k not in ("model_path", "threads", "rank", "note")}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """The job that `json.dumps(dataclasses.asdict(job))` wrote."""
+        plain = json.loads(text)
+        texts = tuple(Text(**{**t, "calibration": tuple(t["calibration"])}) for t in plain.pop("texts"))
+        return cls(**{**plain, "settings": tuple(plain["settings"]), "texts": texts})
+
+
+def bits(setting: str) -> dict[str, int]:
+    """`w4a4kv4` as fields of the config."""
+    found = re.fullmatch(r"w(\d+)a(\d+)(?:kv(\d+))?", setting)
+    if found is None:
+        raise ValueError(f"A setting is like w4a16, w4a8, w4a4 or w4a4kv4, got {setting!r}.")
+    weight, activation, cache = found.groups()
+    return {"weight_bits": int(weight), "activation_bits": int(activation), "kv_bits": int(cache or 16)}
+
+
+# ---------------------------------------------------------------- planning
+@dataclass
+class Plan:
+    """Collects the jobs of one model."""
+
+    common: dict
+    schemes: tuple[str, ...]
+    seeds: list[int]
+    measure: dict
+    learned: dict  # fields that learned calibrations change: epochs, n_samples
+    only: set[str] | None = None
+    jobs: list[Job] = field(default_factory=list)
+
+    def add(self, group: str, method: str, settings: tuple[str, ...], seed: int, quantize: dict, **more: Any) -> None:
+        """Add a job unless `only` leaves its method out."""
+        if settings and (self.only is None or method in self.only or group in self.only):
+            measure = {**self.measure, **more.pop("measure", {})}
+            self.jobs.append(Job(**self.common, **more, **_job(group, method, settings, seed, quantize, measure)))
+
+    def full_precision(self) -> None:
+        """What everything is compared with; always there."""
+        self.jobs.append(Job(**self.common, **_job("full", FP[0], (FP[1],), self.seeds[0], {}, self.measure)))
+
+    def presets(self) -> None:
+        """All presets at all schemes; the cache's bits are tried on the weights of the same calibration."""
+        methods = {name: {"preset": name} for name in PRESETS}
+        methods["freeact-learned"] = {"preset": "freeact", "calibration": "learned"}
+        for method, quantize in methods.items():
+            learned = {**PRESETS[quantize["preset"]], **quantize}["calibration"] == "learned"
+            seeds = self.seeds[:1] if method == "rtn" else self.seeds  # it draws nothing
+            more = {"measure": self.learned["measure"]} if learned else {}
+            quantize = {**quantize, **(self.learned["quantize"] if learned else {})}
+            for seed in seeds:
+                for settings in self._settings():
+                    claimed = "w4a4" in settings and method in ("freeact", "freeact-learned", "flatquant", "quarot")
+                    rank = (0 if learned else 1) if claimed else (5 if learned else 2)
+                    self.add("preset", method, settings, seed, quantize, rank=rank, **more)
+
+    def _settings(self) -> list[tuple[str, ...]]:
+        """Schemes, those that differ only in the cache's bits together."""
+        together: dict[tuple, list[str]] = {}
+        for scheme in self.schemes:
+            one = bits(scheme)
+            together.setdefault((one["weight_bits"], one["activation_bits"]), []).append(scheme)
+        return [tuple(sorted(group, key=lambda s: bits(s)["kv_bits"])) for group in together.values()]
+
+    def asymmetric_quarot(self) -> None:
+        """QuaRot's other grid, and its clip searched: the strongest of it is what we compare with."""
+        if "w4a4" not in self.schemes:
+            return
+        asymmetric = {"preset": "quarot", "activation_symmetric": False}
+        for seed in self.seeds:
+            self.add("preset", "quarot-asym", ("w4a4",), seed, asymmetric, rank=1)
+        searched = {**asymmetric, "activation_clip": "search"}
+        self.add("ablation", "quarot-asym activation_clip=search", ("w4a4",), self.seeds[0], searched, rank=4)
+
+    def ablations(self, widths: list[int]) -> None:
+        """`freeact` at W4A4 with one field changed; what is the preset's own value or does not divide is left out."""
+        if "w4a4" not in self.schemes:
+            return
+        default = {"weight_group_size": None, **PRESETS["freeact"]}
+        for name, value in ABLATIONS:
+            fits = name != "weight_group_size" or all(width % value == 0 for width in widths)
+            if value != default[name] and fits:
+                shown = "+".join(value) if isinstance(value, list) else value
+                quantize = {"preset": "freeact", name: value}
+                self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=4)
+
+    def peers(self) -> None:
+        """Published packages."""
+        from benchmarks.accuracy.peers import PEERS
+
+        for name, peer in PEERS.items():
+            if peer.setting in self.schemes:
+                note = f"{peer.package}: {peer.about}"
+                self.add("peer", name, (peer.setting,), self.seeds[0], {"peer": name}, rank=4, note=note)
+
+    def cpu_cost(self) -> None:
+        """Time and memory of the default closed-form calibration."""
+        measure = {"score": False}
+        self.add(CPU_COST, "freeact", ("w4a4",), self.seeds[0], {"preset": "freeact"}, measure=measure)
+
+
+def _job(group: str, method: str, settings: tuple[str, ...], seed: int, quantize: dict, measure: dict) -> dict:
+    names = ("group", "method", "settings", "seed", "quantize", "measure")
+    return dict(zip(names, (group, method, settings, seed, quantize, measure), strict=True))
+
+
+# ---------------------------------------------------------------- measuring
+def perform(job: Job) -> list[dict]:
+    """Run a job in this process; its rows."""
+    import torch
+    from transformers import AutoTokenizer
+
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    if job.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    tokenizer = AutoTokenizer.from_pretrained(job.model_path)
+    if job.group == "full":
+        model, rows = _load(job, "float32"), []
+    elif "peer" in job.quantize:
+        model, rows = _quantize_peer(job, tokenizer)
+    else:
+        model, rows = _quantize(job, tokenizer)
+    for setting in job.settings if job.measure.get("score", True) else ():
+        if setting != job.settings[0]:
+            _change_cache(model, bits(setting)["kv_bits"])
+        rows += _score(job, setting, model.eval(), tokenizer)
+    return rows
+
+
+def _row(job: Job, setting: str, metric: str, value: float | None, note: str = "", **more: Any) -> dict:
+    row = {"model": job.model, "group": job.group, "method": job.method, "setting": setting, **more}
+    note = "; ".join(part for part in (job.note, note) if part)
+    return {**row, "metric": metric, "value": value, "seed": job.seed, **({"note": note} if note else {})}
+
+
+def absent(job: Job, reason: str) -> list[dict]:
+    """The rows of a job that gave none: no value, and why."""
+    return [_row(job, setting, "nll", None, reason, text=text.name) for setting in job.settings for text in job.texts]
+
+
+def _load(job: Job, dtype: str):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(job.model_path, dtype=getattr(torch, dtype)).to(job.device)
+
+
+def _calibration_texts(job: Job) -> list[str]:
+    return [text.read_calibration() for text in job.texts]
+
+
+def _quantize(job: Job, tokenizer):
+    """The model quantized through `from_pretrained`, and the rows about its size and cost."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from optimum_freeact import FreeActConfig
+
+    settings = {name: job.measure[name] for name in ("n_samples", "seq_len", "batch_size") if name in job.measure}
+    config = FreeActConfig(
+        **job.quantize,
+        **bits(job.settings[0]),
+        **settings,
+        seed=job.seed,
+        dataset=_calibration_texts(job),
+        tokenizer=tokenizer,
+        calibration_device=job.device,
+        progress=False,
+    )
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        job.model_path,
+        dtype=torch.float32,
+        quantization_config=config,
+        device_map=None if job.device == "cpu" else {"": job.device},
+    )
+    seconds = time.perf_counter() - start
+    record = model.hf_quantizer.quantization_config.calibration_record
+    rows = _cost_rows(job, seconds, f"whole from_pretrained; blocks alone {record['seconds']} s")
+    return model, rows + [_row(job, setting, "size_ratio", _size_ratio(model)) for setting in job.settings]
+
+
+def _quantize_peer(job: Job, tokenizer):
+    """The model with a peer's linears; the peer's own way of quantizing is timed, loading is not."""
+    from benchmarks.accuracy.peers import PEERS, decoder_linears, module_bytes
+    from optimum_freeact.calibration.data import load_samples
+
+    peer = PEERS[job.quantize["peer"]]
+    if job.device not in peer.devices:
+        raise RuntimeError(f"runs on {', '.join(peer.devices)} only, this is {job.device}")
+    model = _load(job, peer.dtype).eval()
+    linears = decoder_linears(model)
+    plain = sum(2 * linear.weight.numel() for linear in linears.values())
+    samples = load_samples(
+        _calibration_texts(job), tokenizer, job.measure["n_samples"], job.measure["seq_len"], job.seed
+    )
+    start = time.perf_counter()
+    peer.apply(model, list(linears), samples)
+    rows = _cost_rows(job, time.perf_counter() - start, "quantizing alone")
+    changed = [name for name in linears if type(model.get_submodule(name)) is not type(linears[name])]
+    changed += [
+        n for n in linears if n not in changed and type(model.get_submodule(n).weight.data).__name__ != "Tensor"
+    ]
+    if len(changed) != len(linears):
+        raise RuntimeError(f"quantized {len(changed)} of {len(linears)} linears")
+    size = sum(module_bytes(model.get_submodule(name)) for name in linears) / plain
+    return model, [*rows, _row(job, job.settings[0], "size_ratio", size, "linears inside the decoder blocks, as ours")]
+
+
+def _cost_rows(job: Job, seconds: float, note: str) -> list[dict]:
+    gigabytes, source = peak_gb(job.device)
+    metrics = ("calibration_seconds", "peak_gb")
+    device = f"{job.device}, {job.threads} threads" if job.device == "cpu" and job.threads else job.device
+    return [
+        _row(job, job.settings[0], metrics[0], round(seconds, 3), f"{note}; {device}"),
+        _row(job, job.settings[0], metrics[1], round(gigabytes, 4), source),
+    ]
+
+
+def peak_gb(device: str) -> tuple[float, str]:
+    """Peak memory of this process in 1e9 bytes, and what was read: CUDA's allocator, or the resident set.
+
+    `VmHWM` and not `getrusage`: the latter also counts the process that started this one.
+    """
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e9, "torch.cuda.max_memory_allocated"
+    try:
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found:
+        return int(found.group(1)) * 1024 / 1e9, "VmHWM of the process"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, "getrusage ru_maxrss of the process"
+
+
+def _size_ratio(model) -> float:
+    """Bytes of all tensors of quantized modules over two bytes for each weight that they replace."""
+    from optimum_freeact import FreeActInput, FreeActLinear
+
+    modules = [m for m in model.modules() if isinstance(m, (FreeActInput, FreeActLinear))]
+    stored = sum(t.numel() * t.element_size() for module in modules for t in module.state_dict().values())
+    return stored / sum(2 * m.in_features * m.out_features for m in modules if isinstance(m, FreeActLinear))
+
+
+def _change_cache(model, kv_bits: int) -> None:
+    """The same weights with another cache: calibration does not depend on it (a test holds this)."""
+    from optimum_freeact.modules.runtime import activate
+
+    config = model.hf_quantizer.quantization_config
+    config.kv_bits = kv_bits
+    activate(model, config)
+
+
+def _score(job: Job, setting: str, model, tokenizer) -> list[dict]:
+    from optimum_freeact import score_text, tokenize_windows
+
+    rows, measure = [], job.measure
+    for text in job.texts:
+        held_out = text.read_evaluation(measure["windows"] * measure["window"])
+        windows = tokenize_windows(held_out, tokenizer, measure["window"], measure["windows"])
+        tokens = 2048 if job.device == "cuda" else 1024  # a forward; large vocabularies make large logits
+        score = score_text(model, windows, batch_size=max(1, tokens // measure["window"]))
+        if score.nll != score.nll or score.nll == float("inf"):
+            rows.append(_row(job, setting, "nll", None, f"the loss is {score.nll}", text=text.name))
+        else:
+            rows.append(_row(job, setting, "nll", score.nll, text=text.name, n_tokens=score.n_tokens))
+    return rows
+
+
+def main(arguments: list[str]) -> int:
+    """Read a job, write its rows or its error."""
+    job = Job.from_json(sys.stdin.read())
+    try:
+        told: dict = {"rows": perform(job)}
+    except Exception as error:  # whatever it is, the run goes on without this job and lists it
+        import traceback
+
+        traceback.print_exc()
+        told = {"error": f"{type(error).__name__}: {error}"}
+    Path(arguments[0]).write_text(json.dumps(told), encoding="utf-8")
+    return int("error" in told)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,436 @@
+"""Measure every preset, its ablations and published peers on real models; write `benchmarks/results/accuracy.json`.
+
+    python benchmarks/accuracy/run.py                        # everything, on the GPU if there is one
+    python benchmarks/accuracy/run.py --cpu-cost             # time and memory on two CPU threads: accuracy_cpu.json
+    python benchmarks/accuracy/run.py --tiny --out out       # miniature on a random model, seconds
+
+Every job is a process of its own. Finished jobs are kept in `--rows` (JSON lines), so an interrupted run, or one that
+is cut into pieces by `--limit-seconds`, goes on where it was: jobs measured at the same commit are not repeated.
+Calibration reads the first part of each text, evaluation a later one that is never calibrated on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import _results
+from benchmarks.accuracy.claims import claims, excess, expected
+from benchmarks.accuracy.jobs import SCHEMES, SLICES, Job, Plan, Text, absent, bits, perform
+
+
+MODELS = ("smollm2", "qwen2.5")
+COLUMNS = ("handbook", "brown")
+TINY_WINDOW = 32
+
+
+# ---------------------------------------------------------------- command line
+def parser() -> argparse.ArgumentParser:
+    """All options."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = made.add_argument
+    add("--models", default=",".join(MODELS), help="assets, by name (default: all)")
+    add("--model-path", action="append", default=[], metavar="NAME=FOLDER", help="a model that is here already")
+    add("--text-path", action="append", default=[], metavar="NAME=FILE", help="a text that is here already")
+    add("--jobs", type=int, help="processes at a time (default 1); 0 runs all in this one (default of --tiny)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--threads", type=int, help="CPU threads a job (default: cores / jobs)")
+    add("--only", help="methods or groups (preset, ablation, peer), with commas; full precision always runs")
+    add("--schemes", help=f"with commas (default: {','.join(SCHEMES)}; tiny: w4a16,w4a4,w4a4kv4)")
+    add("--samples", type=int, default=64, help="calibration samples")
+    add("--seq-len", type=int, default=1024, help="tokens a calibration sample, and an evaluation window")
+    add("--batch-size", type=int, default=4)
+    add("--windows", type=int, default=24, help="evaluation windows of each text")
+    add("--seeds", default="0", help="with commas; ablations and peers use the first")
+    add("--learned-samples", type=int, help="calibration samples of learned methods (default: --samples)")
+    add("--learned-epochs", type=int, help="epochs of learned methods (default: the preset's)")
+    add("--cpu-cost", action="store_true", help="only time and memory of the default calibration on two CPU threads")
+    add("--tiny", action="store_true", help="a random model and text, for tests")
+    add("--limit-seconds", type=float, help="no job is started after it")
+    add("--stop-seconds", type=float, help="running jobs are ended after it")
+    add("--peers-path", help="folder put on PYTHONPATH of the peers' jobs (pip install --target)")
+    add("--rows", type=Path, help="finished jobs, read and appended (default: runs/accuracy.jsonl)")
+    add("--out", type=Path, help="folder of the result (default: benchmarks/results; tiny: out)")
+    return made
+
+
+def pairs(given: list[str], option: str) -> dict[str, str]:
+    """`["a=x"]` as a dict."""
+    found = {}
+    for item in given:
+        name, sign, path = item.partition("=")
+        if not sign or not Path(path).exists():
+            raise SystemExit(f"{option} must be NAME=PATH of something that exists, got {item!r}.")
+        found[name] = str(Path(path).resolve())
+    return found
+
+
+def shown_command(arguments: list[str]) -> str:
+    """The command without this machine's folders."""
+    return shlex.join(["python", "benchmarks/accuracy/run.py", *(_without_folders(word) for word in arguments)])
+
+
+def _without_folders(text: str) -> str:
+    return re.sub(r"(?<![\w.])(?:/[\w.+@~-]+)+/(?=[\w.+@~-])", "", text)
+
+
+# ---------------------------------------------------------------- what to run
+def fetch_model(name: str, given: dict[str, str]) -> str:
+    """Folder of a model: given, or an asset."""
+    from tools.assets import fetch
+
+    return given.get(name) or str(fetch(name))
+
+
+def read_texts(given: dict[str, str]) -> tuple[Text, ...]:
+    """Both texts with their ranges."""
+    from tools.assets import fetch
+
+    paths = {name: given.get(name) or str(fetch(name) / "text.txt") for name in SLICES}
+    return tuple(Text(name, paths[name], *SLICES[name]) for name in SLICES)
+
+
+def tiny_world(folder: Path) -> tuple[dict[str, str], tuple[Text, ...]]:
+    """A random two-block model with outliers and a sink, and two texts drawn from it, written to `folder`.
+
+    On its own samples a model is the best there is, so that rounding errors show even though it is random.
+    """
+    import torch
+
+    from tests.helpers.tiny_models import SPECIAL_TOKENS, plant_outliers, plant_sink, tiny, tiny_tokenizer
+
+    model, tokenizer = tiny("llama"), tiny_tokenizer(bos=False)
+    plant_outliers(model, factor=8.0)
+    plant_sink(model, factor=8.0)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    generator, first, last = torch.Generator().manual_seed(0), len(SPECIAL_TOKENS), len(tokenizer)
+    texts = []
+    for name in SLICES:
+        ids = torch.randint(first, last, (256, 1), generator=generator)
+        while ids.shape[1] < TINY_WINDOW:
+            with torch.no_grad():
+                chances = model(input_ids=ids).logits[:, -1, first:last].softmax(-1)
+            ids = torch.cat([ids, first + torch.multinomial(chances, 1, generator=generator)], 1)
+        path = folder / f"{name}.txt"
+        path.write_text(tokenizer.decode(ids.flatten()), encoding="utf-8")
+        texts.append(Text(name, str(path), (0, 128 * TINY_WINDOW), 128 * TINY_WINDOW))
+    return {"tiny": str(folder / "model")}, tuple(texts)
+
+
+def make_plan(options: argparse.Namespace, models: dict[str, str], texts: tuple[Text, ...]) -> list[Job]:
+    """All jobs in the order in which they shall start."""
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    schemes = tuple((options.schemes or ",".join(SCHEMES)).lower().split(","))
+    for scheme in schemes:
+        bits(scheme)
+    measure = {"n_samples": options.samples, "seq_len": options.seq_len, "batch_size": options.batch_size}
+    measure |= {"windows": options.windows, "window": options.seq_len}
+    learned = {"quantize": {"epochs": options.learned_epochs} if options.learned_epochs else {}, "measure": {}}
+    if options.learned_samples:
+        learned["measure"] = {"n_samples": options.learned_samples}
+    only = set(options.only.split(",")) if options.only else None
+    jobs: list[Job] = []
+    for name, path in models.items():
+        common = {"model": name, "model_path": path, "texts": texts, "device": options.device}
+        plan = Plan({**common, "threads": options.threads}, schemes, seeds, measure, learned, only)
+        if options.cpu_cost:
+            plan.cpu_cost()
+        else:
+            plan.full_precision()
+            plan.presets()
+            plan.asymmetric_quarot()
+            plan.ablations(_widths(path))
+            plan.peers()
+        jobs += plan.jobs
+    if only and (unknown := only - {job.method for job in jobs} - {job.group for job in jobs}):
+        raise SystemExit(f"--only {sorted(unknown)} names nothing here; methods: {sorted({j.method for j in jobs})}.")
+    order = {id(job): i for i, job in enumerate(jobs)}
+    return sorted(jobs, key=lambda job: (job.rank, job.seed, order[id(job)]))
+
+
+def _widths(path: str) -> list[int]:
+    """Input sizes of a model's linears, from its config."""
+    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    return [config[key] for key in ("hidden_size", "intermediate_size") if key in config]
+
+
+# ---------------------------------------------------------------- running
+class Store:
+    """Finished jobs on disk, one JSON line each; only those of this commit count."""
+
+    def __init__(self, path: Path, commit: str):
+        self.path, self.commit = path, commit
+        self.lines: dict[str, dict] = {}
+        self._lock = threading.Lock()
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        others = 0
+        for line in text.splitlines():
+            try:
+                told = json.loads(line)
+            except json.JSONDecodeError:  # cut off while it was written
+                continue
+            if told["commit"] == commit:
+                self.lines[told["key"]] = told
+            else:
+                others += 1
+        if self.lines or others:
+            print(f"{path.name}: {len(self.lines)} jobs of this commit, {others} of others (not used).", flush=True)
+
+    def add(self, told: dict) -> None:
+        """Keep a finished job."""
+        with self._lock:
+            self.lines[told["key"]] = told
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(told) + "\n")
+
+
+class Runner:
+    """Starts jobs, `slots` at a time, each in a process with a GPU of its own choice (round robin)."""
+
+    def __init__(self, options: argparse.Namespace, store: Store, stamp: dict, start: float):
+        self.options, self.store, self.stamp, self.start = options, store, stamp, start
+        self.failures: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._done = 0
+
+    def run(self, jobs: list[Job]) -> None:
+        """Run what the store does not have; returns when nothing runs any more."""
+        waiting = [job for job in jobs if job.key not in self.store.lines]
+        self._total = len(waiting)
+        if self.options.jobs == 0:
+            for job in waiting:
+                self._one(job, None)
+            return
+        queue, gpus = iter(waiting), self._gpus()
+        threads = [
+            threading.Thread(target=self._work, args=(queue, gpus[i % len(gpus)])) for i in range(self.options.jobs)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _gpus(self) -> list[str]:
+        if self.options.device == "cpu":
+            return [""]
+        import torch
+
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+
+    def _work(self, queue, gpu: str) -> None:
+        while True:
+            with self._lock:
+                job = next(queue, None)
+            if job is None:
+                return
+            self._one(job, gpu)
+
+    def _one(self, job: Job, gpu: str | None) -> None:
+        """Run one job, or say why not; its rows go to the store."""
+        limit, begun = self.options.limit_seconds, time.perf_counter()
+        if limit is not None and begun - self.start >= limit:
+            self.failures[job.key] = f"not started: the time limit of {limit:g} s was reached"
+            return
+        told = self._here(job) if gpu is None else self._process(job, gpu)
+        seconds = time.perf_counter() - begun
+        with self._lock:
+            self._done += 1
+            state = told["error"] if "error" in told else "done"
+            print(f"[{self._done}/{self._total}] {seconds:6.1f} s  {job.name}: {state[:200]}", flush=True)
+        if "error" in told:
+            self.failures[job.key] = _without_folders(" ".join(told["error"].split()))[:400]
+        else:
+            self.store.add({"key": job.key, **self.stamp, "seconds": round(seconds, 2), "rows": told["rows"]})
+
+    def _here(self, job: Job) -> dict:
+        try:
+            return {"rows": perform(job)}
+        except Exception as error:  # as in the worker
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    def _process(self, job: Job, gpu: str) -> dict:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "TOKENIZERS_PARALLELISM": "false"}
+        if job.threads:
+            environment["OMP_NUM_THREADS"] = str(job.threads)
+        if job.group == "peer" and self.options.peers_path:
+            path = str(Path(self.options.peers_path).resolve())
+            environment["PYTHONPATH"] = os.pathsep.join([path, *filter(None, [os.environ.get("PYTHONPATH")])])
+        with tempfile.TemporaryDirectory() as scratch:
+            result, log = Path(scratch) / "result.json", Path(scratch) / "log"
+            command = [sys.executable, "-m", "benchmarks.accuracy.jobs", str(result)]
+            with log.open("wb") as sink:
+                process = subprocess.Popen(
+                    command, cwd=_results.ROOT, env=environment, stdin=subprocess.PIPE, stdout=sink, stderr=sink
+                )
+                stop = self.options.stop_seconds
+                left = None if stop is None else max(1.0, stop - (time.perf_counter() - self.start))
+                try:
+                    process.communicate(json.dumps(dataclasses.asdict(job)).encode(), timeout=left)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                    return {"error": f"ended after {stop:g} s of the run"}
+            if result.is_file():
+                return json.loads(result.read_text(encoding="utf-8"))
+            tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+            return {"error": f"the process ended with {process.returncode}: {' | '.join(tail)}"}
+
+
+# ---------------------------------------------------------------- the result
+def assemble(jobs: list[Job], store: Store, failures: dict[str, str]) -> list[dict]:
+    """Rows of all planned jobs, measured or not, and the excesses that follow from them."""
+    rows: list[dict] = []
+    for job in jobs:
+        told = store.lines.get(job.key)
+        rows += told["rows"] if told else absent(job, failures.get(job.key, "not run"))
+    return rows + derived(rows)
+
+
+def derived(rows: list[dict]) -> list[dict]:
+    """Excess over full precision of each quantized model, and what 4-bit activations add to the same at W4A16."""
+    found = []
+    kept = ("model", "group", "method", "setting")
+    heads = dict.fromkeys(tuple(row[key] for key in kept) for row in rows if row["metric"] == "nll")
+    for head in heads:
+        model, group, method, setting = head
+        if group == "full":
+            continue
+        base = excess(rows, model, method, "w4a16")
+        for seed, value in excess(rows, model, method, setting).items():
+            fields = dict(zip(kept, head, strict=True))
+            found.append({**fields, "metric": "excess_nll", "value": value, "seed": seed})
+            if setting == "w4a4" and seed in base:
+                gap = {"metric": "excess_nll_over_w4a16", "value": value - base[seed], "seed": seed}
+                found.append({**fields, **gap})
+    return found
+
+
+def write(name: str, rows: list[dict], store: Store, jobs: list[Job], seeds: list[int], out: Path) -> Path:
+    """The result file, stamped with every command and machine that its rows come from."""
+    used = [store.lines[job.key] for job in jobs if job.key in store.lines]
+    commands = "; ".join(dict.fromkeys(line["command"] for line in used))
+    machines = " and ".join(dict.fromkeys(line["machine"] for line in used))
+    return _results.write(name, rows, "benchmarks.accuracy.claims", commands, seeds, machine=machines, folder=out)
+
+
+def report(rows: list[dict], problems: list[str], wanted: list[str]) -> None:
+    """The table of all methods, then the claims: the last things printed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=100, highlight=False, soft_wrap=False)
+    methods = dict.fromkeys((row["model"], row["method"], row["setting"]) for row in rows)
+    for model in dict.fromkeys(row["model"] for row in rows):
+        base = {r["text"]: r["value"] for r in rows if r["model"] == model and r["method"] == "fp" and "text" in r}
+        stated = ", ".join(f"{text} {value:.4f}" for text, value in base.items() if value is not None)
+        table = Table(
+            title=f"{model}: full precision {stated}; excess nats", box=None, padding=(0, 1), title_justify="left"
+        )
+        for column in ("method", "setting", *COLUMNS, "mean", "size", "s", "GB"):
+            table.add_column(column, justify="left" if column in ("method", "setting") else "right", no_wrap=True)
+        for _, method, setting in (key for key in methods if key[0] == model and key[1] != "fp"):
+            cells = [_mean(excess(rows, model, method, setting, text).values()) for text in (*COLUMNS, None)]
+            cells += [
+                _metric(rows, model, method, setting, name)
+                for name in ("size_ratio", "calibration_seconds", "peak_gb")
+            ]
+            table.add_row(method, setting, *cells)
+        console.print(table)
+    for line in problems:
+        console.print(f"not measured: {line}"[:180], style="yellow", markup=False, soft_wrap=True)
+    made = claims(rows)
+    for entry in made:
+        verdict = "pass       " if entry["holds"] else "falls short"
+        style = "green" if entry["holds"] else "red"
+        text = f"{verdict} {entry['id']} {entry['value']:.4g} {entry['compare']} {entry['target']:g}"
+        console.print(text, style=style, markup=False, soft_wrap=True)
+    for name in wanted:
+        if name not in {entry["id"] for entry in made}:
+            console.print(f"not made    {name}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _mean(values) -> str:
+    values = list(values)
+    return f"{sum(values) / len(values):.4f}" if values else "-"
+
+
+def _metric(rows: list[dict], model: str, method: str, setting: str, metric: str) -> str:
+    wanted = {"model": model, "method": method, "setting": setting, "metric": metric}
+    values = [r["value"] for r in rows if r["value"] is not None and all(r.get(k) == v for k, v in wanted.items())]
+    return f"{sum(values) / len(values):.3g}" if values else ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when all of ours was measured and every claim could be made, held or not; peers may be missing."""
+    start = time.perf_counter()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
+    commit, dirty = _results.commit_and_dirty()
+    with tempfile.TemporaryDirectory() as scratch:
+        models, texts = _prepare(options, Path(scratch))
+        jobs = make_plan(options, models, texts)
+        store = Store(options.rows, commit + ("-dirty" if dirty else ""))
+        stamp = {"commit": store.commit, "machine": _results.machine_name(), "command": shown_command(arguments)}
+        runner = Runner(options, store, stamp, start)
+        print(f"{len(jobs)} jobs, {options.jobs or 'one process'} at a time, on {options.device}.", flush=True)
+        runner.run(jobs)
+    name = "accuracy_cpu" if options.cpu_cost else "accuracy"
+    failures = runner.failures
+    rows = assemble(jobs, store, failures)
+    absent_jobs = [job for job in jobs if job.key not in store.lines]
+    problems = [f"{job.name}: {failures.get(job.key, 'not run')}" for job in absent_jobs]
+    wanted = [] if options.cpu_cost or options.only else expected(models)
+    if len(problems) < len(jobs):
+        path = write(name, rows, store, jobs, [int(seed) for seed in options.seeds.split(",")], options.out)
+        print(
+            f"Wrote {path.name}: {len(rows)} rows, {len(problems)} jobs missing, {time.perf_counter() - start:.0f} s."
+        )
+    report(rows, problems, wanted)
+    missing = set(wanted) - {entry["id"] for entry in claims(rows)}
+    return int(bool(missing or any(job.group != "peer" for job in absent_jobs)))
+
+
+def _prepare(options: argparse.Namespace, scratch: Path) -> tuple[dict[str, str], tuple[Text, ...]]:
+    """Fill in defaults; models and texts."""
+    import torch
+
+    if options.device is None:
+        options.device = "cuda" if torch.cuda.is_available() and not (options.tiny or options.cpu_cost) else "cpu"
+    if options.tiny:
+        options.samples, options.seq_len, options.batch_size, options.windows = 16, TINY_WINDOW, 8, 32
+        options.schemes = options.schemes or "w4a16,w4a4,w4a4kv4"
+        options.learned_epochs, options.jobs = options.learned_epochs or 1, options.jobs or 0
+        options.out = options.out or _results.ROOT / "out"
+        options.rows = options.rows or scratch / "rows.jsonl"
+        return tiny_world(scratch)
+    if options.cpu_cost:
+        options.device, options.models, options.jobs, options.threads = "cpu", MODELS[0], 1, 2
+    options.jobs = 1 if options.jobs is None else options.jobs
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    options.threads = options.threads or max(1, cores // max(1, options.jobs))
+    options.out = options.out or _results.RESULTS
+    options.rows = options.rows or _results.ROOT / "runs" / "accuracy.jsonl"
+    given = pairs(options.model_path, "--model-path")
+    return {name: fetch_model(name, given) for name in options.models.split(",")}, read_texts(
+        pairs(options.text_path, "--text-path")
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Finish the model card that mergekit writes: it cannot know the donor, which is a parameter to it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+
+def licence_of(folder: Path) -> str:
+    """Licence stated by a checkpoint's own card or metadata, or `"not stated"`."""
+    card = folder / "README.md"
+    if card.is_file():
+        match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), flags=re.DOTALL)
+        if match:
+            front = yaml.safe_load(match.group(1))
+            if isinstance(front, dict) and front.get("license"):
+                return str(front["license"])
+    return "not stated"
+
+
+def finish_card(
+    card: Path, target: str, donor: str, folders: tuple[Path, Path], info: dict, recipe: str, alpha: object
+) -> None:
+    """Rewrite `README.md` with the donor, both licences and what the plans say of themselves.
+
+    Args:
+        card (`Path`): the card mergekit wrote; created when `--no-write-model-card` left none out is the caller's job.
+        target, donor (`str`): models as the recipe names them.
+        folders (`tuple[Path, Path]`): their local folders.
+        info (`dict`): the bundle's JSON.
+        recipe (`str`): the user's YAML.
+        alpha (`object`): the alpha setting.
+    """
+    text = card.read_text(encoding="utf-8")
+    match = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
+    front = yaml.safe_load(match.group(1)) if match else {}
+    hub = [name for name in (target, donor) if not Path(name).is_dir()]
+    front["base_model"] = hub
+    front["base_model_relation"] = "merge"
+    front["tags"] = [*dict.fromkeys([*front.get("tags", []), "mergekit_ot"])]
+    residual = info.get("residual", {})
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=True).strip(),
+        "---",
+        f"# {card.parent.name}",
+        "",
+        "A transport merge, made with [mergekit](https://github.com/arcee-ai/mergekit) and mergekit_ot: the donor's",
+        "weights were carried into the target's channels by optimal-transport plans and interpolated with the target's.",
+        "",
+        "| | model | licence stated by its files |",
+        "|---|---|---|",
+        f"| target (architecture, tokenizer) | {_link(target)} | {licence_of(folders[0])} |",
+        f"| donor | {_link(donor)} | {licence_of(folders[1])} |",
+        "",
+        "Both licences apply to this model; check that they allow the use you make of it.",
+        "",
+        f"- alpha: `{json.dumps(alpha)}`",
+        f"- stream map: {residual.get('map', 'per module')}",
+        f"- layer map (donor layer of each target layer): `{json.dumps(info.get('layer_map'))}`",
+        f"- plans: `{info.get('key', '')[:16]}`",
+        "",
+        "Whether this merge beats the target alone must be measured: `mergekit-ot eval` prints the loss beside the",
+        "shrink-only and random-donor controls.",
+        "",
+        "```yaml",
+        recipe.strip(),
+        "```",
+        "",
+    ]
+    card.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _link(name: str) -> str:
+    return name if Path(name).is_dir() else f"[{name}](https://huggingface.co/{name})"

@@ -1,0 +1,137 @@
+"""`mergekit-ot run | check | plan | inspect | eval`: recipes from the command line, one line per error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import click
+from mergekit.options import MergeOptions, add_merge_options
+
+from mergekit_ot.anchors import CalibrationError
+from mergekit_ot.bundle import BundleError, load_bundle
+from mergekit_ot.compatibility import table
+from mergekit_ot.pipeline import check_recipe, merge_recipe, plan_recipe
+from mergekit_ot.recipe import RecipeError, load_recipe
+from mergekit_ot.solvers import NotConvergedError
+from mergekit_ot.structure import UnsupportedModelError
+
+
+#: Errors that say all a user needs; anything else is a defect and keeps its traceback.
+EXPECTED = (
+    RecipeError,
+    CalibrationError,
+    BundleError,
+    NotConvergedError,
+    UnsupportedModelError,
+    FileNotFoundError,
+    ValueError,
+    OSError,
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Merge models of different sizes and families with optimal-transport plans."""
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--plans", type=click.Path(), help="Folder of the plan bundle; solved there when it holds none.")
+@add_merge_options
+def run(merge_options: MergeOptions, recipe: str, out: str, plans: str | None) -> None:
+    """Merge RECIPE into the folder OUT. Takes all options of mergekit-yaml."""
+    merge_options.apply_global_options()
+    start = time.perf_counter()
+    folder = merge_recipe(load_recipe(recipe), out, merge_options, plans=plans)
+    click.echo(
+        f"{folder} is ready after {time.perf_counter() - start:.0f} s; `mergekit-ot eval {recipe} {folder}` measures it."
+    )
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path())
+def check(recipe: str) -> None:
+    """Say what will happen to each part of the pair, in seconds."""
+    _, findings = check_recipe(load_recipe(recipe))
+    click.echo(table(findings))
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path())
+@click.option("--plans", type=click.Path(), help="Folder of the plan bundle.")
+@click.option("--device", default="cpu", show_default=True, help="Where models run and plans are solved.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+def plan(recipe: str, plans: str | None, device: str, quiet: bool) -> None:
+    """Solve and store the plans of RECIPE, to be reused by every alpha."""
+    _, bundle, folder = plan_recipe(load_recipe(recipe), plans, device=device, quiet=quiet)
+    click.echo(f"{folder}: {bundle.bytes() / 1e6:.1f} MB, {len(bundle.tensors)} tensors")
+
+
+@cli.command()
+@click.argument("plans", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="The whole record.")
+def inspect(plans: str, as_json: bool) -> None:
+    """Show what a plan bundle knows of itself."""
+    from mergekit_ot.report.summary import describe_bundle
+
+    bundle = load_bundle(plans)
+    click.echo(json.dumps(bundle.info, indent=1, sort_keys=True) if as_json else describe_bundle(bundle))
+
+
+@cli.command(name="eval")
+@click.argument("recipe", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--texts", type=click.Path(), help="Held-out texts; by default calibration texts that no plan has seen.")
+@click.option("--plans", type=click.Path(), help="Folder of the plan bundle.")
+@click.option("--report", type=click.Path(), help="Folder of the report; by default OUT.report.")
+@click.option("--max-tokens", default=8192, show_default=True, help="Held-out tokens scored.")
+@click.option("--device", default="cpu", show_default=True, help="Where models run.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+def evaluate(
+    recipe: str,
+    out: str,
+    texts: str | None,
+    plans: str | None,
+    report: str | None,
+    max_tokens: int,
+    device: str,
+    quiet: bool,
+) -> None:
+    """Score the merge in OUT beside the target and every control, and write the report."""
+    from mergekit_ot.report.evaluate import evaluate_recipe
+    from mergekit_ot.report.page import write_report
+
+    result = evaluate_recipe(
+        load_recipe(recipe), Path(out), plans=plans, texts=texts, max_tokens=max_tokens, device=device, quiet=quiet
+    )
+    folder = write_report(result, Path(report or f"{out.rstrip('/')}.report"))
+    for row in result.rows():
+        click.echo(f"{row['model']:24} {row['loss']:.4f} nats per token")
+    click.echo(f"report: {folder / 'report.md'}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; prints expected errors as one line on stderr and returns 1."""
+    try:
+        cli.main(args=arguments, prog_name="mergekit-ot", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        return 130
+    except KeyboardInterrupt:
+        click.echo("interrupted; the next run resumes", err=True)
+        return 130
+    except EXPECTED as error:
+        click.echo(f"mergekit-ot: {error}", err=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

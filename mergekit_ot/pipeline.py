@@ -1,0 +1,128 @@
+"""From a recipe to a merged checkpoint: check, plan, run mergekit, finish the card, and only then show the folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_ot.bundle import PlanBundle, load_bundle, replace_folder
+from mergekit_ot.card import finish_card
+from mergekit_ot.compatibility import Finding, compare, require_space
+from mergekit_ot.planning import Pair, make_bundle, match_pair, open_pair, plan_key
+from mergekit_ot.recipe import Recipe, RecipeError
+
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+
+def check_recipe(recipe: Recipe) -> tuple[Pair, list[Finding]]:
+    """Open both models and compare them; also matches the calibration text, so that a short one is found now."""
+    pair = open_pair(recipe.target, recipe.donor)
+    findings = compare(pair, recipe.settings)
+    if recipe.calibration is not None:
+        texts = match_pair(pair, recipe.calibration, recipe.folder)
+        found = sum(len(text.target_rows) for text in texts)
+        tokens = sum(len(text.target_ids) for text in texts)
+        findings[-1] = Finding(
+            "matched rows", f"{tokens} tokens", f"{sum(len(t.donor_ids) for t in texts)} tokens", f"{found} rows found"
+        )
+    return pair, findings
+
+
+def plan_recipe(
+    recipe: Recipe, plans: str | Path | None = None, *, device: str = "cpu", quiet: bool = False
+) -> tuple[Pair, PlanBundle, Path]:
+    """Solve the plans of a recipe, or load those it names.
+
+    Args:
+        plans (`str | Path`, *optional*): bundle folder; by default `.mergekit_ot/<key>` beside the recipe.
+
+    Returns:
+        The pair, the bundle and its folder.
+    """
+    pair = open_pair(recipe.target, recipe.donor)
+    if recipe.plan:
+        return pair, load_bundle(recipe.plan), Path(recipe.plan)
+    if plans is None:
+        plans = (
+            recipe.folder / ".mergekit_ot" / plan_key(pair, recipe.calibration, recipe.settings, recipe.folder)[:16]
+        )
+    require_space(Path(plans), 64 << 20)
+    bundle = make_bundle(
+        pair, recipe.calibration, recipe.settings, plans, folder=recipe.folder, device=device, quiet=quiet
+    )
+    return pair, bundle, Path(plans)
+
+
+def merge_recipe(
+    recipe: Recipe,
+    out: str | Path,
+    options: MergeOptions,
+    *,
+    plans: str | Path | None = None,
+    bundle_of: tuple[Pair, PlanBundle, Path] | None = None,
+    **changes: object,
+) -> Path:
+    """Run a recipe.
+
+    Args:
+        recipe ([`Recipe`]): what to merge.
+        out (`str | Path`): output folder; it appears whole or not at all. An earlier merge there is replaced, any other
+            content is refused.
+        options (`MergeOptions`): mergekit's options.
+        plans (`str | Path`, *optional*): bundle folder, see `plan_recipe`.
+        bundle_of (`tuple`, *optional*): result of `plan_recipe`, when it was called before.
+        changes: parameters that replace the recipe's, e.g. `alpha=0.2` or `control="shrink"`.
+
+    Returns:
+        `Path` of the output folder.
+    """
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import run_merge
+
+    from mergekit_ot.registration import register
+
+    out = Path(out)
+    refuse_foreign_folder(out)
+    pair, bundle, folder = bundle_of or plan_recipe(recipe, plans, device=options.device or "cpu", quiet=options.quiet)
+    weights = sum(path.stat().st_size for path in pair.target_folder.glob("*.safetensors"))
+    require_space(out, 2 * weights)
+    stock = recipe.to_mergekit(folder.resolve(), **{"control": recipe.control} | changes)
+    config = MergeConfiguration.model_validate(copy.deepcopy(stock))
+    method = register()
+    method.release()
+    LoaderCache().setup(options)
+    method.prepare(config.base_model, stock["parameters"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    scratch = place / out.name  # the card takes its title from the folder's name
+    try:
+        run_merge(config, str(scratch), options=options, config_source=recipe.source or json.dumps(stock, indent=1))
+        if (scratch / "README.md").is_file():
+            source = (recipe.target, recipe.donor, (pair.target_folder, pair.donor_folder))
+            alpha = stock["parameters"]["alpha"]
+            finish_card(
+                scratch / "README.md", *source, bundle.info, recipe.source or json.dumps(stock, indent=1), alpha
+            )
+        record = {"recipe": stock, "plans": bundle.info, "tensors": dict(method.records)}
+        (scratch / "transport.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        replace_folder(scratch, out)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        method.release()
+        LoaderCache.loaders.clear()
+    return out
+
+
+def refuse_foreign_folder(out: Path) -> None:
+    """Refuse to write over anything but an earlier transport merge."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "transport.json").is_file():
+        raise RecipeError(f"{out} exists and is not an earlier transport merge; choose another output folder.")
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"{out} is a file; choose another output folder.")

@@ -1,0 +1,182 @@
+"""From two checkpoints and a text to a plan bundle on disk, resumable at every step."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from mergekit_ot.activations import load_backbone, record
+from mergekit_ot.anchors import MatchedText, match_texts, require_fast
+from mergekit_ot.bundle import BundleError, PlanBundle, content_key, file_hash, load_bundle, model_hash
+from mergekit_ot.checkpoint import CheckpointReader
+from mergekit_ot.paper import solve_paper
+from mergekit_ot.rows import RowStore
+from mergekit_ot.settings import Calibration, PlanSettings
+from mergekit_ot.solve import rows_needed, solve_pair
+from mergekit_ot.structure import Structure, load_structure
+from mergekit_ot.texts import read_texts
+from mergekit_ot.vocabulary import shared_tokens
+
+
+logger = logging.getLogger(__name__)
+DEFAULT_ROWS = 4096
+#: Stores below this many bytes are kept in float32, larger ones in float16 (block sites only).
+FLOAT32_LIMIT = 256 << 20
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two local checkpoints and what is known of them before any long work.
+
+    Args:
+        target_folder, donor_folder (`Path`): checkpoints.
+        target, donor ([`Structure`]): their shapes.
+    """
+
+    target_folder: Path
+    donor_folder: Path
+    target: Structure
+    donor: Structure
+
+
+def local_folder(model: str) -> Path:
+    """Folder of a checkpoint: the path itself, or its snapshot from the hub."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+        )
+    except Exception as error:
+        raise FileNotFoundError(f"{model!r} is neither a folder nor a model that the hub gives: {error}") from error
+
+
+def open_pair(target: str, donor: str) -> Pair:
+    """Resolve both models and read their shapes."""
+    folders = local_folder(target), local_folder(donor)
+    if folders[0].resolve() == folders[1].resolve():
+        raise ValueError(f"Target and donor are the same checkpoint, {folders[0]}; name a donor other than the base.")
+    return Pair(*folders, load_structure(folders[0]), load_structure(folders[1]))
+
+
+def plan_key(pair: Pair, calibration: Calibration, settings: PlanSettings, folder: str | Path = ".") -> str:
+    """Hash of everything the plans depend on: both checkpoints' content, the text, and all choices."""
+    return content_key(
+        {
+            "target": model_hash(pair.target_folder),
+            "donor": model_hash(pair.donor_folder),
+            "text": file_hash(Path(folder) / calibration.dataset),
+            "calibration": {k: v for k, v in asdict(calibration).items() if k != "dataset"},
+            "settings": settings.to_dict(),
+        }
+    )
+
+
+def match_pair(pair: Pair, calibration: Calibration, folder: str | Path = ".") -> list[MatchedText]:
+    """Texts and matched positions of a pair."""
+    from transformers import AutoTokenizer
+
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (pair.target_folder, pair.donor_folder)]
+    for tokenizer, path in zip(tokenizers, (pair.target_folder, pair.donor_folder)):
+        require_fast(tokenizer, str(path))
+    texts = read_texts(calibration, folder)
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(calibration.seed))
+    texts = [texts[i] for i in order[: calibration.samples]]
+    needed = rows_needed(pair.target, pair.donor)
+    return match_texts(
+        texts,
+        *tokenizers,
+        rows=calibration.rows or max(DEFAULT_ROWS, 2 * needed),
+        rows_needed=needed,
+        max_length=calibration.max_length,
+        seed=calibration.seed,
+    )
+
+
+def make_bundle(
+    pair: Pair,
+    calibration: Calibration,
+    settings: PlanSettings,
+    out: str | Path,
+    *,
+    folder: str | Path = ".",
+    work: str | Path | None = None,
+    device: str = "cpu",
+    quiet: bool = False,
+) -> PlanBundle:
+    """Solve the plans of a pair, or return those that `out` already holds for exactly this content.
+
+    Args:
+        pair ([`Pair`]): both models.
+        calibration ([`Calibration`]), settings ([`PlanSettings`]): what to solve.
+        out (`str | Path`): bundle folder.
+        folder (`str | Path`, *optional*): where a relative `calibration.dataset` starts.
+        work (`str | Path`, *optional*): folder for activation rows, defaults to `out` + `.rows`; it survives an
+            interruption, so that the next call resumes, and is removed after success.
+        device (`str`, *optional*, defaults to `"cpu"`): where models run and plans are solved.
+
+    Returns:
+        The [`PlanBundle`], saved at `out`.
+    """
+    out = Path(out)
+    key = plan_key(pair, calibration, settings, folder)
+    try:
+        found = load_bundle(out)
+        if found.info.get("key") == key:
+            logger.info("Reusing the plans in %s.", out)
+            return found
+    except BundleError:
+        pass
+    texts = match_pair(pair, calibration, folder)
+    work = Path(work) if work is not None else out.with_name(out.name + ".rows")
+    stores = record_pair(pair, texts, work, key, device=device, quiet=quiet)
+    if settings.preset == "structured":
+        readers = CheckpointReader(pair.target_folder), CheckpointReader(pair.donor_folder)
+        bundle = solve_pair(*stores, pair.target, pair.donor, settings, *readers, device=device, quiet=quiet)
+        if settings.embeddings == "shared":
+            bundle.tensors["tokens.target"], bundle.tensors["tokens.donor"] = (ids.int() for ids in _shared(pair))
+    else:
+        counts = [len(text.target_rows) for text in texts]
+        reader = CheckpointReader(pair.donor_folder)
+        bundle = solve_paper(*stores, pair.target, pair.donor, settings, counts, reader, device=device, quiet=quiet)
+    bundle.info["key"] = key
+    bundle.info["calibration"] = asdict(calibration)
+    bundle.info["models"] = {"target": pair.target.name, "donor": pair.donor.name}
+    bundle.save(out)
+    shutil.rmtree(work, ignore_errors=True)
+    return bundle
+
+
+def _shared(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    from transformers import AutoTokenizer
+
+    return shared_tokens(*(AutoTokenizer.from_pretrained(path) for path in (pair.target_folder, pair.donor_folder)))
+
+
+def record_pair(
+    pair: Pair, texts: list[MatchedText], work: Path, key: str, *, device: str = "cpu", quiet: bool = False
+) -> tuple[RowStore, RowStore]:
+    """Record matched rows of both models, one model in memory at a time."""
+    stores = []
+    rows = sum(len(text.target_rows) for text in texts)
+    for side, path, shape in (
+        ("target", pair.target_folder, pair.target),
+        ("donor", pair.donor_folder, pair.donor),
+    ):
+        per_row = shape.n_layers * (shape.mlp_width + 2 * shape.head_dim * (shape.n_heads + shape.n_kv_heads))
+        store = RowStore(work / side, key, "float32" if 4 * rows * per_row <= FLOAT32_LIMIT else "float16")
+        if store.rows < rows:
+            inputs = [(getattr(text, f"{side}_ids"), getattr(text, f"{side}_rows")) for text in texts]
+            model = load_backbone(path, device)
+            record(model, shape, inputs, store, quiet=quiet)
+            del model
+            gc.collect()
+        stores.append(store)
+    return tuple(stores)

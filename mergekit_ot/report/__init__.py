@@ -1,0 +1,1 @@
+"""Measurements of a merge, and the page that shows them."""

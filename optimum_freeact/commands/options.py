@@ -1,0 +1,87 @@
+"""Command-line options made from `FreeActConfig`: its fields, its choices and its docstring; nothing is said twice."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+from typing import Any
+
+from optimum_freeact.config import DEFAULTS, RUNTIME, FreeActConfig
+from optimum_freeact.presets import PRESETS
+
+
+# what a field's values are made of, where no preset and no default shows it
+UNSET = {"weight_group_size": 128, "modules_to_not_convert": []}
+
+
+def settings() -> list[str]:
+    """Every field that `freeact quantize` offers as an option, in the config's order."""
+    fields = {name: None for known in (DEFAULTS, *PRESETS.values()) for name in known}
+    return [name for name in fields if name not in RUNTIME]
+
+
+def option_name(field: str) -> str:
+    """`weight_bits` -> `--weight-bits`."""
+    return "--" + field.replace("_", "-")
+
+
+def help_texts() -> dict[str, str]:
+    """Field -> its text in the docstring of [`FreeActConfig`] (empty where Python strips docstrings)."""
+    section = (inspect.getdoc(FreeActConfig) or "").partition("Args:\n")[2].partition("\nRaises:")[0]
+    texts = {}
+    for entry in re.split(r"\n(?=    \S)", "\n" + section):
+        head = re.match(r"\s*((?:[\w, ]+? \([^)]*\)(?:, )?)+):\s*(.*)", entry, re.DOTALL)
+        if head is None:
+            continue
+        for names in re.findall(r"([\w, ]+?) \([^)]*\)", head[1]):
+            for name in filter(None, re.split(r"[,\s]+", names)):
+                texts[name] = " ".join(head[2].replace("`", "").split())
+    return texts
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _json_or_word(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def reader(field: str) -> dict[str, Any]:
+    """How argparse reads a field's value; whether it is allowed is for [`FreeActConfig`] to say."""
+    known = [DEFAULTS.get(field), *(preset.get(field) for preset in PRESETS.values()), UNSET.get(field)]
+    types = {type(value) for value in known if value is not None}
+    if types == {bool}:
+        return {"action": argparse.BooleanOptionalAction}
+    if types == {list}:
+        return {"type": _words, "metavar": "A,B"}
+    if types in ({int}, {float}, {str}):
+        kind = types.pop()
+        return {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
+    return {"type": _number_or_word if types <= {int, float, str} and types else _json_or_word, "metavar": "X"}
+
+
+def add_settings(parser: argparse.ArgumentParser, fields: list[str] | None = None) -> None:
+    """Add one option per setting (all by default). What is left out keeps the preset's value."""
+    group = parser.add_argument_group("settings (left out: the preset's)")
+    texts = help_texts()
+    for field in fields or settings():
+        text = texts.get(field, "").replace("%", "%%") or None
+        group.add_argument(option_name(field), dest=field, default=None, help=text, **reader(field))
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the user named."""
+    return {name: getattr(arguments, name) for name in settings() if getattr(arguments, name, None) is not None}

@@ -1,0 +1,156 @@
+"""Residual-frozen adaptation and the donor's lessons: algebra, training, TRL, PEFT."""
+
+import pytest
+import torch
+
+from mergekit_ot.adaptation import attach_residuals, fold_residuals
+from mergekit_ot.anchors import match_text
+from mergekit_ot.teacher import distribution_loss, prepare_lessons, stream_loss
+from mergekit_ot.vocabulary import shared_tokens, transport_distribution, vocabulary_plan
+from tests.merge.tiny import build, texts, tokenizer
+
+
+def transports(seed=1):
+    donor = build(seed=seed).state_dict()
+    return lambda name, weight: donor[name].clone() if ".mlp." in name else None
+
+
+def test_attached_weights_are_the_interpolation_and_fold_back():
+    model, transport = build(), transports()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attached = attach_residuals(model, transport, 0.25)
+    assert len(attached) == 12
+    name = "model.layers.1.mlp.up_proj"
+    weight = model.get_submodule(name).weight
+    torch.testing.assert_close(weight, 0.75 * before[f"{name}.weight"] + 0.25 * transport(f"{name}.weight", None))
+    ids = torch.randint(0, 300, (1, 20))
+    with torch.no_grad():
+        attached_logits = model(ids).logits
+        assert fold_residuals(model) == 12
+        torch.testing.assert_close(model(ids).logits, attached_logits)
+    assert set(model.state_dict()) == set(before)
+
+
+def test_only_the_base_is_trained():
+    model, transport = build(), transports()
+    attach_residuals(model, transport, 0.5)
+    layer = model.model.layers[0].mlp.up_proj
+    frozen = layer.parametrizations.weight[0].transported.clone()
+    base = layer.parametrizations.weight.original.detach().clone()
+    model(torch.randint(0, 300, (1, 20))).logits.square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert torch.equal(layer.parametrizations.weight[0].transported, frozen)
+    assert not torch.equal(layer.parametrizations.weight.original, base)
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        attach_residuals(build(), transport, 1.0)
+
+
+def test_the_vocabulary_plan_keeps_probability_and_text():
+    small, large = tokenizer(), tokenizer(400)
+    plan = vocabulary_plan(small, large, 410)
+    target_ids, donor_ids = shared_tokens(small, large)
+    for i, j in list(zip(target_ids.tolist(), donor_ids.tolist()))[::20]:
+        assert small.convert_ids_to_tokens(i) == large.convert_ids_to_tokens(j)
+        assert plan[j] == i
+    assert (plan[len(large) :] == -1).all()
+    assert len(large) > len(small)
+    for j in range(len(small), len(large)):  # tokens the small vocabulary lacks: the first piece of their text
+        text = large.decode([j])
+        assert small.decode([int(plan[j])]) == small.decode(small(text)["input_ids"][:1])
+    moved = transport_distribution(torch.randn(5, 410), plan, 300)
+    torch.testing.assert_close(moved.sum(dim=1), torch.ones(5))
+    own = vocabulary_plan(small, small, 300)
+    logits = torch.randn(4, 300)
+    torch.testing.assert_close(transport_distribution(logits, own, 300), torch.softmax(logits, dim=-1))
+
+
+def test_losses_in_closed_form():
+    probabilities = torch.tensor([[0.7, 0.3]])
+    tokens = torch.tensor([[4, 1]])
+    logits = torch.full((1, 6), -1e9)
+    logits[0, 4], logits[0, 1] = torch.log(torch.tensor(0.7)), torch.log(torch.tensor(0.3))
+    entropy = -(probabilities * probabilities.log()).sum()
+    torch.testing.assert_close(distribution_loss(logits, tokens, probabilities), entropy)
+    assert distribution_loss(logits.flip(1), tokens, probabilities) > entropy
+    stream = torch.randn(3, 8)
+    normed = stream / stream.square().mean(dim=1, keepdim=True).sqrt()
+    assert stream_loss(5.0 * stream, normed) < 1e-10
+    torch.testing.assert_close(stream_loss(stream, torch.zeros(3, 8)), torch.tensor(1.0))
+
+
+def lessons(count=8):
+    small, large = tokenizer(), tokenizer(400)
+    matched = [match_text(text, small, large, max_length=64, skip=0) for text in texts(count, seed=9)]
+    donor = build(seed=7, vocab_size=400, hidden_size=48, num_attention_heads=6)
+    return prepare_lessons(
+        donor, matched, vocabulary_plan(small, large, 400), 300, top=32, stream_map=torch.eye(32, 48)
+    )
+
+
+def test_a_model_is_its_own_perfect_teacher():
+    small = tokenizer()
+    model = build()
+    matched = [match_text(text, small, small, max_length=64, skip=0) for text in texts(2)]
+    made = prepare_lessons(model, matched, vocabulary_plan(small, small, 300), 300, top=300, stream_map=torch.eye(32))
+    with torch.no_grad():
+        for lesson in made:
+            output = model(lesson.ids[None], output_hidden_states=True)
+            q = lesson.probabilities
+            entropy = -(q * q.clamp_min(1e-30).log()).sum(dim=1).mean()
+            taught = distribution_loss(output.logits[0, lesson.rows], lesson.tokens, q)
+            torch.testing.assert_close(taught, entropy, atol=1e-4, rtol=1e-4)
+            assert stream_loss(output.hidden_states[-2][0, lesson.rows], lesson.states) < 1e-8
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_trl_trains_on_lessons_around_a_frozen_residual(tmp_path, peft):
+    pytest.importorskip("trl")
+    from datasets import Dataset
+
+    from mergekit_ot.trainer import TransportSFTConfig, TransportSFTTrainer, lesson_rows
+
+    made, model = lessons(), build()
+    attach_residuals(model, transports(), 0.2)
+    adapter = None
+    if peft:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, task_type="CAUSAL_LM")
+    config = TransportSFTConfig(
+        output_dir=str(tmp_path),
+        distribution_weight=0.7,
+        stream_weight=0.1,
+        max_steps=12,
+        per_device_train_batch_size=4,
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+    )
+    trainer = TransportSFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(lesson_rows(made)),
+        processing_class=tokenizer(),
+        lessons=made,
+        peft_config=adapter,
+    )
+    trainer.train()
+    history = [entry["donor_cross_entropy"] for entry in trainer.state.log_history if "donor_cross_entropy" in entry]
+    assert sum(history[-3:]) / 3 < sum(history[:3]) / 3 - 0.05
+    assert trainer.fold() == 12
+
+
+def test_weights_of_the_losses_are_checked(tmp_path):
+    pytest.importorskip("trl")
+    from mergekit_ot.trainer import TransportSFTConfig
+
+    with pytest.raises(ValueError, match="distribution_weight must lie in"):
+        TransportSFTConfig(output_dir=str(tmp_path), distribution_weight=2.0, use_cpu=True, bf16=False)

@@ -1,0 +1,69 @@
+"""The command line, on a tiny model and a file of rows."""
+
+import json
+
+import pytest
+
+from tests.mlc.conftest import rows
+from trl_mlc.cli import main
+
+
+@pytest.fixture
+def data(tmp_path):
+    table = rows(n=8)
+    lines = (json.dumps(dict(zip(table, values, strict=True))) for values in zip(*table.values(), strict=True))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_dpo_from_yaml_then_evaluate_and_scan(tiny, data, tmp_path, capsys):
+    config = tmp_path / "dpo.yaml"
+    config.write_text(
+        f"model_name_or_path: {tiny}\ndtype: float32\ndataset_name: {data}\noutput_dir: {tmp_path / 'out'}\n"
+        "max_steps: 1\nper_device_train_batch_size: 2\nreport_to: none\nbf16: false\nuse_cpu: true\n"
+        "mlc_weight: 0.5\nmlc_layer: 3\nmlc_extractor_dim: 8\nmlc_languages: [sw, bn]\n"
+    )
+    assert main(["dpo", "--config", str(config), "--learning_rate", "1e-4"]) == 0
+    state = json.loads((tmp_path / "out" / "mlc_config.json").read_text())
+    assert (state["layer"], state["languages"]) == (3, ["en", "bn", "sw"])
+
+    shared = ["--dataset_name", data, "--dtype", "float32"]
+    first, second = str(tmp_path / "before.json"), str(tmp_path / "after.json")
+    assert main(["evaluate", "--model_name_or_path", tiny, *shared, "--output", first]) == 0
+    figure = str(tmp_path / "change.png")
+    after = ["--model_name_or_path", str(tmp_path / "out"), "--output", second, "--before", first, "--figure", figure]
+    assert main(["evaluate", *shared, *after]) == 0
+    assert json.loads((tmp_path / "after.json").read_text())["languages"].keys() == {"en", "ar", "bn", "sw"}
+    assert (tmp_path / "change.png").stat().st_size > 1000
+
+    capsys.readouterr()
+    assert main(["scan", "--model_name_or_path", tiny, *shared, "--poolings", "last"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 prompts, 4 languages, chance 0.125" in printed
+    assert printed.count("<- auto") == 1
+
+
+def test_sft_from_flags_with_evaluation(tiny, tmp_path, capsys):
+    path = tmp_path / "sft.jsonl"
+    lines = [
+        {"prompt": f"say {w}", "completion": " yes", "prompt_sw": f"sema {w}"} for w in ("cat", "boat", "sun", "tea")
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    options = f"--model_name_or_path {tiny} --dtype float32 --dataset_name {path} --flat_prefix prompt_ --max_steps 1"
+    options += f" --output_dir {tmp_path / 'sft'} --report_to none --bf16 False --use_cpu --mlc_layer -1"
+    options += f" --eval_strategy steps --eval_steps 1 --eval_dataset_name {path}"
+    assert main(["sft", *options.split()]) == 0
+    assert json.loads((tmp_path / "sft" / "mlc_config.json").read_text())["layer"] == 4
+    assert "eval_mlc/loss" in capsys.readouterr().out
+
+
+def test_help_and_unknown_commands(capsys):
+    assert main([]) == 0
+    assert "scan" in capsys.readouterr().out
+    assert main(["train"]) == 2
+    assert "Unknown command 'train'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="Name a model"):
+        main(["evaluate", "--dataset_name", __file__.replace(".py", ".jsonl")])
+    with pytest.raises(ValueError, match="give the earlier one with --before"):
+        main(["evaluate", "--dataset_name", "x", "--figure", "y.png"])

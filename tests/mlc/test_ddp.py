@@ -1,0 +1,52 @@
+"""Two gloo processes must train as one."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.mlc.ddp_worker import CASES, run_case
+
+
+def launch(module: str, *arguments: str) -> str:
+    """Run a module on two processes; returns what they printed."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=localhost"]
+    command += [f"--master-port={port}", "-m", module, *arguments]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def two_processes(tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    launch("tests.mlc.ddp_worker", tiny, str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_two_processes_equal_one(case, two_processes, tiny, tmp_path):
+    alone = run_case(case, tiny, tmp_path, world=1)
+    first, second = (torch.load(two_processes / f"{case}-2-{rank}.pt") for rank in (0, 1))
+    assert alone.keys() == first.keys() == second.keys()
+    assert any("mlc_extractor" in name for name in alone)
+    assert alone["logged"].numel() >= 2
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name]), f"{name} differs between processes"
+        assert torch.allclose(first[name], value, rtol=1e-4, atol=2e-6), (
+            f"{name}: {(first[name] - value).abs().max():.2e} away from the single process"
+        )
+
+
+def test_sharded_parameters_get_the_same_gradient(tiny):
+    assert "fully_shard agrees" in launch("tests.mlc.fsdp_worker", tiny)

@@ -1,0 +1,276 @@
+"""The accuracy benchmark: claims follow from rows, no text is calibrated and scored on, and a miniature runs whole."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks._results import problems, read
+from benchmarks.accuracy import run
+from benchmarks.accuracy.claims import claims, excess, expected
+from benchmarks.accuracy.jobs import SLICES, Job, Plan, Text, absent, bits
+from tools.results import MARK, table
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+# --- claims ------------------------------------------------------------------------------------------------------
+
+
+def nll_rows(model="smollm2", **excesses):
+    """Rows of full precision (3.0 and 4.0) and of methods with the given excess, a number or one a seed."""
+    rows = []
+    for method, given in {"fp": 0.0, **excesses}.items():
+        for seed, value in enumerate(given if isinstance(given, list) else [given]):
+            for text, base in (("handbook", 3.0), ("brown", 4.0)):
+                row = {"model": model, "method": method.replace("_", "-"), "text": text, "metric": "nll", "seed": seed}
+                rows.append({**row, "setting": "w16a16" if method == "fp" else "w4a4", "value": base + value})
+    return rows
+
+
+def size_row(value, model="smollm2"):
+    row = {"model": model, "group": "preset", "method": "freeact", "setting": "w4a4", "metric": "size_ratio"}
+    return {**row, "value": value, "seed": 0}
+
+
+def by_id(rows):
+    return {entry["id"]: entry for entry in claims(rows)}
+
+
+def test_claims_hold_on_rows_within_the_targets():
+    rows = nll_rows(freeact=0.1, quarot=0.5, quarot_asym=0.4, flatquant=0.2, freeact_learned=0.08)
+    found = by_id([*rows, size_row(0.28)])
+    assert list(found) == expected(["smollm2"])
+    assert all(entry["holds"] for entry in found.values())
+    values = [round(entry["value"], 9) for entry in found.values()]
+    assert values == [0.25, 0.5, 0.4, 0.28]
+    assert "quarot-asym is the best of" in found["accuracy.smollm2.w4a4.excess_over_quarot"]["how"]
+
+
+def test_claims_fall_short_on_rows_beyond_the_targets():
+    rows = nll_rows(freeact=0.2, quarot=0.4, quarot_asym=0.5, flatquant=0.2, freeact_learned=0.15)
+    found = by_id([*rows, size_row(0.31)])
+    assert list(found) == expected(["smollm2"])
+    assert not any(entry["holds"] for entry in found.values())
+    assert "nll[quarot] " in found["accuracy.smollm2.w4a4.excess_over_quarot"]["how"]
+
+
+def test_several_seeds_count_by_their_mean_and_state_their_spread():
+    rows = nll_rows(freeact=[0.1, 0.3], quarot=[0.8, 1.2], quarot_asym=2.0, flatquant=1.0, freeact_learned=0.1)
+    entry = by_id(rows)["accuracy.smollm2.w4a4.excess_over_quarot"]
+    assert entry["value"] == pytest.approx(0.2)
+    assert "0.2 ± 0.14 (standard deviation) / 1 ± 0.28 (standard deviation)" in entry["how"]
+
+
+@pytest.mark.parametrize("lost", ["fp", "freeact", "quarot-asym"])
+def test_a_claim_whose_rows_are_missing_is_not_made(lost):
+    rows = nll_rows(freeact=0.1, quarot=0.4, quarot_asym=0.5, flatquant=0.2, freeact_learned=0.1)
+    kept = [row for row in rows if row["method"] != lost]
+    unmeasured = [{**row, "value": None, "note": "x"} if row["method"] == lost else row for row in rows]
+    for some in (kept, unmeasured):
+        assert "accuracy.smollm2.w4a4.excess_over_quarot" not in by_id(some)
+
+
+def test_a_seed_without_one_of_the_texts_does_not_count():
+    rows = nll_rows(freeact=[0.1, 0.3])
+    rows = [row for row in rows if (row["seed"], row["text"]) != (1, "brown")]
+    assert excess(rows, "smollm2", "freeact", "w4a4") == {0: pytest.approx(0.1)}
+
+
+def test_models_are_claimed_apart():
+    methods = {"freeact": 0.1, "quarot": 0.4, "quarot_asym": 0.5, "flatquant": 0.2, "freeact_learned": 0.1}
+    rows = [*nll_rows(**methods), *nll_rows("qwen2.5", **{**methods, "freeact": 0.2})]
+    found = by_id(rows)
+    assert found["accuracy.smollm2.w4a4.excess_over_quarot"]["value"] == pytest.approx(0.25)
+    assert found["accuracy.qwen2.5.w4a4.excess_over_quarot"]["value"] == pytest.approx(0.5)
+
+
+def cost_rows(seconds, peak, group="cpu_cost"):
+    row = {"model": "smollm2", "group": group, "method": "freeact", "setting": "w4a4", "seed": 0}
+    values = {"calibration_seconds": seconds, "peak_gb": peak}
+    return [{**row, "metric": metric, "value": value} for metric, value in values.items()]
+
+
+@pytest.mark.parametrize(("seconds", "peak", "holds"), [(120.0, 2.5, [True, True]), (181.0, 3.1, [False, False])])
+def test_cost_is_claimed_from_the_cpu_run_alone(seconds, peak, holds):
+    found = by_id(cost_rows(seconds, peak))
+    assert list(found) == ["accuracy.smollm2.calibration_seconds", "accuracy.smollm2.calibration_peak_gb"]
+    assert [entry["holds"] for entry in found.values()] == holds
+    assert claims(cost_rows(seconds, peak, group="preset")) == []
+
+
+# --- texts and jobs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_calibration_and_evaluation_read_different_characters(name, tmp_path):
+    calibration, evaluation = SLICES[name]
+    path = tmp_path / "text.txt"
+    # each character says which block of 1000 it comes from
+    path.write_text("".join(chr(0x4E00 + i) * 1000 for i in range(evaluation // 1000 + 50)), encoding="utf-8")
+    text = Text(name, str(path), calibration, evaluation)
+    seen, held_out = set(text.read_calibration()), set(text.read_evaluation(10_000))
+    assert len(text.read_calibration()) == calibration[1] - calibration[0]
+    assert held_out
+    assert not seen & held_out
+
+
+@pytest.mark.parametrize("calibration", [(0, 101), (100, 100), (-1, 50)])
+def test_overlapping_ranges_are_refused(calibration):
+    with pytest.raises(ValueError, match="must not overlap"):
+        Text("a", "a.txt", calibration, 100)
+
+
+def test_settings_are_read_and_others_refused():
+    assert bits("w4a8") == {"weight_bits": 4, "activation_bits": 8, "kv_bits": 16}
+    assert bits("w4a4kv4")["kv_bits"] == 4
+    with pytest.raises(ValueError, match="w4a16"):
+        bits("4-bit")
+
+
+def a_plan(**changes):
+    text = Text("handbook", "/elsewhere/text.txt", (0, 10), 20)
+    common = {"model": "tiny", "model_path": "/elsewhere/model", "texts": (text,)}
+    learned = {"quantize": {"epochs": 2}, "measure": {"n_samples": 3}}
+    settings = {"schemes": ("w4a16", "w4a8", "w4a4", "w4a4kv4"), "seeds": [0, 1], "measure": {"n_samples": 5}}
+    return Plan(**{"common": common, **settings, "learned": learned, **changes})
+
+
+def test_every_preset_is_planned_at_every_scheme_and_seed():
+    plan = a_plan()
+    plan.presets()
+    planned = {(job.method, setting, job.seed) for job in plan.jobs for setting in job.settings}
+    methods = ("smoothquant", "quarot", "flatquant", "freeact-paper", "freeact", "freeact-learned")
+    assert planned >= {(m, s, seed) for m in methods for s in plan.schemes for seed in (0, 1)}
+    learned = next(job for job in plan.jobs if job.method == "freeact-learned")
+    assert (learned.quantize["epochs"], learned.measure["n_samples"]) == (2, 3)
+
+
+def test_ablations_change_one_field_and_skip_what_does_not_divide():
+    plan = a_plan()
+    plan.ablations([576, 1536])
+    changed = [set(job.quantize) - {"preset"} for job in plan.jobs]
+    assert all(len(fields) == 1 for fields in changed)
+    assert {"weight_group_size"} in changed
+    narrow = a_plan()
+    narrow.ablations([576, 1500])
+    assert len(narrow.jobs) == len(plan.jobs) - 1
+
+
+def test_a_job_survives_json_and_its_key_knows_no_folders():
+    plan = a_plan()
+    plan.presets()
+    job = plan.jobs[0]
+    again = Job.from_json(json.dumps(run.dataclasses.asdict(job)))
+    assert again == job
+    moved = run.dataclasses.replace(job, model_path="b", texts=(Text("handbook", "c", (0, 10), 20),))
+    assert moved.key == job.key
+    assert run.dataclasses.replace(job, seed=7).key != job.key
+
+
+def test_an_absent_job_leaves_rows_that_say_why():
+    plan = a_plan()
+    plan.peers()
+    [row] = absent(plan.jobs[0], "not installed")
+    assert row["value"] is None
+    assert "not installed" in row["note"]
+
+
+def test_the_recorded_command_names_no_folder_of_this_machine():
+    shown = run.shown_command(["--model-path", "smollm2=/some/where/smollm2", "--out", "/tmp/x", "--jobs", "4"])
+    assert shown == "python benchmarks/accuracy/run.py --model-path smollm2=smollm2 --out x --jobs 4"
+
+
+# --- the whole ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def commit(monkeypatch):
+    monkeypatch.setenv("CONCORD_COMMIT", COMMIT)
+
+
+def tiny_run(folder, *more):
+    return run.main(["--tiny", "--out", str(folder), "--rows", str(folder / "rows.jsonl"), *more])
+
+
+def test_miniature_end_to_end(commit, tmp_path, capsys):
+    methods = "freeact,freeact-learned,flatquant,quarot,quarot-asym"
+    assert tiny_run(tmp_path, "--only", methods, "--schemes", "w4a16,w4a4,w4a4kv4") == 0
+    document = read(tmp_path / "accuracy.json")
+    assert problems(document) == []
+    assert [entry["id"] for entry in document["claims"]] == expected(["tiny"])
+    rows = document["rows"]
+    full = {row["text"]: row["value"] for row in rows if row["method"] == "fp"}
+    assert set(full) == set(SLICES)
+    for method in methods.split(","):
+        assert excess(rows, "tiny", method, "w4a4")[0] > 0
+    sizes = {row["method"]: row["value"] for row in rows if row["metric"] == "size_ratio"}
+    assert all(0.25 < value < 0.5 for value in sizes.values())  # above four bits, below eight
+    printed = capsys.readouterr().out
+    assert printed.rstrip().splitlines()[-1].split()[:1] in (["pass"], ["falls"])
+    # a second run repeats nothing and gives the same rows
+    assert tiny_run(tmp_path, "--only", methods, "--schemes", "w4a16,w4a4,w4a4kv4", "--limit-seconds", "0") == 0
+    assert read(tmp_path / "accuracy.json")["rows"] == rows
+
+
+def test_a_failing_job_is_listed_and_the_rest_is_written(commit, tmp_path, monkeypatch, capsys):
+    perform = run.perform
+
+    def failing(job):
+        if job.method == "quarot":
+            raise RuntimeError("no memory in /some/where/deep.py")
+        return perform(job)
+
+    monkeypatch.setattr(run, "perform", failing)
+    assert tiny_run(tmp_path, "--only", "rtn,quarot", "--schemes", "w4a4") == 1
+    document = read(tmp_path / "accuracy.json")
+    assert problems(document) == []
+    lost = [row for row in document["rows"] if row["method"] == "quarot"]
+    assert [row["value"] for row in lost] == [None, None]
+    assert lost[0]["note"] == "RuntimeError: no memory in deep.py"
+    assert any(row["method"] == "rtn" and row["value"] for row in document["rows"])
+    assert "not measured: tiny quarot w4a4" in capsys.readouterr().out
+
+
+def test_no_job_is_started_after_the_limit(commit, tmp_path, capsys):
+    assert tiny_run(tmp_path, "--only", "rtn", "--schemes", "w4a4", "--limit-seconds", "0") == 1
+    assert not (tmp_path / "accuracy.json").exists()
+    assert "not started: the time limit" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_jobs_run_in_processes_of_their_own(commit, tmp_path):
+    assert tiny_run(tmp_path, "--only", "rtn", "--schemes", "w4a4", "--jobs", "1", "--stop-seconds", "300") == 0
+    rows = read(tmp_path / "accuracy.json")["rows"]
+    [peak] = [row for row in rows if row["metric"] == "peak_gb"]
+    assert 0.05 < peak["value"] < 5
+    assert "VmHWM" in peak["note"] or "getrusage" in peak["note"]
+
+
+def test_the_cache_does_not_change_the_weights(tmp_path):
+    """What lets W4A4 and W4A4KV4 share a calibration."""
+    from optimum_freeact import FreeActConfig
+    from optimum_freeact.quantize import quantize
+    from tests.helpers.tiny_models import sample_ids, tiny
+
+    states = []
+    for kv_bits in (16, 4):
+        settings = {"n_samples": 4, "seq_len": 16, "batch_size": 2, "progress": False, "calibration_device": "cpu"}
+        config = FreeActConfig(kv_bits=kv_bits, dataset=sample_ids(4, 16), **settings)
+        states.append(quantize(tiny("llama"), config).state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_marks_of_the_page_can_be_filled(commit, tmp_path):
+    """The page's tables name rows that a run makes."""
+    methods = "preset,freeact rounding=rtn"
+    assert tiny_run(tmp_path, "--only", methods, "--schemes", "w4a16,w4a4") == 0
+    document = read(tmp_path / "accuracy.json")
+    page = (run._results.ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    marks = [match["query"].split() for match in MARK.finditer(page.replace("<!-- pending results:", "<!-- results:"))]
+    assert len(marks) >= 8
+    for name, *options in marks:
+        if name == "accuracy" and "group=peer" not in options:
+            assert table(document, options).count("|") > 6

@@ -1,0 +1,174 @@
+"""The options every MLC trainer adds to its TRL config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl_mlc.losses import SIGMA_NORMS, SOLVERS
+from trl_mlc.pooling import POOLINGS
+
+
+OBJECTIVES = ("rank1", "cosine")
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class MLCArguments:
+    """Options of the Multi-Lingual Consistency term; mixed in front of a TRL config.
+
+    Args:
+        mlc_weight (`float`, *optional*, defaults to 0.8):
+            Weight of the term (lambda of the paper). 0 turns everything off: the run is the stock trainer's, bit for
+            bit.
+        mlc_layer (`str` or `int`, *optional*, defaults to `"auto"`):
+            Index into `hidden_states`: 0 is the embedding, -1 the state after the final norm (the authors' configs).
+            `"auto"` takes the layer whose centred states best retrieve translations in the training data.
+        mlc_scan_prompts (`int`, *optional*, defaults to 64):
+            Rows of the training data that `"auto"` and the first language means are computed from.
+        mlc_pooling (`str`, *optional*, defaults to `"last"`):
+            `"last"` token of the prompt (where the answer begins) or the `"mean"` of its tokens.
+        mlc_objective (`str`, *optional*, defaults to `"rank1"`):
+            `"rank1"`, the paper's loss, or `"cosine"`, one minus the mean pairwise cosine (its ablation).
+        mlc_temperature (`float`, *optional*, defaults to 0.2):
+            Temperature of the softmax over singular values (tau).
+        mlc_sigma_norm (`str`, *optional*, defaults to `"top"`):
+            `"top"` divides singular values by the stop-gradient of the first (the released program); `"none"` is the
+            printed formula, saturated at this temperature for ten languages.
+        mlc_signed (`bool`, *optional*, defaults to `False`):
+            See opposite directions, which singular values cannot.
+        mlc_solver (`str`, *optional*, defaults to `"gram64"`):
+            `"gram64"` (eigenvalues of the Gram matrix in float64) or `"svd"` (float32).
+        mlc_center (`bool`, *optional*, defaults to `False`):
+            Subtract a running mean per language from the hidden states first.
+        mlc_center_momentum (`float`, *optional*, defaults to 0.99):
+            Weight of the past in that mean.
+        mlc_repulsion (`float`, *optional*, defaults to 0.0):
+            Weight, inside the term, of the soft maximum of the cosine between different prompts of the batch. It needs
+            a per-device batch of at least two prompts; other processes' prompts are not seen.
+        mlc_extractor_dim (`int`, *optional*, defaults to 512):
+            Width of the linear extractor; 0 for none.
+        mlc_extractor_bias (`bool`, *optional*, defaults to `True`):
+            Whether the extractor has a bias.
+        mlc_extractor_frozen (`bool`, *optional*, defaults to `False`):
+            Keep the extractor at its random start.
+        mlc_extractor_lr (`float`, *optional*):
+            Learning rate of the extractor; the model's, if not given.
+        mlc_every (`int`, *optional*, defaults to 2):
+            Compute the term on every k-th optimizer step only (2 in the authors' configs). Other steps don't run the
+            prompts.
+        mlc_languages_per_step (`int`, *optional*):
+            Languages per step: the anchor and others drawn anew for each step from the seed. All, if not given.
+        mlc_languages (`list[str]`, *optional*):
+            Languages to use from the column, besides the anchor. All, if not given; required for streamed data.
+        mlc_anchor (`str`, *optional*, defaults to `"en"`):
+            Language of the `prompt` column.
+        mlc_max_length (`int`, *optional*, defaults to 512):
+            A longer prompt is left out of its group, and counted in a warning. It is never truncated: the last token
+            must be the end of the prompt.
+        mlc_buckets (`int`, *optional*, defaults to 3):
+            Number of forwards that prompts are divided into by length; 1 where parameters are sharded.
+        mlc_in_eval_loss (`bool`, *optional*, defaults to `False`):
+            Add the term to `eval_loss`; it is logged as `eval_mlc/loss` either way.
+    """
+
+    mlc_weight: float = _option(0.8, "Weight of the consistency term; 0 is the stock trainer, bit for bit.")
+    mlc_layer: str = _option("auto", "Index into hidden_states, or 'auto' to choose it by retrieval.")
+    mlc_scan_prompts: int = _option(64, "Training rows used by mlc_layer='auto' and for the first language means.")
+    mlc_pooling: str = _option("last", "'last' token of the prompt or 'mean' of its tokens.")
+    mlc_objective: str = _option("rank1", "'rank1' (the paper's loss) or 'cosine' (its ablation).")
+    mlc_temperature: float = _option(0.2, "Temperature of the softmax over singular values.")
+    mlc_sigma_norm: str = _option("top", "'top' divides by the first singular value, 'none' is the printed formula.")
+    mlc_signed: bool = _option(False, "Also penalise opposite directions.")
+    mlc_solver: str = _option("gram64", "'gram64' or 'svd'.")
+    mlc_center: bool = _option(False, "Subtract a running mean per language from the hidden states.")
+    mlc_center_momentum: float = _option(0.99, "Weight of the past in the language means.")
+    mlc_repulsion: float = _option(0.0, "Weight of the repulsion between different prompts of a batch.")
+    mlc_extractor_dim: int = _option(512, "Width of the linear extractor, 0 for none.")
+    mlc_extractor_bias: bool = _option(True, "Whether the extractor has a bias.")
+    mlc_extractor_frozen: bool = _option(False, "Keep the extractor at its random start.")
+    mlc_extractor_lr: float | None = _option(None, "Learning rate of the extractor; the model's, if not given.")
+    mlc_every: int = _option(2, "Compute the term on every k-th optimizer step.")
+    mlc_languages_per_step: int | None = _option(None, "Languages per step, the anchor included; all, if not given.")
+    mlc_languages: list[str] | None = _option(None, "Languages to use from the column; all, if not given.")
+    mlc_anchor: str = _option("en", "Language of the prompt column.")
+    mlc_max_length: int = _option(512, "Longer prompts are left out of their group, never truncated.")
+    mlc_buckets: int = _option(3, "Forwards that the prompts are divided into by length.")
+    mlc_in_eval_loss: bool = _option(False, "Add the term to eval_loss.")
+
+    def __post_init__(self):
+        self.mlc_layer = _layer(self.mlc_layer)
+        _one_of("mlc_pooling", self.mlc_pooling, POOLINGS)
+        _one_of("mlc_objective", self.mlc_objective, OBJECTIVES)
+        _one_of("mlc_sigma_norm", self.mlc_sigma_norm, SIGMA_NORMS)
+        _one_of("mlc_solver", self.mlc_solver, SOLVERS)
+        for name, low in _LOWEST.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}.")
+        if not self.mlc_temperature > 0:
+            raise ValueError(f"mlc_temperature must be positive, got {self.mlc_temperature}.")
+        if not 0 <= self.mlc_center_momentum < 1:
+            raise ValueError(f"mlc_center_momentum must lie in [0, 1), got {self.mlc_center_momentum}.")
+        if self.mlc_extractor_lr is not None and (self.mlc_extractor_dim == 0 or self.mlc_extractor_frozen):
+            raise ValueError(
+                f"mlc_extractor_lr={self.mlc_extractor_lr} has nothing to train with "
+                f"mlc_extractor_dim={self.mlc_extractor_dim}, mlc_extractor_frozen={self.mlc_extractor_frozen}; "
+                "drop one of them."
+            )
+        self._check_host_options()
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+
+    def _check_host_options(self) -> None:
+        """Refuse host options under which the term cannot be right."""
+        if self.mlc_weight == 0:
+            return
+        for name in ("packing", "eval_packing"):
+            if getattr(self, name, None):
+                raise ValueError(
+                    f"{name}=True mixes several rows into one sequence and drops their translations, so MLC cannot "
+                    f"group prompts. Set {name}=False, or mlc_weight=0."
+                )
+        parallelism = getattr(self, "parallelism_config", None)
+        for name in ("cp_size", "sp_size"):
+            if getattr(parallelism, name, 1) > 1:
+                raise ValueError(
+                    f"parallelism_config.{name}={getattr(parallelism, name)} splits a sequence over processes; MLC "
+                    f"reads whole prompts. Set {name}=1, or mlc_weight=0."
+                )
+        if getattr(self, "torch_compile", False):
+            raise ValueError(
+                "torch_compile=True cannot trace the prompt pass, which is handed over outside the model's arguments. "
+                "Set torch_compile=False, or mlc_weight=0."
+            )
+
+
+_LOWEST = {
+    "mlc_weight": 0,
+    "mlc_repulsion": 0,
+    "mlc_extractor_dim": 0,
+    "mlc_extractor_lr": 0,
+    "mlc_scan_prompts": 2,
+    "mlc_every": 1,
+    "mlc_languages_per_step": 2,
+    "mlc_max_length": 1,
+    "mlc_buckets": 1,
+}
+
+
+def _layer(value: str | int) -> str | int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        if value == "auto":
+            return value
+        raise ValueError(f"mlc_layer must be an integer or 'auto', got {value!r}.") from None
+
+
+def _one_of(name: str, value, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}.")

@@ -1,0 +1,228 @@
+"""`trl-mlc sft | dpo | evaluate | scan`: TRL's parser, TRL's YAML, a few more options."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+
+USAGE = """usage: trl-mlc {sft,dpo,evaluate,scan} [--config FILE.yaml] [options]
+
+  sft, dpo   train as `trl sft` and `trl dpo` do, with the mlc_ options; data needs a prompt_translations column
+  evaluate   score a model in every language; --before REPORT.json --figure OUT.png compares with an earlier report
+  scan       print, per layer and pooling, how well translations find each other
+
+`trl-mlc COMMAND --help` lists the options; a YAML file names them the same way."""
+
+
+@dataclass
+class DataOptions:
+    """Where parallel rows come from."""
+
+    dataset_name: str = field(metadata={"help": "A .json, .jsonl, .csv or .parquet file, a folder, or a hub dataset."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to read."})
+    limit: int | None = field(default=None, metadata={"help": "Use only this many rows."})
+    flat_prefix: str | None = field(
+        default=None, metadata={"help": "Read flat columns with this prefix, such as 'prompt_', as translations."}
+    )
+
+
+@dataclass
+class TrainOptions(DataOptions):
+    """What `sft` and `dpo` read besides the model's and the trainer's options."""
+
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Rows for evaluation, if eval_strategy asks for it; dataset_name if absent."}
+    )
+    eval_dataset_split: str | None = field(
+        default=None, metadata={"help": "Their split; 'test' of the same data set, else 'train'."}
+    )
+
+
+@dataclass
+class ReadOptions(DataOptions):
+    """What `evaluate` and `scan` read."""
+
+    model_name_or_path: str = field(default="", metadata={"help": "Model folder or hub name; a PEFT adapter works."})
+    anchor: str = field(default="en", metadata={"help": "Language of the prompt column."})
+    languages: list[str] | None = field(
+        default=None, metadata={"help": "Languages besides the anchor; all if absent."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Weights: auto, float32, bfloat16."})
+    output: str | None = field(default=None, metadata={"help": "Write the result here as JSON."})
+    figure: str | None = field(default=None, metadata={"help": "Draw the result here (.png, .svg, .pdf)."})
+
+
+@dataclass
+class EvaluateOptions(ReadOptions):
+    """Options of `evaluate`."""
+
+    layer: int | None = field(
+        default=None, metadata={"help": "Hidden state for retrieval; 0.8 of the depth if absent."}
+    )
+    pooling: str = field(default="last", metadata={"help": "'last' or 'mean'."})
+    batch_size: int = field(default=16, metadata={"help": "Sequences per forward."})
+    before: str | None = field(default=None, metadata={"help": "An earlier report to compare the figure with."})
+
+
+@dataclass
+class ScanOptions(ReadOptions):
+    """Options of `scan`."""
+
+    poolings: list[str] = field(default_factory=lambda: ["last", "mean"], metadata={"help": "'last', 'mean' or both."})
+    max_length: int = field(default=512, metadata={"help": "Longer prompts are left out."})
+
+
+def load_rows(options):
+    """Rows as the options describe them, as a `datasets.Dataset`."""
+    from datasets import load_dataset
+
+    from trl_mlc.parallel import from_flat_columns
+
+    path = Path(options.dataset_name)
+    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+    if kind is not None:
+        data = load_dataset(kind, data_files=str(path), split=options.dataset_split)
+    else:
+        data = load_dataset(options.dataset_name, name=options.dataset_config, split=options.dataset_split)
+    if options.limit is not None:
+        data = data.select(range(min(options.limit, len(data))))
+    return data if options.flat_prefix is None else from_flat_columns(data, options.flat_prefix)
+
+
+def load_eval_rows(options: TrainOptions):
+    """Rows for evaluation during training."""
+    other = options.eval_dataset_name is not None
+    split = options.eval_dataset_split or ("train" if other else "test")
+    name = options.eval_dataset_name if other else options.dataset_name
+    return load_rows(replace(options, dataset_name=name, dataset_split=split, limit=None))
+
+
+def _parse(types: tuple, arguments: list[str], command: str):
+    from trl import TrlParser
+
+    return TrlParser(types, prog=f"trl-mlc {command}").parse_args_and_config(arguments)
+
+
+def _load_model(options):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not options.model_name_or_path:
+        raise ValueError("Name a model with --model_name_or_path.")
+    model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=options.dtype).eval()
+    return model, AutoTokenizer.from_pretrained(options.model_name_or_path)
+
+
+def train(method: str, arguments: list[str]) -> None:
+    """Run `sft` or `dpo`."""
+    from trl import ModelConfig, get_peft_config, get_quantization_config
+
+    if method == "dpo":
+        from trl_mlc.dpo import MLCDPOConfig as config_class
+        from trl_mlc.dpo import MLCDPOTrainer as trainer_class
+    else:
+        from trl_mlc.sft import MLCSFTConfig as config_class
+        from trl_mlc.sft import MLCSFTTrainer as trainer_class
+    data_options, args, model_options = _parse((TrainOptions, config_class, ModelConfig), arguments, method)
+    loading = {
+        "revision": model_options.model_revision,
+        "attn_implementation": model_options.attn_implementation,
+        "dtype": model_options.dtype,
+    }
+    args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
+    trainer = trainer_class(
+        model_options.model_name_or_path,
+        args=args,
+        train_dataset=load_rows(data_options),
+        eval_dataset=load_eval_rows(data_options) if args.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model_options),
+        peft_config=get_peft_config(model_options),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"Saved to {args.output_dir}.")
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Run `evaluate`."""
+    from trl_mlc.evaluation.report import EvaluationReport, evaluate_model
+
+    (options,) = _parse((EvaluateOptions,), arguments, "evaluate")
+    if options.figure and not options.before:
+        raise ValueError("--figure compares two reports; give the earlier one with --before.")
+    model, tokenizer = _load_model(options)
+    report = evaluate_model(
+        model,
+        tokenizer,
+        load_rows(options),
+        anchor=options.anchor,
+        languages=options.languages,
+        layer=options.layer,
+        pooling=options.pooling,
+        batch_size=options.batch_size,
+    )
+    report.settings["model"] = options.model_name_or_path
+    print(report.table())
+    if options.output:
+        report.save(options.output)
+    if options.figure:
+        from trl_mlc.plots import plot_languages
+
+        plot_languages(EvaluationReport.load(options.before), report, options.figure)
+
+
+def scan(arguments: list[str]) -> None:
+    """Run `scan`."""
+    import json
+
+    from trl_mlc.data import LanguageTable, encode_prompts_of
+    from trl_mlc.early_exit import decoder_of
+    from trl_mlc.scan import best_layer, complete_groups, scan_layers
+
+    (options,) = _parse((ScanOptions,), arguments, "scan")
+    model, tokenizer = _load_model(options)
+
+    class Reading:  # what encode_prompts_of needs of a trainer's arguments
+        mlc_anchor, mlc_languages, mlc_max_length = options.anchor, options.languages, options.max_length
+
+    rows = encode_prompts_of(load_rows(options), tokenizer, Reading, LanguageTable(options.anchor))
+    groups = complete_groups(list(rows), len(rows))
+    scores = scan_layers(decoder_of(model), groups, options.poolings)
+    print(f"{len(groups)} prompts, {len(groups[0])} languages, chance {1 / len(groups):.3f}")
+    print(f"{'layer':>5} {'pooling':>8} {'retrieval@1':>12} {'cosine':>8} {'cross-prompt':>13}")
+    best = best_layer(scores)
+    for score in scores:
+        mark = "  <- auto" if score is best else ""
+        print(
+            f"{score.layer:>5} {score.pooling:>8} {score.retrieval:>12.3f} {score.cosine:>8.3f} "
+            f"{score.cross_prompt_cosine:>13.3f}{mark}"
+        )
+    if options.output:
+        Path(options.output).write_text(json.dumps([s._asdict() for s in scores], indent=2) + "\n", encoding="utf-8")
+    if options.figure:
+        from trl_mlc.plots import plot_layers
+
+        plot_layers([s for s in scores if s.pooling == best.pooling], options.figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `trl-mlc`; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments.pop(0) if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if command in ("sft", "dpo"):
+        train(command, arguments)
+    elif command in ("evaluate", "scan"):
+        {"evaluate": evaluate, "scan": scan}[command](arguments)
+    else:
+        print(f"Unknown command {command!r}.\n\n{USAGE}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""The consistency term inside a TRL trainer: the only file that touches TRL's inner methods.
+
+Overridden: `__init__`, `_prepare_dataset`, `_set_signature_columns_if_needed`, `compute_loss`, `create_optimizer`,
+`_save` and the three loading methods. With `mlc_weight=0` each of them is the stock one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import random
+from itertools import islice
+
+import torch
+from accelerate.utils import broadcast_object_list, is_peft_model
+
+from trl_mlc.arguments import MLCArguments
+from trl_mlc.collator import KEY, PromptCollator, select_prompts
+from trl_mlc.data import COLUMNS, IDS, LANGUAGES, LanguageTable, encode_prompts_of
+from trl_mlc.early_exit import check_layer, decoder_of, n_layers
+from trl_mlc.extractor import Extractor, LanguageMeans
+from trl_mlc.prompt_pass import MODULE, PromptPass
+from trl_mlc.scan import best_layer, complete_groups, prompt_states, scan_layers
+from trl_mlc.state import load_state, save_state
+from trl_mlc.term import MLCTerm, mlc_term
+
+
+logger = logging.getLogger(__name__)
+
+
+class MLCMixin:
+    """Add the Multi-Lingual Consistency term to a TRL trainer; put it before the trainer among the bases.
+
+    A subclass sets `_mlc_config_class`. Everything else of the host trainer is untouched: its batches, its reference
+    model, its losses and its logs keep their values.
+    """
+
+    _mlc_config_class: type[MLCArguments]
+
+    def __init__(self, *args, **kwargs):
+        self._mlc_pass: PromptPass | None = None
+        self._mlc_means: LanguageMeans | None = None
+        self._mlc_languages: LanguageTable | None = None
+        self._mlc_asked: dict | None = None
+        bound = inspect.signature(super().__init__).bind(*args, **kwargs)
+        self._mlc_check_config(bound.arguments)
+        super().__init__(*bound.args, **bound.kwargs)
+        if self.args.mlc_weight > 0:
+            self._mlc_set_up()
+
+    def _mlc_check_config(self, arguments: dict) -> None:
+        wanted = self._mlc_config_class
+        if arguments.get("args") is None:
+            arguments["args"] = wanted(f"{self._mlc_config_class.__name__.removesuffix('Config')}-output")
+        if not isinstance(arguments["args"], MLCArguments):
+            raise TypeError(
+                f"{type(self).__name__} needs args of type {wanted.__name__}, got {type(arguments['args']).__name__}; "
+                "it takes the same arguments and the mlc_ ones."
+            )
+        model = arguments.get("model")
+        if arguments["args"].mlc_weight > 0 and hasattr(model, "config") and not is_peft_model(model):
+            decoder = decoder_of(model)
+            if arguments["args"].mlc_layer != "auto":
+                check_layer(arguments["args"].mlc_layer, decoder)
+
+    def _mlc_set_up(self) -> None:
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"{self.model.active_peft_config.peft_type} prepends virtual tokens that MLC's prompt pass would not "
+                "see. Use LoRA or another adapter inside the layers, or mlc_weight=0."
+            )
+        if IDS not in (self.train_dataset.column_names or next(iter(self.train_dataset))):
+            raise ValueError(
+                "The training data was not prepared by the trainer (images, or skip_prepare_dataset), so its parallel "
+                "prompts were not tokenized. Use text data, or mlc_weight=0."
+            )
+        args, decoder = self.args, decoder_of(base)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        layer = self._mlc_choose_layer(decoder)
+        width = base.config.get_text_config().hidden_size
+        extractor = Extractor(
+            width, args.mlc_extractor_dim, args.mlc_extractor_bias, not args.mlc_extractor_frozen, args.seed
+        )
+        # One flat dtype is needed where parameters are sharded together; else the extractor stays in float32
+        extractor.to(device=next(base.parameters()).device, dtype=base.dtype if sharded else torch.float32)
+        if args.mlc_center:
+            self._mlc_means = self._mlc_first_means(decoder, layer, width)
+        buckets = 1 if sharded else args.mlc_buckets
+        self._mlc_pass = PromptPass(base, extractor, layer, args.mlc_pooling, buckets)
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        self.data_collator = PromptCollator(self.data_collator, tokenizer.pad_token_id)
+
+    def _mlc_sample(self) -> list[list[list[int]]]:
+        rows = islice(iter(self.train_dataset), 4 * self.args.mlc_scan_prompts)
+        return complete_groups([row for row in rows if len(row[IDS]) >= 2], self.args.mlc_scan_prompts)
+
+    def _mlc_choose_layer(self, decoder) -> int:
+        if self.args.mlc_layer != "auto":
+            return check_layer(self.args.mlc_layer, decoder)
+        self._mlc_refuse_partitioned(decoder, "mlc_layer='auto'")
+        chosen: list = [None]
+        if self.accelerator.is_main_process:
+            groups = self._mlc_sample()
+            if len(groups) < 2:
+                raise ValueError(
+                    "mlc_layer='auto' needs at least two rows with a common language besides the anchor; name a layer "
+                    f"from 1 to {n_layers(decoder)}."
+                )
+            best = best_layer(scan_layers(decoder, groups, poolings=[self.args.mlc_pooling]))
+            logger.warning(
+                "mlc_layer='auto' chose layer %d of %d: retrieval %.2f over %d prompts (chance %.2f), cosine between "
+                "different prompts %.3f.",
+                best.layer,
+                n_layers(decoder),
+                best.retrieval,
+                len(groups),
+                1 / len(groups),
+                best.cross_prompt_cosine,
+            )
+            chosen = [best.layer]
+        return broadcast_object_list(chosen, from_process=0)[0]
+
+    def _mlc_first_means(self, decoder, layer: int, width: int) -> LanguageMeans:
+        """Means of each language over the first rows, so that the first batch is already centred."""
+        self._mlc_refuse_partitioned(decoder, "mlc_center=True")
+        device = self.accelerator.device
+        means = LanguageMeans(len(self._mlc_languages), width, self.args.mlc_center_momentum, device)
+        rows = list(islice(iter(self.train_dataset), self.args.mlc_scan_prompts))
+        flat = [(ids, n) for row in rows for ids, n in zip(row[IDS], row[LANGUAGES], strict=True)]
+        states = prompt_states(decoder, [[ids] for ids, _ in flat], [layer], self.args.mlc_pooling)[0, 0].to(device)
+        means.update_(*means.sums(states, torch.tensor([n for _, n in flat], device=device)))
+        return means
+
+    def _mlc_refuse_partitioned(self, decoder, option: str) -> None:
+        if any(hasattr(p, "ds_id") or p.is_meta for p in decoder.parameters()):
+            raise ValueError(
+                f"{option} reads states before training, which a partitioned model cannot give. Run `trl-mlc scan` on "
+                "one process and pass the layer as a number, without mlc_center."
+            )
+
+    def _prepare_dataset(self, dataset, processing_class, args, *rest, **kwargs):
+        if args.mlc_weight > 0:
+            name = kwargs.get("dataset_name", rest[-1] if rest else "train")
+            dataset = self._mlc_encode(dataset, processing_class, args, name)
+        return super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
+
+    def _mlc_encode(self, dataset, processing_class, args, name: str):
+        if self._mlc_languages is None:
+            self._mlc_languages = LanguageTable(args.mlc_anchor)
+        with args.main_process_first(local=True, desc="tokenizing parallel prompts"):
+            dataset = encode_prompts_of(dataset, processing_class, args, self._mlc_languages, name)
+        if self._mlc_means is not None:
+            self._mlc_means.grow_(len(self._mlc_languages))
+        return dataset
+
+    def _set_signature_columns_if_needed(self):
+        fresh = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if fresh and self.args.mlc_weight > 0:
+            self._signature_columns = [*self._signature_columns, *COLUMNS]
+
+    def compute_ref_log_probs(self, model, inputs):
+        """As the host's, for batches that carry prompts: a reference model never sees them."""
+        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != KEY})
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The host's loss plus `mlc_weight` times the term, in training (and in evaluation if asked for)."""
+        prompts = inputs.pop(KEY, None)
+        self._mlc_request(prompts)
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        loss, *outputs = result if return_outputs else (result,)
+        # Where the host divides by the tokens of all accumulated batches, `Trainer` does not divide by their number
+        shared = num_items_in_batch is not None and self.loss_is_scaled_for_ga is not False
+        loss = self._mlc_add(loss, prompts, self.current_gradient_accumulation_steps if shared else 1)
+        return (loss, *outputs) if return_outputs else loss
+
+    def _mlc_request(self, prompts: dict | None) -> None:
+        if self._mlc_pass is None or (prompts is None and not self.model.training):
+            return
+        if prompts is None or (self.model.training and self.state.global_step % self.args.mlc_every != 0):
+            self._mlc_asked = None
+            self._mlc_pass.request(None)
+            return
+        if self.model.training and self.args.mlc_languages_per_step is not None:
+            prompts = select_prompts(prompts, self._mlc_of_this_step(prompts["language"]))
+        self._mlc_asked = prompts
+        self._mlc_pass.request(prompts, self._mlc_means.of(prompts["language"]) if self._mlc_means else None)
+
+    def _mlc_of_this_step(self, languages: torch.Tensor) -> torch.Tensor:
+        """Which prompts are in this step's languages; the same on every process, and after a resume."""
+        others = range(1, len(self._mlc_languages))
+        count = min(self.args.mlc_languages_per_step - 1, len(others))
+        drawn = random.Random(f"{self.args.seed}-{self.state.global_step}").sample(others, count)
+        table = torch.zeros(len(self._mlc_languages), dtype=torch.bool, device=languages.device)
+        table[[0, *drawn]] = True
+        return table[languages]
+
+    def _mlc_add(self, loss: torch.Tensor, prompts: dict | None, accumulated: int) -> torch.Tensor:
+        training = self.model.training
+        if self._mlc_pass is None or (prompts is None and not training):
+            return loss
+        states = self._mlc_pass.take()
+        if states is None or (training and not _has_graph(states, self._mlc_pass)):
+            raise RuntimeError(
+                f"{type(self).__name__}'s forward did not run the parallel prompts with gradients. Either no parameter "
+                f"up to layer {self._mlc_pass.layer} is trained (choose a deeper mlc_layer, or adapt earlier layers), or "
+                "this version of TRL calls the model in a way that MLC does not know: please report it."
+            )
+        if self._mlc_asked is None:
+            return loss + 0.0 * states.representations.sum().to(loss.device)
+        asked, self._mlc_asked = self._mlc_asked, None
+        term = mlc_term(states.representations, asked, self.args)
+        self._mlc_record("train" if training else "eval", self._mlc_gather(term))
+        if training and self._mlc_means is not None:
+            self._mlc_move_means(states.hidden_states, asked)
+        if training or self.args.mlc_in_eval_loss:
+            loss = loss + self.args.mlc_weight * term.loss.to(loss.device, loss.dtype) / accumulated
+        return loss
+
+    def _mlc_move_means(self, hidden_states: torch.Tensor, asked: dict) -> None:
+        real = asked["row"] >= 0
+        total, count = self._mlc_means.sums(hidden_states[real], asked["language"][real])
+        self._mlc_means.update_(self.accelerator.reduce(total, "sum"), self.accelerator.reduce(count, "sum"))
+
+    def _mlc_gather(self, term: MLCTerm) -> dict[str, float]:
+        sums, counts = self.accelerator.gather(torch.stack([term.sums, term.counts]).unsqueeze(0)).sum(0).tolist()
+        return {f"mlc/{name}": s / c for name, s, c in zip(term.names, sums, counts, strict=True) if c > 0}
+
+    def _mlc_record(self, mode: str, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+
+    def create_optimizer(self, *args, **kwargs):
+        """As the host's; with `mlc_extractor_lr`, the extractor's parameters move to a group of their own."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.args.mlc_extractor_lr
+        if fresh and self._mlc_pass is not None and rate is not None:
+            model = args[0] if args else kwargs.get("model") or self.model
+            own = {id(p) for n, p in model.named_parameters() if f"{MODULE}." in n}
+            moved = []
+            for group in optimizer.param_groups:
+                moved += [p for p in group["params"] if id(p) in own]
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+            optimizer.add_param_group({"params": moved, "lr": rate, "weight_decay": self.args.weight_decay})
+        return optimizer
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict=state_dict)
+        if self._mlc_pass is None or not self.args.should_save:
+            return
+        extractor = self._mlc_pass.extractor.state_dict()
+        if state_dict:  # whole tensors, gathered by the engine
+            extractor = {k.split(f"{MODULE}.")[1]: v for k, v in state_dict.items() if f"{MODULE}." in k} or extractor
+        config = {
+            "layer": self._mlc_pass.layer,
+            "pooling": self._mlc_pass.pooling,
+            "languages": self._mlc_languages.names,
+            "extractor_dim": self.args.mlc_extractor_dim,
+        }
+        save_state(output_dir or self.args.output_dir, extractor, self._mlc_means, config)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._mlc_load(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._mlc_load(self.state.best_model_checkpoint)
+
+    def _mlc_load(self, folder) -> None:
+        """Take the extractor, the means and the layer of a checkpoint; engines restore a sharded extractor."""
+        if self._mlc_pass is None:
+            return
+        saved = load_state(folder)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._mlc_pass.extractor.load_state_dict(saved.extractor)
+        if self.args.mlc_layer == "auto":
+            self._mlc_pass.layer = saved.config["layer"]
+        if self._mlc_means is not None and saved.means is not None:
+            numbers = self._mlc_languages.add(saved.config["languages"])
+            self._mlc_means.grow_(len(numbers))
+            rows = torch.tensor([numbers[name] for name in saved.config["languages"]])[: len(saved.means)]
+            self._mlc_means.means[rows] = saved.means.to(self._mlc_means.means)
+            self._mlc_means.seen[rows] = saved.seen.to(self._mlc_means.seen)
+
+
+def _has_graph(states, prompt_pass: PromptPass) -> bool:
+    frozen = not any(p.requires_grad for p in prompt_pass.extractor.parameters())
+    return states.representations.requires_grad or (states.hidden_states is None and frozen)

@@ -1,0 +1,137 @@
+"""Read one dataset row: the anchor prompt and its translations, as a tokenizer wants them.
+
+Plain Python on plain rows; nothing here knows a dataset library or a trainer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+
+COLUMN = "prompt_translations"
+FORMS = '{"sw": "..."} or [{"lang": "sw", "prompt": "..."}], where a prompt is a text or a list of messages'
+
+Prompt = str | list[dict]
+
+
+def translations_of(row: dict, column: str = COLUMN) -> dict[str, Prompt]:
+    """The translations a row has, by language; absent, `None` and empty ones are left out.
+
+    Raises:
+        `ValueError`: for a value that is none of the accepted forms, or a language given twice.
+    """
+    value = row.get(column)
+    if value is None:
+        return {}
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list) and all(isinstance(v, dict) and {"lang", "prompt"} <= v.keys() for v in value):
+        pairs = [(v["lang"], v["prompt"]) for v in value]
+    else:
+        raise ValueError(f"Column {column!r} holds {_shown(value)}; it must be {FORMS}.")
+    found: dict[str, Prompt] = {}
+    for language, prompt in pairs:
+        if prompt is None:
+            continue
+        if not isinstance(prompt, (str, list)):
+            raise ValueError(
+                f"Column {column!r} holds {_shown(prompt)} for language {language!r}; it must be {FORMS}."
+            )
+        if len(prompt) == 0:
+            continue
+        if language in found:
+            raise ValueError(f"Column {column!r} has language {language!r} twice in one row; keep one of them.")
+        found[language] = prompt
+    return found
+
+
+def anchor_prompt(row: dict) -> Prompt:
+    """The prompt of a row in the anchor language.
+
+    It is the `prompt` column; else the messages before the last assistant turn (`messages`); else what `chosen` and
+    `rejected` have in common.
+
+    Raises:
+        `ValueError`: if the row has none of them.
+    """
+    if row.get("prompt") is not None:
+        return row["prompt"]
+    if row.get("messages") is not None:
+        messages = list(row["messages"])
+        return messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        return _common_start(row["chosen"], row["rejected"])
+    raise ValueError(
+        f"A row with columns {sorted(row)} has no prompt for MLC: give it 'prompt', 'messages', or 'chosen' and "
+        "'rejected' with a common beginning."
+    )
+
+
+def in_place_of(anchor: Prompt, translation: Prompt) -> Prompt:
+    """Put a translation where the anchor stood.
+
+    A text replaces a text, or the last user turn of a conversation (system and earlier turns stay); messages are used
+    as they are.
+
+    Raises:
+        `ValueError`: for messages in place of a text, or a conversation without a user turn.
+    """
+    if isinstance(translation, list):
+        if isinstance(anchor, str):
+            raise ValueError("A conversational translation needs a conversational prompt; got a text prompt.")
+        return translation
+    if isinstance(anchor, str):
+        return translation
+    users = [i for i, message in enumerate(anchor) if message.get("role") == "user"]
+    if not users:
+        raise ValueError(f"The prompt {_shown(anchor)} has no user turn to put a translation into.")
+    return [{**m, "content": translation} if i == users[-1] else m for i, m in enumerate(anchor)]
+
+
+def prompt_group(row: dict, anchor_language: str, languages: Iterable[str] | None = None) -> dict[str, Prompt]:
+    """All languages of a row, the anchor first, then by name.
+
+    Raises:
+        `ValueError`: if the anchor language is also among the translations.
+    """
+    anchor = anchor_prompt(row)
+    translations = translations_of(row)
+    if anchor_language in translations:
+        raise ValueError(
+            f"Column {COLUMN!r} also holds the anchor language {anchor_language!r}, which is the row's own prompt. "
+            "Remove it from the column, or name the prompt's language with mlc_anchor."
+        )
+    wanted = sorted(translations) if languages is None else sorted(set(languages) & translations.keys())
+    return {anchor_language: anchor, **{name: in_place_of(anchor, translations[name]) for name in wanted}}
+
+
+def tokenize_prompt(tokenizer, prompt: Prompt, row: dict, chat_template: str | None = None) -> list[int]:
+    """Token ids of a prompt up to where the answer begins, with the row's tools and template arguments."""
+    if isinstance(prompt, str):
+        return list(tokenizer(text=prompt)["input_ids"])
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    extra = row.get("chat_template_kwargs") or {}
+    if chat_template is not None:
+        extra = {"chat_template": chat_template, **extra}
+    encoded = tokenizer.apply_chat_template(
+        prompt, tokenize=True, return_dict=True, add_generation_prompt=True, tools=tools, **extra
+    )
+    return list(encoded["input_ids"])
+
+
+def _common_start(chosen: Prompt, rejected: Prompt) -> Prompt:
+    length = 0
+    for a, b in zip(chosen, rejected, strict=False):
+        if a != b:
+            break
+        length += 1
+    if isinstance(chosen, str) and length and chosen[length - 1] == " ":
+        length -= 1
+    return chosen[:length]
+
+
+def _shown(value) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"

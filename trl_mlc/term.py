@@ -1,0 +1,54 @@
+"""One batch's term: the chosen objective, the repulsion, and the numbers worth logging."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from trl_mlc.arguments import MLCArguments
+from trl_mlc.collator import to_groups
+from trl_mlc.losses import consistency_loss, cross_prompt_cosine, pairwise_cosine_loss, repulsion_loss
+
+
+NAMES = ("loss", "energy", "cosine_min", "languages", "cross_prompt_cosine", "repulsion")
+
+
+class MLCTerm(NamedTuple):
+    """The differentiable scalar, and sums and counts of what is logged (means over all processes follow from them)."""
+
+    loss: torch.Tensor
+    sums: torch.Tensor
+    counts: torch.Tensor
+    names: tuple[str, ...]
+
+
+def mlc_term(representations: torch.Tensor, prompts: dict, args: MLCArguments) -> MLCTerm:
+    """Score the representations of a batch's prompts.
+
+    The mean is over all rows of the batch, as in the paper's 1/N: rows without translations add zero. So it does not
+    matter how rows are spread over processes and accumulated batches. `mlc/loss` is logged over rows that have
+    something to compare.
+
+    Args:
+        representations (`torch.Tensor` of shape `(P, d)`): one per prompt.
+        prompts (`dict`): from [`~trl_mlc.collator.collate_prompts`].
+        args ([`~trl_mlc.arguments.MLCArguments`]).
+    """
+    groups, mask = to_groups(representations, prompts)
+    found = consistency_loss(
+        groups, mask, args.mlc_temperature, args.mlc_sigma_norm, args.mlc_signed, solver=args.mlc_solver
+    )
+    loss = found.loss if args.mlc_objective == "rank1" else pairwise_cosine_loss(groups, mask)
+    repulsion = torch.zeros((), device=loss.device)
+    if args.mlc_repulsion > 0:
+        repulsion = repulsion_loss(groups, mask)
+        loss = loss + args.mlc_repulsion * repulsion
+    compared = mask.sum(1) >= 2
+    n = compared.sum().float()
+    across = cross_prompt_cosine(groups.detach(), mask)
+    pairs = torch.isfinite(across).float()
+    sums = [found.per_group.detach()[compared].sum(), found.energy[compared].sum(), found.min_cosine[compared].sum()]
+    sums += [mask[compared].sum(), torch.nan_to_num(across), repulsion.detach()]
+    counts = [n, n, n, n, pairs, pairs * (args.mlc_repulsion > 0)]
+    return MLCTerm(loss, torch.stack([s.float() for s in sums]), torch.stack(counts), NAMES)
