@@ -54,12 +54,13 @@ class FreeActHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
-            from optimum_freeact.hf.serialization import check_checkpoint
+            from optimum_freeact.hf.serialization import check_checkpoint, check_names
             from optimum_freeact.modules.surgery import build_empty
             from optimum_freeact.token_types import attach_state
 
-            check_checkpoint(kwargs.get("checkpoint_files"))
+            names = check_checkpoint(kwargs.get("checkpoint_files"))
             build_empty(model, self.quantization_config, attach_state(model))
+            check_names(model, names)
         return model
 
     # ---------------------------------------------------------------- after loading

@@ -8,13 +8,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
+from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
+from optimum_freeact.modules.linear import FreeActLinear
 
-def check_checkpoint(files: list[str] | None) -> None:
-    """Refuse files that are no whole safetensors, before the model is built.
+
+def check_checkpoint(files: list[str] | None) -> list[str]:
+    """Refuse files that are no whole safetensors, before the model is built; returns the names of their tensors.
 
     Raises:
         `ValueError`: for a pickle, an unreadable header, or a file shorter than its header says; names the file.
     """
+    names: list[str] = []
     for path in files or []:
         path = os.fspath(path)
         if not path.endswith(".safetensors"):
@@ -23,12 +29,42 @@ def check_checkpoint(files: list[str] | None) -> None:
                 "save_pretrained."
             )
         try:
-            with safe_open(path, "pt"):
-                pass  # opening checks the whole header: names, types, shapes, offsets, and the file's size
+            with safe_open(path, "pt") as file:  # opening checks the whole header: types, shapes, offsets, file size
+                names.extend(file.keys())
         except SafetensorError as error:
             raise ValueError(
                 f"{path!r} ({os.path.getsize(path)} bytes) is truncated or damaged ({error}). Fetch or save it again."
             ) from None
+    return names
+
+
+def check_names(model: nn.Module, names: list[str]) -> None:
+    """Refuse a checkpoint with parts of quantized modules that the config does not ask for.
+
+    transformers would leave them out with a warning, and the layer would compute something else.
+
+    Raises:
+        `ValueError`: naming the first of them.
+    """
+    known: dict[str, set[str]] = {CACHE_NAME: set()}
+    wanted: dict[str, set[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (FreeActLinear, FreeActInput, CacheMeanBuffers)):
+            leaf = name.rpartition(".")[2]
+            known.setdefault(leaf, set()).update(module._buffers)
+            wanted.setdefault(leaf, set()).update(k for k, tensor in module._buffers.items() if tensor is not None)
+    stray = []
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        parent = parent.rpartition(".")[2]
+        ours = leaf in known.get(parent, ()) or parent == CACHE_NAME
+        if ours and leaf not in wanted.get(parent, ()):
+            stray.append(name)
+    if stray:
+        raise ValueError(
+            f"{len(stray)} tensors of the checkpoint do not belong to a model of its quantization_config, the first are "
+            f"{stray[:3]}: the config was changed after saving. Restore it, or fetch or save the model again."
+        )
 
 
 def check_loaded(model: nn.Module) -> None:

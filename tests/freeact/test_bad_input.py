@@ -1,0 +1,161 @@
+"""What cannot work is refused with one clear error, before a model is loaded wherever it can be known."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from optimum_freeact import FreeActConfig, quantize
+from optimum_freeact.modules.surgery import quantized_linears
+from tests.helpers.quantized import logits, settings
+from tests.helpers.tiny_models import VOCAB_SIZE, sample_ids, tiny, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    tiny("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def unloadable(monkeypatch):
+    """From here on no model is built: what is refused is refused before that."""
+
+    def built(*_, **__):
+        pytest.fail("a model was built before the error")
+
+    monkeypatch.setattr(torch.nn.Linear, "__init__", built)
+
+
+def data_errors(tmp_path):
+    (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "other.jsonl").write_text('{"title": "a"}\n')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
+    ids = sample_ids(6, 24)
+    return {
+        "none": (None, "needs calibration data.*dataset="),
+        "short file": (tmp_path / "short.txt", r"6 \* 24 = 144 tokens.*10 bytes"),
+        "empty file": (str(tmp_path / "empty.txt"), "empty.*144 tokens"),
+        "empty list": ([], "empty.*144 tokens"),
+        "empty strings": (["", ""], "empty"),
+        "short list": (["One.", "Two."], "144 tokens"),
+        "broken json": (tmp_path / "broken.jsonl", r"broken\.jsonl, line 2, is not JSON"),
+        "other fields": (tmp_path / "other.jsonl", "line 1, has neither a 'text' nor a 'messages'"),
+        "latin": (tmp_path / "latin.txt", r"latin\.txt is no UTF-8 text"),
+        "missing file": (tmp_path / "missing.txt", r"missing\.txt' is no file here"),
+        "folder": (tmp_path, "is a folder"),
+        "unknown name": ("no-such-dataset-anywhere", "'no-such-dataset-anywhere' is n"),
+        "numbers": ([1, 2], "must be a string or a list .*got int"),
+        "number": (7, "got int"),
+        "few ids": (ids[:5], "144 tokens.*has 5 rows"),
+        "short ids": (ids[:, :20], "length 20; seq_len=24"),
+        "flat ids": (ids.flatten(), r"shape \(n, length\), got torch.int64 of \(144,\)"),
+        "float ids": (ids.float(), "got torch.float32"),
+    }
+
+
+@pytest.mark.parametrize("kind", [
+    "none", "short file", "empty file", "empty list", "empty strings", "short list", "broken json", "other fields",
+    "latin", "missing file", "folder", "unknown name", "numbers", "number", "few ids", "short ids", "flat ids", "float ids",
+])  # fmt: skip
+def test_unusable_data_before_loading(folder, tmp_path, unloadable, kind):
+    data, message = data_errors(tmp_path)[kind]
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings(dataset=data))
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"calibration_device": "cuda:0"}, {}, "calibration_device='cuda:0' is not available"),
+        ({"calibration_device": "abacus"}, {}, "calibration_device='abacus' is not available"),
+        ({}, {"device_map": {"": "disk"}}, "on disk.*load with that device_map"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the message is about a machine without CUDA")
+def test_unusable_places_before_loading(folder, unloadable, changes, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings(**changes), **arguments)
+
+
+def test_a_file_as_resume_dir(folder, tmp_path, unloadable):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="resume_dir=.*is a file"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings(resume_dir=str(tmp_path / "file")))
+
+
+def refused(model, message, **changes):
+    """The error comes before the first block is touched, and the model can be used and quantized afterwards."""
+    before = logits(model)
+    with pytest.raises(ValueError, match=message):
+        quantize(model, settings(**changes))
+    assert not quantized_linears(model)
+    assert torch.equal(logits(model), before)
+    assert not getattr(model, "is_quantized", False)
+    return model
+
+
+def test_a_group_size_that_does_not_divide_names_the_module_and_the_sizes_that_do():
+    message = (
+        r"weight_group_size=48 does not divide in_features=64 of 'model.layers.0.self_attn.q_proj'; use one of "
+        r"\[16, 32, 64\]"
+    )
+    quantize(refused(tiny("llama"), message, weight_group_size=48), settings(weight_group_size=32))
+
+
+def test_weights_that_are_not_finite_name_the_module():
+    for value in (float("nan"), float("inf")):
+        model = tiny("llama")
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+        with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.up_proj' holds NaN or inf"):
+            quantize(model, settings())
+        assert not quantized_linears(model)
+        quantize(model, settings(modules_to_not_convert=["layers.1.mlp"]))  # the remedy that the message names
+
+
+def test_activations_that_are_not_finite_name_the_module():
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[3] = float("inf")
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.gate_proj' holds NaN or inf in calibration"):
+        quantize(model, settings())
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("gpt2", "GPT2LMHeadModel holds no list of decoder blocks with nn.Linear")],
+)
+def test_models_without_linears(family, message):
+    refused(tiny(family), message)
+
+
+def test_everything_excluded():
+    refused(
+        tiny("llama"), r"No linear to quantize.*modules_to_not_convert=\['layers'\]", modules_to_not_convert=["layers"]
+    )
+
+
+def test_ids_outside_the_vocabulary():
+    ids = sample_ids(6, 24)
+    ids[2, 3] = VOCAB_SIZE
+    refused(tiny("llama"), rf"\[0, {VOCAB_SIZE}\), got .*{VOCAB_SIZE}", dataset=ids)
+
+
+def test_text_without_a_tokenizer():
+    refused(tiny("llama"), "needs a tokenizer.*tokenizer=", dataset=["some text " * 50])
+
+
+def test_text_that_is_long_in_bytes_but_short_in_tokens():
+    with pytest.raises(ValueError, match=r"144 tokens; the data has 100\."):
+        quantize(tiny("llama"), settings(dataset=["é" * 100], tokenizer=tiny_tokenizer()))
+
+
+def test_unknown_arguments_and_presets_at_once():
+    with pytest.raises(TypeError, match="weights"):
+        FreeActConfig(weights=4)
+    with pytest.raises(ValueError, match="'freeact', 'freeact-paper'.*'quarot'.*got 'best'"):
+        FreeActConfig("best")
