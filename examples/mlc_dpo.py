@@ -1,7 +1,7 @@
 """Teach a preference in English, and see it in other languages: DPO with Multi-Lingual Consistency on a CPU.
 
     pip install "hf-concord[align,peft,gguf]"
-    python examples/mlc_dpo.py            # about five minutes on two cores; --plain trains without the term
+    python examples/mlc_dpo.py            # about seven minutes of one core; --plain trains without the term
 
 SmolLM2-135M learns from English pairs to decline talk of living and edible things and to answer about places and
 objects. Translations of the prompts (no translated answers) come from Unicode CLDR. The table shows, on concepts it was

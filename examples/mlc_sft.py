@@ -1,7 +1,7 @@
 """Supervised fine-tuning on English answers that keeps translated prompts together, on a CPU.
 
     pip install "hf-concord[align,peft,gguf]"
-    python examples/mlc_sft.py            # a few minutes on two cores; --plain trains without the term
+    python examples/mlc_sft.py            # a few minutes of one core; --plain trains without the term
 
 SmolLM2-135M learns to name the kind of a thing in one English word. Only English rows have answers; German, Spanish,
 French and Italian prompts come without any. The table shows, on things it was not trained on, how often the right kind

@@ -54,13 +54,12 @@ OPTIONAL = {
         "matplotlib": ["plots.py"],
     },
     "mergekit_ot": {
-        "mergekit": ["method.py", "registration.py", "recipe.py", "pipeline.py", "structure.py", "cli.py"],
-        "yaml": ["recipe.py", "pipeline.py", "card.py", "cli.py"],
-        "pydantic": ["recipe.py", "bundle.py", "costs.py", "solvers.py"],
+        "mergekit": ["method.py", "registration.py", "pipeline.py", "cli.py", "report/evaluate.py"],
+        "trl": ["trainer.py"],
+        "yaml": ["recipe.py", "card.py"],
         "click": ["cli.py"],
         "ot": ["solvers.py"],
         "scipy": ["solvers.py"],
-        "datasets": ["activations.py", "anchors.py"],
         "matplotlib": ["report/plots.py"],
     },
 }

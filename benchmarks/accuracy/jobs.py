@@ -152,7 +152,7 @@ class Plan:
         self.jobs.append(Job(**self.common, **_job("full", FP[0], (FP[1],), self.seeds[0], {}, self.measure)))
 
     def presets(self) -> None:
-        """All presets at all schemes; the cache's bits are tried on the weights of the same calibration."""
+        """All presets at all schemes; the cache is left out again on the weights of the same calibration."""
         methods = {name: {"preset": name} for name in PRESETS}
         methods["freeact-learned"] = {"preset": "freeact", "calibration": "learned"}
         for method, quantize in methods.items():
@@ -248,7 +248,15 @@ def _row(job: Job, setting: str, metric: str, value: float | None, note: str = "
 
 def absent(job: Job, reason: str) -> list[dict]:
     """The rows of a job that gave none: no value, and why."""
-    return [_row(job, setting, "nll", None, reason, text=text.name) for setting in job.settings for text in job.texts]
+    measure = job.measure
+    if not measure.get("score", True):
+        return [_row(job, job.settings[0], "calibration_seconds", None, reason)]
+    n_tokens = measure["windows"] * (measure["window"] - 1)
+    return [
+        _row(job, setting, "nll", None, reason, text=text.name, n_tokens=n_tokens)
+        for setting in job.settings
+        for text in job.texts
+    ]
 
 
 def _load(job: Job, dtype: str):
@@ -322,12 +330,9 @@ def _quantize_peer(job: Job, tokenizer):
 
 def _cost_rows(job: Job, seconds: float, note: str) -> list[dict]:
     gigabytes, source = peak_gb(job.device)
-    metrics = ("calibration_seconds", "peak_gb")
     device = f"{job.device}, {job.threads} threads" if job.device == "cpu" and job.threads else job.device
-    return [
-        _row(job, job.settings[0], metrics[0], round(seconds, 3), f"{note}; {device}"),
-        _row(job, job.settings[0], metrics[1], round(gigabytes, 4), source),
-    ]
+    told = (("calibration_seconds", round(seconds, 3), f"{note}; {device}"), ("peak_gb", round(gigabytes, 4), source))
+    return [_row(job, setting, *one) for setting in job.settings for one in told]
 
 
 def peak_gb(device: str) -> tuple[float, str]:
@@ -361,7 +366,7 @@ def _size_ratio(model) -> float:
 
 
 def _change_cache(model, kv_bits: int) -> None:
-    """The same weights with another cache: calibration does not depend on it (a test holds this)."""
+    """The same weights with another cache: they do not depend on it (a test holds this), only its own means do."""
     from optimum_freeact.modules.runtime import activate
 
     config = model.hf_quantizer.quantization_config

@@ -132,7 +132,7 @@ def tiny_world(folder: Path) -> tuple[dict[str, str], tuple[Text, ...]]:
 
 
 def make_plan(options: argparse.Namespace, models: dict[str, str], texts: tuple[Text, ...]) -> list[Job]:
-    """All jobs in the order in which they shall start."""
+    """All jobs in the order in which they shall be shown."""
     seeds = [int(seed) for seed in options.seeds.split(",")]
     schemes = tuple((options.schemes or ",".join(SCHEMES)).lower().split(","))
     for scheme in schemes:
@@ -158,8 +158,7 @@ def make_plan(options: argparse.Namespace, models: dict[str, str], texts: tuple[
         jobs += plan.jobs
     if only and (unknown := only - {job.method for job in jobs} - {job.group for job in jobs}):
         raise SystemExit(f"--only {sorted(unknown)} names nothing here; methods: {sorted({j.method for j in jobs})}.")
-    order = {id(job): i for i, job in enumerate(jobs)}
-    return sorted(jobs, key=lambda job: (job.rank, job.seed, order[id(job)]))
+    return jobs
 
 
 def _widths(path: str) -> list[int]:
@@ -209,8 +208,9 @@ class Runner:
         self._done = 0
 
     def run(self, jobs: list[Job]) -> None:
-        """Run what the store does not have; returns when nothing runs any more."""
+        """Run what the store does not have, what claims need first; returns when nothing runs any more."""
         waiting = [job for job in jobs if job.key not in self.store.lines]
+        waiting.sort(key=lambda job: (job.rank, job.seed))
         self._total = len(waiting)
         if self.options.jobs == 0:
             for job in waiting:

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+from benchmarks._results import command_line, write  # noqa: E402
 from benchmarks.merge.code_text import code_chunks  # noqa: E402
-from benchmarks.merge.results import claim, write  # noqa: E402
 from mergekit_ot.adaptation import attach_residuals, fold_residuals  # noqa: E402
 from mergekit_ot.anchors import match_text  # noqa: E402
 from mergekit_ot.checkpoint import CheckpointReader  # noqa: E402
@@ -47,7 +47,6 @@ ARMS = {
     "teacher": (None, "real"),
     "merge and teacher": ("real", "real"),
 }
-CONTROLS = ("none", "shrink", "merge, random donor", "teacher, random donor")
 
 
 def arguments() -> argparse.Namespace:
@@ -150,22 +149,16 @@ def main() -> None:
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as scratch:
             rows += one_seed(seed, options, Path(scratch))
-    means = {
-        arm: sum(row["value"] for row in rows if row["arm"] == arm and row["when"] == "after") / options.seeds
-        for arm in options.arms
-    }
-    controls = {arm: value for arm, value in means.items() if arm in CONTROLS}
-    donors = {arm: value for arm, value in means.items() if arm not in CONTROLS}
-    claims = []
-    if controls and donors:
-        gain = min(controls.values()) - min(donors.values())
-        how = (
-            f"best control ({min(controls, key=controls.get)}) minus best donor arm ({min(donors, key=donors.get)}), mean "
-            f"held-out nats per token after adaptation over {options.seeds} seed(s)"
+    rows += [
+        {"metric": f"budget: {name.replace('_', ' ')}", "value": value}
+        for name, value in vars(options).items()
+        if isinstance(value, (int, float))
+    ]
+    print(
+        write(
+            "merge_adaptation", rows, "benchmarks.merge.adaptation_claims", command_line(), list(range(options.seeds))
         )
-        claims.append(claim("merge.unrelated.donor_specific_gain_nats", gain, ">=", 0.05, how))
-    rows.append({"budget": {k: v for k, v in vars(options).items() if k != "arms"}})
-    write("merge_adaptation", rows, claims, list(range(options.seeds)))
+    )
 
 
 if __name__ == "__main__":

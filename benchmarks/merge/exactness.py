@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from benchmarks.merge.results import claim, write  # noqa: E402
+from benchmarks._results import command_line, write  # noqa: E402
 from mergekit_ot.pipeline import merge_recipe  # noqa: E402
 from mergekit_ot.recipe import load_recipe  # noqa: E402
 from tests.merge.test_pipeline import COPIES, OPTIONS, distance, logits, pair, write_recipe  # noqa: E402
@@ -39,14 +39,7 @@ def main() -> None:
                     )
             print(family, copy, rows[-1]["value"], rows[-2]["value"], flush=True)
     rows += [row for preset in ("structured", "paper", "paper-released") for row in arithmetic(preset)]
-    claims = []
-    for copy in COPIES:
-        worst = max(row["value"] for row in rows if row["donor"] == copy and "preset" not in row)
-        name = f"merge.exact.{copy.replace(' ', '_')}"
-        claims.append(
-            claim(name, worst, "<=", 1e-5, "largest relative error over families, of logits and of any weight")
-        )
-    write("merge_exactness", rows, claims, [0])
+    print(write("merge_exactness", rows, "benchmarks.merge.exactness_claims", command_line(), [0]))
 
 
 def arithmetic(preset: str) -> list[dict]:

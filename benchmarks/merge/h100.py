@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
-from benchmarks.merge.results import claim, write  # noqa: E402
+from benchmarks._results import command_line, write  # noqa: E402
 from mergekit_ot.anchors import MatchedText  # noqa: E402
 from mergekit_ot.checkpoint import CheckpointReader  # noqa: E402
 from mergekit_ot.planning import open_pair, record_pair  # noqa: E402
@@ -100,26 +100,16 @@ def main() -> None:
         lap("merge")
         assert all(torch.isfinite(tensor).all() for tensor in merged.values())
         moved = sum(not torch.equal(tensor, readers[0](name)) for name, tensor in merged.items())
-    peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else float("nan")
+    peak = {"value": torch.cuda.max_memory_allocated() / 1e9} if on_gpu else {"value": None, "note": "not on a GPU"}
     rows = [{"step": step, "metric": "seconds", "value": value} for step, value in times.items()]
     rows += [
-        {"step": "all", "metric": "peak device GB", "value": peak},
+        {"step": "all", "metric": "peak device GB", **peak},
         {"step": "plans", "metric": "bundle GB", "value": bundle.bytes() / 1e9},
         {"step": "merge", "metric": "tensors changed", "value": moved},
     ]
-    minutes = sum(times.values()) / 60
-    claims = [
-        claim(
-            "merge.h100_minutes_8b_to_1b",
-            minutes,
-            "<=",
-            5,
-            "activations, plans and merge, loading and writing included",
-        ),
-        claim("merge.h100_peak_gb", peak, "<=", 24, "peak memory allocated on the device"),
-        claim("merge.bundle_gb", bundle.bytes() / 1e9, "<=", 2, "tensors of the plan bundle"),
-    ]
-    write("merge_h100" if not options.tiny else "merge_h100_tiny", rows, [] if options.tiny else claims, [0])
+    rows = [{"shapes": "tiny" if options.tiny else "8b to 1b", **row} for row in rows]
+    name = "merge_h100_tiny" if options.tiny else "merge_h100"
+    print(write(name, rows, "benchmarks.merge.h100_claims", command_line(), [0]))
 
 
 if __name__ == "__main__":

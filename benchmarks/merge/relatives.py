@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from benchmarks.merge.results import claim, write  # noqa: E402
+from benchmarks._results import command_line, write  # noqa: E402
 from mergekit_ot.checkpoint import CheckpointReader  # noqa: E402
 from mergekit_ot.planning import make_bundle, open_pair  # noqa: E402
 from mergekit_ot.relatives import READERS, deepened, permuted, rotated, widened  # noqa: E402
@@ -128,9 +128,7 @@ def main() -> None:
                 }
                 rows.append(row | {"metric": "gap", "value": gap})
                 print(rows[-1], flush=True)
-    worst = max(row["value"] for row in rows if row["metric"] == "gap")
-    how = "largest |loss(merge) - loss(interpolation)| / (loss(target) - loss(interpolation)) over copies and alphas"
-    write("merge_relatives", rows, [claim("merge.relatives.loss_gap_to_interpolation", worst, "<=", 0.01, how)], [0])
+    print(write("merge_relatives", rows, "benchmarks.merge.relatives_claims", command_line(), [0]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from benchmarks.merge.results import write  # noqa: E402
+from benchmarks._results import command_line, write  # noqa: E402
 from mergekit_ot.costs import correlation, correlation_cost  # noqa: E402
 from mergekit_ot.sinkhorn import log_sinkhorn  # noqa: E402
 from mergekit_ot.solvers import has_pot, marginal_error, solve_plan  # noqa: E402
@@ -66,7 +66,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     rows = [row for n in options.sizes for row in compare(n, options.reg, options.device)]
-    write("merge_solver_times" + ("_gpu" if options.device.startswith("cuda") else ""), rows, [], [0])
+    name = "merge_solver_times" + ("_gpu" if options.device.startswith("cuda") else "")
+    print(write(name, rows, "benchmarks.merge.solver_times_claims", command_line(), [0]))
 
 
 def compare(n: int, reg: float, device: str) -> list[dict]:

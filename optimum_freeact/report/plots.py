@@ -50,6 +50,7 @@ def plot_comparison(source: Path, target: Path) -> None:
                     range(len(row.output_error)), row.output_error, marker=".", color=f"C{number}", label=preset
                 )
                 right.set_yscale("log")
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.set_xlabel("block")
     right.set_ylabel("relative error of the output")
     right.set_title(f"Calibration, {shown}" if shown else "Calibration")
