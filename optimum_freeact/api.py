@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
 
+from optimum_freeact.commands.folder import new_folder
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.hf.quantizer import FreeActHfQuantizer
 from optimum_freeact.modules.surgery import quantized_linears
@@ -67,51 +67,20 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None, *, 
         `OSError`: if writing fails; nothing is left, and a folder that was to be overwritten is as it was.
     """
     folder = Path(folder)
-    occupied = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if occupied and (folder.is_file() or not overwrite):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
         raise FileExistsError(
             f"{str(folder)!r} exists already: name a new folder, or pass overwrite=True for a folder."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
-        partial.chmod(0o777 & ~_umask())
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(_card(model), encoding="utf-8")
-        if folder.is_dir():
-            old = partial.with_suffix(".old")
-            folder.rename(old)
-            partial.rename(folder)
-            shutil.rmtree(old)
-        else:
-            partial.rename(folder)
+        with new_folder(folder) as fresh:
+            model.save_pretrained(fresh)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(fresh)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
+        parent = next(path for path in folder.absolute().parents if path.exists())
         raise OSError(
             f"Saving to {str(folder)!r} failed ({error}); nothing was left there. "
-            f"{shutil.disk_usage(folder.parent).free / 1e6:.0f} MB are free, the model takes about "
+            f"{shutil.disk_usage(parent).free / 1e6:.0f} MB are free, the model takes about "
             f"{model.get_memory_footprint() / 1e6:.0f} MB: free space or name another folder."
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _card(model: nn.Module) -> str:
-    """The model card: how to load it."""
-    config = getattr(model.config, "quantization_config", None)
-    scheme = f"Quantized to {config.scheme} with FreeAct" if isinstance(config, FreeActConfig) else "Saved"
-    return (
-        "---\nlibrary_name: transformers\ntags: [freeact]\n---\n\n"
-        f"{scheme} (`pip install hf-concord`). transformers knows the format once `optimum_freeact` is imported:\n\n"
-        "```python\nimport optimum_freeact\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```\n\n'
-        "A program that does not import it runs with `python -m optimum_freeact.run PROGRAM ...`.\n"
-    )

@@ -25,7 +25,7 @@ def test_a_saved_model_loads_and_nothing_else_is_there(model, tmp_path):
     assert folder == tmp_path / "new" / "model"
     assert torch.equal(logits(reload(folder)), logits(model))
     assert {path.name for path in folder.parent.iterdir()} == {"model"}
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} < {p.name for p in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} < {p.name for p in folder.iterdir()}
     model.save_pretrained(tmp_path / "plain")
     assert (tmp_path / "plain" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     os.mkdir(tmp_path / "usual")

@@ -70,9 +70,3 @@ def test_a_program_that_does_not_know_us_runs_through_the_wrapper(saved, tmp_pat
     arguments = [str(saved / "model"), str(saved / "expected.safetensors"), "--limit", "3"]
     found = answer(fresh_python("", str(script), *arguments, module="optimum_freeact.run"))
     assert found == {"equal": True, "kind": "FreeActLinear", "arguments": ["--limit", "3"]}
-
-
-def test_the_card_shows_the_import(saved):
-    card = (saved / "model" / "README.md").read_text()
-    assert "import optimum_freeact" in card
-    assert "W4A4" in card
