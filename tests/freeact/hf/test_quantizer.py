@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 
-from optimum_freeact import FreeActConfig
+from optimum_freeact import FreeActConfig, quantize
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.kv_layer import FreeActCacheLayer
 from optimum_freeact.modules.linear import FreeActLinear
@@ -69,13 +69,19 @@ def test_quantizing_while_loading(model, expected, plain_folder):
     assert len(record["output_error"]) == 2
 
 
-def test_the_callers_config_stays_as_it_was(plain_folder):
+def test_the_callers_config_stays_as_it_was(plain_folder, tmp_path):
+    """One config may quantize several models: what is recorded of one must not reach another."""
     config = settings()
     before = config.to_dict()
-    first = reload(plain_folder, quantization_config=config)
+    first = quantize(tiny("llama"), config)
+    shared = first.config.quantization_config.to_dict()
+    quantize(tiny("opt"), config)
+    reload(plain_folder, quantization_config=config)
     assert config.to_dict() == before
     assert config.dataset is not None
-    assert first.config.quantization_config is not config
+    assert first.config.quantization_config.to_dict() == shared
+    first.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(tmp_path)), logits(first))
 
 
 def test_reload_is_bit_equal(folder, expected):
