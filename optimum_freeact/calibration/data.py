@@ -133,7 +133,7 @@ def read_data(dataset: Any, n_samples: int, seq_len: int) -> torch.Tensor | list
         items = [items]  # one conversation
     items = [_text_of(item) for item in items]
     if not any(items):
-        raise ValueError(f"The calibration data is empty. {n_samples * seq_len} tokens are needed.")
+        raise _too_short(n_samples, seq_len, "is empty")
     if all(isinstance(item, str) for item in items):  # no tokenizer makes more tokens than bytes, but for a prefix
         most = sum(len(item.encode("utf-8")) + 1 for item in items)
         if most < n_samples * seq_len:

@@ -38,9 +38,9 @@ def data_errors(tmp_path):
     return {
         "none": (None, "needs calibration data.*dataset="),
         "short file": (tmp_path / "short.txt", r"6 \* 24 = 144 tokens.*10 bytes"),
-        "empty file": (str(tmp_path / "empty.txt"), "empty.*144 tokens"),
-        "empty list": ([], "empty.*144 tokens"),
-        "empty strings": (["", ""], "empty"),
+        "empty file": (str(tmp_path / "empty.txt"), "144 tokens; the data is empty"),
+        "empty list": ([], "144 tokens; the data is empty"),
+        "empty strings": (["", ""], "144 tokens; the data is empty"),
         "short list": (["One.", "Two."], "144 tokens"),
         "broken json": (tmp_path / "broken.jsonl", r"broken\.jsonl, line 2, is not JSON"),
         "other fields": (tmp_path / "other.jsonl", "line 1, has neither a 'text' nor a 'messages'"),
