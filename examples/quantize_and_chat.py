@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     source = options.model or fetch("smollm2")
     text = (options.text or fetch_text()).read_text(encoding="utf-8")
     cut = len(text) * 3 // 4
-    n_samples, n_windows, max_new_tokens = (8, 2, 16) if options.quick else (32, 4, 40)
+    n_samples, n_windows, max_new_tokens = (8, 2, 16) if options.quick else (16, 4, 40)
     prompts = PROMPTS[:1] if options.quick else PROMPTS
 
     tokenizer = AutoTokenizer.from_pretrained(source)
