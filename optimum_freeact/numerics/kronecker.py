@@ -33,8 +33,8 @@ def kron_apply(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torc
         `torch.Tensor` of the shape of `x`. Equals `x @ torch.kron(left, right)` (tested in float64).
     """
     a, b = left.shape[0], right.shape[0]
-    tiles = x.unflatten(-1, (a, b))
-    return (left.mT @ (tiles @ right)).flatten(-2)
+    tiles = x.unflatten(-1, (a, b)) @ right
+    return (tiles.mT @ left).mT.flatten(-2)  # matrices on the right: one large product each, not one per row
 
 
 def partial_traces(
