@@ -85,5 +85,5 @@ def _record_table(found: Inspection) -> Table:
     table.add_column("error", justify="right")
     table.add_column("", justify="left")
     for block, error in enumerate(errors):
-        table.add_row(str(block), f"{error:.6f}", "█" * max(1, round(30 * error / largest)))
+        table.add_row(str(block), f"{error:.3g}", "█" * max(1, round(30 * error / largest)))
     return table

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     errors = model.config.quantization_config.calibration_record["output_error"]
     console().print(
         f"[bold]{out}[/bold]: {config.scheme}, preset {config.preset}, {human(total)} on disk; {size.n_linears} linears "
-        f"in {human(size.stored_bytes)} ({size.ratio:.3f} of bfloat16); output error of the last block {errors[-1]:.4f}; "
+        f"in {human(size.stored_bytes)} ({size.ratio:.3f} of bfloat16); output error of the last block {errors[-1]:.3g}; "
         f"{time.perf_counter() - start:.0f} s",
         highlight=False,
         soft_wrap=True,

@@ -112,6 +112,6 @@ def model_card(
         seq_len=record["seq_len"],
         seed=config.seed,
         seconds=record["seconds"],
-        errors="\n".join(f"| {block} | {error:.6f} |" for block, error in enumerate(record["output_error"])),
+        errors="\n".join(f"| {block} | {error:.3g} |" for block, error in enumerate(record["output_error"])),
         settings=json.dumps(settings, indent=2, sort_keys=True),
     )

@@ -80,7 +80,7 @@ def test_model_card_says_what_it_is_and_its_snippet_runs(home, monkeypatch):
     assert str(home) not in card
     errors = json.loads((home / "w4a4" / "config.json").read_text())["quantization_config"]["calibration_record"]
     for block, error in enumerate(errors["output_error"]):
-        assert f"| {block} | {error:.6f} |" in card
+        assert f"| {block} | {error:.3g} |" in card
     snippet = card.partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(home)  # the snippet names the folder alone
     exec(compile(snippet.replace("max_new_tokens=64", "max_new_tokens=3"), "README.md", "exec"), {})
@@ -147,7 +147,7 @@ def test_help_of_every_command(capsys):
         (["--n-samples", "100000"], "Calibration needs n_samples * seq_len"),
         (["--n-samples", "0"], "n_samples must be an integer of at least 1"),
         (["--dataset", "missing.txt"], "missing.txt"),
-        (["--dataset", "{home}/empty.txt"], "Calibration needs n_samples * seq_len"),
+        (["--dataset", "{home}/empty.txt"], "The calibration data is empty"),
         (["--dataset", "{home}/bytes.txt"], "is no UTF-8 text"),
         (["--dataset", "{home}/wrong.jsonl"], "is not JSON"),
         (["--tokenizer", "{home}/nothing"], "No tokenizer could be loaded"),
@@ -408,7 +408,7 @@ def test_inspect_counts_the_bytes_that_are_in_the_file(home, tmp_path, capsys):
     shown = capsys.readouterr().out
     for words in ("embed_tokens", "lm_head", "embeddings, head", "On cpu runs", "because", "preset freeact"):
         assert words in shown
-    assert f"{found['record']['output_error'][1]:.6f}" in shown
+    assert f"{found['record']['output_error'][1]:.3g}" in shown
 
 
 def test_inspect_of_a_full_precision_model_says_what_would_be_quantized(home, capsys):

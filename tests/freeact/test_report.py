@@ -190,7 +190,7 @@ def test_model_card_names_a_hub_model_in_its_metadata_only(on_hub, base):
     front = text.split("---\n")[1]
     assert ("base_model: org/name" in front) == on_hub
     assert "| 2 | 1 | 60 B | 200 B | 0.300 |" in text
-    assert "| 0 | 0.250000 |" in text
+    assert "| 0 | 0.25 |" in text
     settings = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
     assert settings["rounding"] == config.rounding
     assert FreeActConfig(**settings).to_dict() | {"calibration_record": 0} == config.to_dict() | {
