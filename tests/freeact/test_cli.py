@@ -147,7 +147,7 @@ def test_help_of_every_command(capsys):
         (["--n-samples", "100000"], "Calibration needs n_samples * seq_len"),
         (["--n-samples", "0"], "n_samples must be an integer of at least 1"),
         (["--dataset", "missing.txt"], "missing.txt"),
-        (["--dataset", "{home}/empty.txt"], "The calibration data is empty"),
+        (["--dataset", "{home}/empty.txt"], "the data is empty"),
         (["--dataset", "{home}/bytes.txt"], "is no UTF-8 text"),
         (["--dataset", "{home}/wrong.jsonl"], "is not JSON"),
         (["--tokenizer", "{home}/nothing"], "No tokenizer could be loaded"),

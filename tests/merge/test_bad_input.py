@@ -49,6 +49,7 @@ def test_short_text_says_how_many_rows_are_needed(tmp_path, capsys):
     _, target, donor = pair(tmp_path)
     recipe = write_recipe(tmp_path, target, donor)
     write_texts(tmp_path / "texts.txt", texts(1, length=12))
+    capsys.readouterr()  # what saving the tiny models printed
     code, streams = run(capsys, "check", recipe)
     assert code == 1
     assert "need at least 72" in streams.err

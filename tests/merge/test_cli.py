@@ -46,6 +46,7 @@ def test_plan_inspect_run_eval(tmp_path, capsys):
 def test_errors_are_one_line_and_name_the_key(tmp_path, capsys):
     _, target, donor = pair(tmp_path)
     recipe = str(write_recipe(tmp_path, target, donor, alhpa=1))
+    capsys.readouterr()  # what saving the tiny models printed
     assert main(["run", recipe, str(tmp_path / "out")]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
