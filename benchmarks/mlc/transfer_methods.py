@@ -10,28 +10,27 @@ ALIGNED, OURS, SHUFFLED = "aligned", "ours", "ours.shuffled"
 PLAIN = {"mlc_weight": 1.0, "mlc_layer": "auto", "mlc_every": 1}
 LANGUAGE = {**PLAIN, "mlc_center": "language", "mlc_extractor_dim": 0, "mlc_repulsion": 1.0}
 COMMON = {**LANGUAGE, "mlc_center": "common", "mlc_signed": True}
-RAW = {**LANGUAGE, "mlc_center": "none", "mlc_repulsion_temperature": 0.05}
+LAST = {**COMMON, "mlc_layer": -1}
 CANDIDATES = {  # the most important first
-    "language": LANGUAGE,
-    "common": COMMON,
-    "language,weight=3": {**LANGUAGE, "mlc_weight": 3.0},
-    "common,weight=3": {**COMMON, "mlc_weight": 3.0},
-    "language,last": {**LANGUAGE, "mlc_layer": -1},
-    "common,last": {**COMMON, "mlc_layer": -1},
-    "language,cosine": {**LANGUAGE, "mlc_objective": "cosine"},
-    "language,repulsion=0.3": {**LANGUAGE, "mlc_repulsion": 0.3},
-    "language,temperature=0.5": {**LANGUAGE, "mlc_temperature": 0.5},
-    "language,layer=12": {**LANGUAGE, "mlc_layer": 12},
+    "last": LAST,
+    "last,weight=3": {**LAST, "mlc_weight": 3.0},
+    "last,language": {**LANGUAGE, "mlc_layer": -1},
+    "last,weight=0.3": {**LAST, "mlc_weight": 0.3},
+    "auto": COMMON,
+    "auto,language": LANGUAGE,
+    "last,cosine": {**LAST, "mlc_objective": "cosine"},
+    "last,no-repulsion": {**LAST, "mlc_repulsion": 0.0},
+    "auto,weight=3": {**COMMON, "mlc_weight": 3.0},
+    "last,temperature=0.5": {**LAST, "mlc_temperature": 0.5},
+    "last,unsigned": {**LAST, "mlc_signed": False},
+    "last,not-centred": {**LAST, "mlc_center": "none", "mlc_repulsion_temperature": 0.05},
+    "last,extractor=512": {**LAST, "mlc_extractor_dim": 512},
+    "layer=12": {**COMMON, "mlc_layer": 12},
+    "auto,mean-pooling": {**COMMON, "mlc_pooling": "mean"},
     "plain": PLAIN,
-    "language,no-repulsion": {**LANGUAGE, "mlc_repulsion": 0.0},
-    "repulsion": RAW,
-    "language,mean-pooling": {**LANGUAGE, "mlc_pooling": "mean"},
-    "language,extractor=512": {**LANGUAGE, "mlc_extractor_dim": 512},
-    "language,weight=0.3": {**LANGUAGE, "mlc_weight": 0.3},
-    "common,unsigned": {**COMMON, "mlc_signed": False},
     "published": {"mlc_weight": 0.8, "mlc_layer": -1, "mlc_every": 2},
 }
-DEFAULT = "language"  # what `ours` is, unless --ours names another
+DEFAULT = "last"  # what `ours` is, unless --ours names another
 
 
 def methods(ours: str) -> dict[str, dict]:
@@ -44,7 +43,7 @@ def methods(ours: str) -> dict[str, dict]:
         "mlc": PLAIN,
         "mlc.shuffled": {**PLAIN, "shuffled": True},
         "cosine": {**PLAIN, "mlc_objective": "cosine"},
-        "common" if ours.startswith("language") else "language": COMMON if ours.startswith("language") else LANGUAGE,
+        "auto,language": LANGUAGE,
     }
 
 
