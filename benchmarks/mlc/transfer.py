@@ -75,7 +75,12 @@ def table(options: argparse.Namespace) -> dict[str, dict]:
 def take_the_chosen(options: argparse.Namespace) -> None:
     """Replace `--ours chosen` by the map's best candidate, and the learning rate by its own."""
     found = read_rows(options.rows.with_name("mlc_transfer_map" + "_tiny" * options.tiny + ".jsonl"))
-    name = choose(found, list(map_points(MAP_RATES)))
+    try:
+        name = choose(found, list(map_points(MAP_RATES)))
+    except ValueError as error:
+        print(f"{error} Ours is the default, {DEFAULT}.", flush=True)
+        options.ours = DEFAULT
+        return
     settings = map_points(MAP_RATES)[name]
     options.ours = name.split(",rate=")[0]
     options.learning_rate = settings.get("learning_rate", options.learning_rate)

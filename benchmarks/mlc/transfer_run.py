@@ -39,11 +39,10 @@ def perform(method: str, settings: dict, seed: int, options: argparse.Namespace)
         return [*measure(model, tokenizer, data, text, None, tag), constant]
     model, layer, numbers, used = train(folder, tokenizer, data.train, settings, seed, options)
     if layer is not None:
-        tag["layer"] = layer
+        numbers["layer"] = layer
     rows = measure(model, tokenizer, data, text, layer, tag)
     rows += [{**tag, "metric": name, "value": value} for name, value in numbers.items()]
-    rows[-1]["settings"] = json.dumps(used)
-    return rows
+    return [*rows, {**tag, "metric": "steps", "value": options.steps, "settings": json.dumps(used)}]
 
 
 def english_text(tokenizer, count: int) -> list[list[int]]:

@@ -89,11 +89,10 @@ def preferences():
     return lambda **kwargs: Dataset.from_dict(rows(**kwargs))
 
 
-@pytest.fixture
-def options(tmp_path):
+def run_options(folder) -> dict:
     """Arguments that every tiny run shares."""
     return {
-        "output_dir": str(tmp_path / "out"),
+        "output_dir": str(folder / "out"),
         "per_device_train_batch_size": 2,
         "max_steps": 3,
         "learning_rate": 1e-2,
@@ -106,3 +105,8 @@ def options(tmp_path):
         "gradient_checkpointing": False,
         "seed": 3,
     }
+
+
+@pytest.fixture
+def options(tmp_path):
+    return run_options(tmp_path)
