@@ -29,17 +29,19 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("centring", "none"),
     ("centring", "shared"),
     ("token_types", ["text"]),
-    ("channel_scale", "none"),
+    ("channel_scale", "closed_form"),
     ("transform", "none"),
     ("transform", "hadamard"),
     ("low_rank", 0),
     ("low_rank", 16),
     ("rounding", "rtn"),
+    ("rounding_passes", 0),
     ("error_correction", False),
     ("error_correction", True),
     ("activation_symmetric", True),
     ("activation_clip", 1.0),
     ("weight_group_size", 64),
+    ("weight_group_size", 32),
 )
 
 
@@ -181,8 +183,8 @@ class Plan:
         asymmetric = {"preset": "quarot", "activation_symmetric": False}
         for seed in self.seeds:
             self.add("preset", "quarot-asym", ("w4a4",), seed, asymmetric, rank=1)
-        searched = {**asymmetric, "activation_clip": "search"}
-        self.add("ablation", "quarot-asym activation_clip=search", ("w4a4",), self.seeds[0], searched, rank=4)
+            searched = {**asymmetric, "activation_clip": "search"}
+            self.add("preset", "quarot-asym-search", ("w4a4",), seed, searched, rank=1)
 
     def ablations(self, widths: list[int]) -> None:
         """`freeact` at W4A4 with one field changed; what is the preset's own value or does not divide is left out."""
@@ -195,6 +197,12 @@ class Plan:
                 shown = "+".join(value) if isinstance(value, list) else value
                 quantize = {"preset": "freeact", name: value}
                 self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=4)
+        from optimum_freeact.config import DEFAULTS
+
+        fewer = {name: DEFAULTS[name] for name in ("n_samples", "seq_len")}
+        shown = "x".join(map(str, fewer.values()))
+        quantize = {"preset": "freeact"}
+        self.add("ablation", f"freeact samples={shown}", ("w4a4",), self.seeds[0], quantize, measure=fewer, rank=4)
 
     def peers(self) -> None:
         """Published packages."""
@@ -206,8 +214,10 @@ class Plan:
                 self.add("peer", name, (peer.setting,), self.seeds[0], {"peer": name}, rank=4, note=note)
 
     def cpu_cost(self) -> None:
-        """Time and memory of the default closed-form calibration."""
-        measure = {"score": False}
+        """Time and memory of the default closed-form calibration, on the samples that are the default too."""
+        from optimum_freeact.config import DEFAULTS
+
+        measure = {"score": False, **{name: DEFAULTS[name] for name in ("n_samples", "seq_len", "batch_size")}}
         self.add(CPU_COST, "freeact", ("w4a4",), self.seeds[0], {"preset": "freeact"}, measure=measure)
 
 

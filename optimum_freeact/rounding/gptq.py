@@ -88,7 +88,9 @@ def gptq(
     work = weight.float()[:, order]
     energy = moments.diagonal().float().view(-1, group_size)
     scale = search_scale(work.unflatten(-1, (-1, group_size)), bits, energy, clip)  # (out, groups, 1)
-    steps = scale.squeeze(-1).mT.contiguous().repeat_interleave(group_size, 0)  # (in, out) or, per channel, a broadcast
+    steps = (
+        scale.squeeze(-1).mT.contiguous().repeat_interleave(group_size, 0)
+    )  # (in, out) or, per channel, a broadcast
     original, work = work.mT.contiguous(), work.mT.contiguous()
     codes = _round_columns(work, steps, factor.float(), code_range(bits))
     moments = (moments + added * torch.eye(n, dtype=moments.dtype, device=moments.device)).float()
@@ -99,7 +101,9 @@ def gptq(
     return RoundedWeight(restored.unflatten(-1, (-1, group_size)), scale)
 
 
-def _round_columns(work: torch.Tensor, steps: torch.Tensor, factor: torch.Tensor, limits: tuple[int, int]) -> torch.Tensor:
+def _round_columns(
+    work: torch.Tensor, steps: torch.Tensor, factor: torch.Tensor, limits: tuple[int, int]
+) -> torch.Tensor:
     """Codes of the columns, which lie in the rows of `work` `(in, out)` so that each is contiguous; `work` is used up.
 
     The columns are halved recursively: the first half's errors reach the second in one matrix product.
