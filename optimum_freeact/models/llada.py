@@ -50,10 +50,13 @@ class LladaConfig(LlamaConfig):
 
     Args:
         mask_token_id (`int`, *optional*): Id of [MASK].
+        shifted_logits (`bool`, *optional*, defaults to `False`): Logits at position i are those of token i + 1, as in a
+            model adapted from an autoregressive one.
     """
 
     model_type = "llada"
     mask_token_id: int | None = None
+    shifted_logits: bool = False
 
     def __post_init__(self, **kwargs):
         for theirs, ours in FIELDS.items():
