@@ -19,6 +19,9 @@ from typing import Any
 from benchmarks.token_types.methods import bits
 
 
+PLACES = ("source", "texts", "pictures")  # entries of `measure` that say where something lies
+
+
 @dataclass(frozen=True)
 class Job:
     """One calibration and its scores.
@@ -52,6 +55,7 @@ class Job:
     def key(self) -> str:
         """Same for jobs that measure the same thing, wherever the files lie."""
         told = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("folder", "threads")}
+        told["measure"] = {k: v for k, v in self.measure.items() if k not in PLACES}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod

@@ -99,9 +99,6 @@ def plan(options: argparse.Namespace, inputs: dict) -> tuple[list[Job], list[Job
     """Training jobs, and those that need them."""
     seeds = [int(seed) for seed in options.seeds.split(",")]
     chosen = options.methods.split(",") if options.methods else None
-    unknown = sorted(set(chosen or []) - set(METHODS))
-    if unknown:
-        raise SystemExit(f"--methods {unknown} names nothing here; methods: {sorted(METHODS)}.")
     training, jobs = [], []
     for model in options.models.split(","):
         measure = {**(TINY if options.tiny else FULL)[model], **inputs}
@@ -282,7 +279,7 @@ def report(rows: list[dict], failures: dict[str, str]) -> None:
                 excess = None if loss is None or not base else loss - next(iter(base.values()))
                 cells = [loss, excess, won_back(rows, model, method, one)]
                 told = [f"{cell:.4f}" if cell is not None else "-" for cell in cells]
-                more = [_metric(rows, model, method, setting, name) for name in ("size_ratio", "calibration_seconds")]
+                more = [_metric(rows, model, method, name) for name in ("size_ratio", "calibration_seconds")]
                 table.add_row(method, one, *told, str(len(values)), *more)
         console.print(table)
     for reason in dict.fromkeys(failures.values()):
@@ -293,7 +290,7 @@ def report(rows: list[dict], failures: dict[str, str]) -> None:
         console.print(line, style="green" if entry["holds"] else "red", markup=False)
 
 
-def _metric(rows: list[dict], model: str, method: str, setting: str, metric: str) -> str:
+def _metric(rows: list[dict], model: str, method: str, metric: str) -> str:
     wanted = {"model": model, "method": method, "metric": metric}
     values = [r["value"] for r in rows if r["value"] is not None and all(r.get(k) == v for k, v in wanted.items())]
     return f"{sum(values) / len(values):.3g}" if values else ""
@@ -302,6 +299,9 @@ def _metric(rows: list[dict], model: str, method: str, setting: str, metric: str
 def main(arguments: list[str] | None = None) -> int:
     """0 when everything planned was measured."""
     options = parser().parse_args(arguments)
+    unknown = sorted(set(options.methods.split(",") if options.methods else []) - set(METHODS))
+    if unknown:
+        raise SystemExit(f"--methods {unknown} names nothing here; methods: {sorted(METHODS)}.")
     with tempfile.TemporaryDirectory() as scratch:
         inputs = prepare(options, Path(scratch))
         commit, dirty = _results.commit_and_dirty()

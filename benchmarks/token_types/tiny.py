@@ -1,4 +1,4 @@
-"""Inputs of the miniature: a random two-block model, two texts drawn from it, and a few random pictures."""
+"""Inputs of the miniature: a random two-block model, two texts of a few words, and a few random pictures."""
 
 from __future__ import annotations
 
@@ -6,21 +6,34 @@ import json
 from pathlib import Path
 
 
+NAMES = ["cat", "dog", "sun", "car", "key", "cup", "bee", "owl"]
+CHARACTERS = 4096  # of each text; half of them to train on
+
+
 def tiny_inputs(folder: Path) -> dict:
     """Write them to `folder`; returns where they are."""
     import numpy
 
-    from benchmarks.accuracy.run import tiny_world
+    from tests.helpers.tiny_models import plant_outliers, plant_sink, tiny, tiny_tokenizer
 
-    models, texts = tiny_world(folder)
+    generator = numpy.random.default_rng(0)
+    model = tiny("llama")
+    plant_outliers(model, factor=8.0)
+    plant_sink(model, factor=8.0)
+    model.save_pretrained(folder / "source")
+    tiny_tokenizer(bos=False).save_pretrained(folder / "source")
     pictures = folder / "pictures"
     pictures.mkdir()
-    generator = numpy.random.default_rng(0)
-    numpy.save(pictures / "pictures.npy", generator.integers(0, 256, (8, 32, 32, 3), dtype=numpy.uint8))
-    (pictures / "names.json").write_text(json.dumps(["cat", "dog", "sun", "car", "key", "cup", "bee", "owl"]))
+    numpy.save(pictures / "pictures.npy", generator.integers(0, 256, (len(NAMES), 32, 32, 3), dtype=numpy.uint8))
+    (pictures / "names.json").write_text(json.dumps(NAMES))
+    texts = {}
+    for name in ("handbook", "brown"):
+        path = folder / f"{name}.txt"
+        path.write_text(" ".join(generator.choice(NAMES, CHARACTERS // 3))[:CHARACTERS], encoding="utf-8")
+        texts[name] = str(path)
     return {
-        "source": models["tiny"],
-        "texts": {text.name: text.path for text in texts},
-        "cuts": {text.name: text.evaluation for text in texts},
+        "source": str(folder / "source"),
+        "texts": texts,
+        "cuts": dict.fromkeys(texts, CHARACTERS // 2),
         "pictures": str(pictures),
     }
