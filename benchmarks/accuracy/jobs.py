@@ -197,12 +197,15 @@ class Plan:
                 shown = "+".join(value) if isinstance(value, list) else value
                 quantize = {"preset": "freeact", name: value}
                 self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=4)
+
+    def default_samples(self) -> None:
+        """`freeact` at W4A4 on as few samples as the library takes by default (those of the time on a CPU)."""
         from optimum_freeact.config import DEFAULTS
 
         fewer = {name: DEFAULTS[name] for name in ("n_samples", "seq_len")}
-        shown = "x".join(map(str, fewer.values()))
-        quantize = {"preset": "freeact"}
-        self.add("ablation", f"freeact samples={shown}", ("w4a4",), self.seeds[0], quantize, measure=fewer, rank=4)
+        if "w4a4" in self.schemes and all(self.measure[name] > value for name, value in fewer.items()):
+            method = "freeact samples=" + "x".join(map(str, fewer.values()))
+            self.add("ablation", method, ("w4a4",), self.seeds[0], {"preset": "freeact"}, measure=fewer, rank=4)
 
     def peers(self) -> None:
         """Published packages."""
@@ -214,10 +217,8 @@ class Plan:
                 self.add("peer", name, (peer.setting,), self.seeds[0], {"peer": name}, rank=4, note=note)
 
     def cpu_cost(self) -> None:
-        """Time and memory of the default closed-form calibration, on the samples that are the default too."""
-        from optimum_freeact.config import DEFAULTS
-
-        measure = {"score": False, **{name: DEFAULTS[name] for name in ("n_samples", "seq_len", "batch_size")}}
+        """Time and memory of the default closed-form calibration."""
+        measure = {"score": False}
         self.add(CPU_COST, "freeact", ("w4a4",), self.seeds[0], {"preset": "freeact"}, measure=measure)
 
 
