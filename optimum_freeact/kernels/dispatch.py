@@ -137,8 +137,8 @@ def plan(device: torch.device | str, **layer) -> Plan:
         raise ValueError(f"{ENVIRONMENT}={choice} cannot be followed: {reason}. Unset it for 'auto'.")
     obstacle = layer_obstacle(**layer) or obstacle
     if obstacle is not None:
-        product, _ = _torch_product(device, layer)
-        return Plan("torch", product, obstacle)
+        product, reason = _torch_product(device, layer)
+        return Plan("torch", product, obstacle if reason in obstacle else f"{obstacle}; {reason}")
     if kernel == "triton":
         major, minor = torch.cuda.get_device_capability(device)
         return Plan(

@@ -127,7 +127,7 @@ class FreeActInput(nn.Module):
 
     def prepare(self) -> None:
         """Choose what runs on the device where the tensors are, and make the tables that a kernel reads."""
-        self._prepared, self._tables = True, None
+        self._prepared, self._tables, self._last = True, None, None
         if self.clip.device.type == "meta" or not self.reader_settings:
             return
         plans = {
