@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks._results import command_line, write  # noqa: E402
-from benchmarks.merge.code_text import code_chunks  # noqa: E402
+from benchmarks.merge.texts import code_chunks  # noqa: E402
 from mergekit_ot.controls import random_donor  # noqa: E402
 from mergekit_ot.gate import DEFAULT_MIN_CONFIDENCE  # noqa: E402
 from mergekit_ot.pipeline import merge_recipe, plan_recipe  # noqa: E402

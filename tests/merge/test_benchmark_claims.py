@@ -35,20 +35,36 @@ def test_relatives_take_the_largest_gap():
     assert relatives_claims.claims(rows[:1]) == []
 
 
-def test_adaptation_compares_means_over_seeds_after_training():
-    losses = {"none": (1.0, 1.2), "shrink": (1.3, 1.3), "teacher": (0.9, 0.9), "merge": (1.2, 1.4)}
-    rows = [
-        {"arm": arm, "when": when, "seed": seed, "metric": "nll", "value": value if when == "after" else 0.0}
-        for arm, pair in losses.items()
-        for seed, value in enumerate(pair)
-        for when in ("before", "after")
+def adapted(task, arm, seed, valid, nll, rate=1e-4, **more):
+    place = {"task": task, "arm": arm, "seed": seed, "rate": rate, **more}
+    points = {"before": (9.0, 9.0), "after": (valid, nll), "last": (8.0, 8.0)}
+    return [
+        place | {"when": when, "metric": metric, "value": value}
+        for when, point in points.items()
+        for metric, value in zip(("valid", "nll"), point)
     ]
-    (one,) = adaptation_claims.claims([*rows, {"metric": "budget: steps", "value": 200}])
-    assert one["value"] == pytest.approx(0.2)
-    assert "(none)" in one["how"]
-    assert "(teacher)" in one["how"]
+
+
+def test_adaptation_takes_the_best_control_and_the_arm_that_validation_chose():
+    rows = [{"metric": "budget: steps", "value": 96}]
+    for seed, shift in enumerate((-0.1, 0.1)):
+        rows += adapted("code", "none", seed, 2.0, 2.0 + shift, rate=1e-4)
+        rows += adapted("code", "none", seed, 3.0, 1.0, rate=1e-3)  # validation speaks against this rate
+        rows += adapted("code", "shrink", seed, 2.1, 2.1)
+        rows += adapted("code", "teacher, random donor", seed, 2.2, 1.95, share=0.5)
+        rows += adapted("code", "teacher", seed, 1.8, 1.85 + shift, share=0.5)
+        rows += adapted("code", "teacher", seed, 1.9, 1.5, share=0.9)  # nor is a share chosen on held-out text
+        rows += adapted("code", "merge", seed, 1.9, 1.7)
+    (one,) = adaptation_claims.claims(rows)
+    assert one["value"] == pytest.approx(1.95 - 1.85)
+    assert one["holds"]
+    assert "'teacher' against 'teacher, random donor'" in one["how"]
     assert "2 seed(s)" in one["how"]
-    assert adaptation_claims.claims([row for row in rows if row["arm"] in ("none", "shrink")]) == []
+    rows += adapted("french", "none", 0, 4.0, 4.0) + adapted("french", "teacher", 0, 3.9, 3.98, share=0.5)
+    (one,) = adaptation_claims.claims(rows)
+    assert one["value"] == pytest.approx(0.02)  # the smallest over tasks
+    assert not one["holds"]
+    assert adaptation_claims.claims([row for row in rows if row.get("arm") in (None, "none", "shrink")]) == []
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
