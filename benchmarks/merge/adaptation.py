@@ -94,7 +94,8 @@ class Bench:
         self.task, self.seed, self.options, self.keep = task, seed, options, keep
         self.kit, self.target = load_kit(options.kit / task), fetch(TARGET)
         self.gifts = {"real": load_gift(options.kit / task / "real.safetensors")}
-        self.kit.train = [self.kit.train[seed]]
+        draw = torch.Generator().manual_seed(seed)
+        self.part = torch.randperm(len(self.gifts["real"].lessons), generator=draw)[: options.texts].tolist()
         self.rows: list[dict] = []
 
     def give(self, donor: str) -> Gift:
@@ -106,10 +107,12 @@ class Bench:
         return self.gifts[donor]
 
     def lessons(self, donor: str) -> list[Lesson]:
+        """This seed's part of a donor's lessons."""
         lessons = self.give(donor).lessons
-        return lessons[self.seed if len(lessons) > 1 else 0]
+        return [lessons[i] for i in self.part]
 
     def weights(self, donor: str) -> dict[str, torch.Tensor]:
+        """Transported weights of a donor; zeros for plain shrinking."""
         if donor == "zero":
             return {name: torch.zeros_like(weight) for name, weight in self.give("real").weights.items()}
         return self.give(donor).weights
@@ -182,7 +185,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--rates", type=float, nargs="*", default=list(RATES))
     parser.add_argument("--shares", type=float, nargs="*", default=list(SHARES))
-    for name, default in (("steps", 96), ("batch", 8), ("every", 16)):
+    for name, default in (("texts", 40), ("steps", 96), ("batch", 8), ("every", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--alpha", type=float, default=0.05)
     parser.add_argument("--kit", type=Path, default=Path("kit"))
@@ -194,12 +197,12 @@ def arguments() -> argparse.Namespace:
 
 
 def budget(options: argparse.Namespace) -> list[dict]:
-    numbers = {name: getattr(options, name) for name in ("steps", "batch", "alpha")}
+    """What every arm is given."""
+    numbers = {name: getattr(options, name) for name in ("texts", "steps", "batch", "alpha")}
     for task in options.tasks:
         kit = load_kit(options.kit / task)
-        numbers |= {f"{task}: texts per seed": len(kit.train[0]), f"{task}: scored texts": len(kit.scored)}
-        tokens = [sum(len(text.target_ids) for text in texts) for texts in kit.train]
-        numbers |= {f"{task}: tokens per seed": sum(tokens) / len(tokens)}
+        numbers |= {f"{task}: texts to draw from": len(kit.train), f"{task}: scored texts": len(kit.scored)}
+        numbers[f"{task}: tokens per text"] = sum(len(text.target_ids) for text in kit.train) / len(kit.train)
     return [{"metric": f"budget: {name}", "value": value} for name, value in numbers.items()]
 
 

@@ -47,6 +47,7 @@ relatives() { # relatives GPU COPY...: one process per copy
 first() { # the big pair has its GPU to itself
     step h100 0 200 $PYTHON benchmarks/merge/h100.py --device "$DEVICE" ${TINY:+--tiny}
     adapt code 0
+    step gate 0 120 $PYTHON benchmarks/merge/gate.py --kit "$KIT" --device "$DEVICE"
 }
 
 second() {
@@ -60,6 +61,8 @@ for task in adapt:adaptation relative:relatives; do
     mapfile -t parts <<<"$found"
     step "collect-${task##*:}" "" 60 $PYTHON "benchmarks/merge/${task##*:}.py" --collect "${parts[@]}"
 done
-cp benchmarks/results/merge_*.json "$OUT/"
+for name in h100 h100_tiny gate adaptation relatives; do
+    [ "benchmarks/results/merge_$name.json" -nt "$KIT" ] && cp "benchmarks/results/merge_$name.json" "$OUT/"
+done
 tar -C "$OUT" -czf "$OUT/rows_and_logs.tar.gz" rows logs && rm -r "$OUT/rows" "$OUT/logs"
 ls -l "$OUT"

@@ -57,10 +57,10 @@ TOP = 32
 
 @dataclass
 class Kit:
-    """Texts as both models see them; `train` holds one list per seed."""
+    """Texts as both models see them; every seed adapts on a part of `train`."""
 
     calibration: list[MatchedText]
-    train: list[list[MatchedText]]
+    train: list[MatchedText]
     valid: list[list[int]]
     scored: list[list[int]]
     vocabulary: torch.Tensor
@@ -78,10 +78,8 @@ def match_all(task: str, options: argparse.Namespace) -> Kit:
         calibration.append(match_text(text, *tokenizers, max_length=128))
         if sum(len(one.target_rows) for one in calibration) >= wanted:
             break
-    n, train = options.texts, []
-    for seed in range(options.seeds):
-        pieces = chunks["train"][seed * n : (seed + 1) * n]
-        train.append([match_text(text, *tokenizers, max_length=options.length, skip=0) for text in pieces])
+    pieces = chunks["train"][: options.texts]
+    train = [match_text(text, *tokenizers, max_length=options.length, skip=0) for text in pieces]
 
     def ids(name: str, count: int) -> list[list[int]]:
         coded = tokenizers[0](chunks[name][:count], truncation=True, max_length=options.length)["input_ids"]
@@ -98,7 +96,7 @@ def save_kit(kit: Kit, folder: Path, donor: Path) -> None:
     shutil.copy(donor / "config.json", folder / "donor" / "config.json")
     texts = {
         "calibration": [asdict(text) for text in kit.calibration],
-        "train": [[asdict(text) for text in one] for one in kit.train],
+        "train": [asdict(text) for text in kit.train],
         "valid": kit.valid,
         "scored": kit.scored,
     }
@@ -109,8 +107,7 @@ def save_kit(kit: Kit, folder: Path, donor: Path) -> None:
 def load_kit(folder: Path) -> Kit:
     """Read a kit."""
     texts = json.loads((folder / "texts.json").read_text())
-    calibration = [MatchedText(**text) for text in texts["calibration"]]
-    train = [[MatchedText(**text) for text in one] for one in texts["train"]]
+    calibration, train = ([MatchedText(**text) for text in texts[name]] for name in ("calibration", "train"))
     plan = load_file(folder / "vocabulary.safetensors")["vocabulary"].long()
     return Kit(calibration, train, texts["valid"], texts["scored"], plan, folder, folder.name)
 
@@ -118,19 +115,24 @@ def load_kit(folder: Path) -> Kit:
 # --- what a donor gives ---------------------------------------------------------------------------------------------
 @dataclass
 class Gift:
-    """Lessons per seed, transported weights by name, how the plans were solved; states are of every `STATE_STEP`-th row."""
+    """Lessons, transported weights by name, how the plans were solved; states are of every `STATE_STEP`-th row."""
 
-    lessons: list[list[Lesson]]
+    lessons: list[Lesson]
     weights: dict[str, torch.Tensor]
     plans: dict
 
 
-def plans_of(kit: Kit, target: Path, donor: Path, device: str) -> tuple[PlanBundle, Transporter]:
-    """Plans of stream and attention, the blocks the paper merges."""
+#: Plans of stream and attention, the blocks the paper merges.
+ATTENTION = PlanSettings(residual_map="procrustes", modules=("attn",))
+
+
+def plans_of(
+    kit: Kit, target: Path, donor: Path, device: str, settings: PlanSettings = ATTENTION
+) -> tuple[PlanBundle, Transporter]:
+    """Plans of a pair on the kit's calibration text."""
     pair = open_pair(str(target), str(donor))
     with tempfile.TemporaryDirectory() as scratch:
         stores = record_pair(pair, kit.calibration, Path(scratch), "kit", device=device, quiet=True)
-        settings = PlanSettings(residual_map="procrustes", modules=("attn",))
         readers = CheckpointReader(target), CheckpointReader(donor)
         bundle = solve_pair(*stores, pair.target, pair.donor, settings, *readers, device=device, quiet=True)
     return bundle, Transporter(bundle, pair.target, pair.donor, *readers)
@@ -148,14 +150,11 @@ def take(kit: Kit, target: Path, donor: Path, device: str) -> Gift:
     model = AutoModelForCausalLM.from_pretrained(donor, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
     stream_map = bundle.tensors["residual.to_target"]
     size = open_pair(str(target), str(donor)).target.vocab_size
-    lessons = [
-        prepare_lessons(model.to(device).eval(), texts, kit.vocabulary, size, top=TOP, stream_map=stream_map)
-        for texts in kit.train
-    ]
+    lessons = prepare_lessons(model.to(device).eval(), kit.train, kit.vocabulary, size, top=TOP, stream_map=stream_map)
     del model
     gc.collect()
     info = {"layers": sum(j is not None for j in bundle.layer_map), "residual": bundle.info["residual"]}
-    lessons = [[replace(one, states=one.states[::STATE_STEP]) for one in each] for each in lessons]
+    lessons = [replace(one, states=one.states[::STATE_STEP]) for one in lessons]
     return Gift(lessons, weights, info | {"confidence": bundle.info["confidence"]})
 
 
@@ -168,12 +167,11 @@ def _int8(values: torch.Tensor) -> dict[str, torch.Tensor]:
 def save_gift(gift: Gift, path: Path) -> None:
     """Write a donor's gift."""
     tensors = {f"weight.{name}.{k}": v for name, w in gift.weights.items() for k, v in _int8(w * 1024).items()}
-    for seed, lessons in enumerate(gift.lessons):
-        for i, lesson in enumerate(lessons):
-            parts = {"ids": lesson.ids.int(), "rows": lesson.rows.int(), "tokens": lesson.tokens.int()}
-            parts |= {"probabilities": lesson.probabilities.half()}
-            parts |= {f"states.{k}": v for k, v in _int8(lesson.states).items()}
-            tensors |= {f"lesson.{seed}.{i}.{name}": value.contiguous() for name, value in parts.items()}
+    for i, lesson in enumerate(gift.lessons):
+        parts = {"ids": lesson.ids.int(), "rows": lesson.rows.int(), "tokens": lesson.tokens.int()}
+        parts |= {"probabilities": lesson.probabilities.half()}
+        parts |= {f"states.{k}": v for k, v in _int8(lesson.states).items()}
+        tensors |= {f"lesson.{i}.{name}": value.contiguous() for name, value in parts.items()}
     save_file(tensors, path, metadata={"plans": json.dumps(gift.plans)})
 
 
@@ -188,21 +186,14 @@ def load_gift(path: Path) -> Gift:
         name[:-2]: tensors[name].float() * tensors[name[:-1] + "s"].float() for name in tensors if name.endswith(".q")
     }
     weights = {name.removeprefix("weight."): w / 1024 for name, w in wide.items() if name.startswith("weight.")}
-    lessons: dict[int, dict[int, Lesson]] = {}
-    for name in tensors:
-        if name.endswith(".ids"):
-            head = name.removesuffix(".ids")
-            _, seed, i = head.split(".")
-            get = {part: tensors[f"{head}.{part}"] for part in ("ids", "rows", "tokens", "probabilities")}
-            lesson = Lesson(
-                get["ids"].long(),
-                get["rows"].long(),
-                get["tokens"].long(),
-                get["probabilities"].float(),
-                wide[f"{head}.states"],
-            )
-            lessons.setdefault(int(seed), {})[int(i)] = lesson
-    return Gift([[lessons[s][i] for i in sorted(lessons[s])] for s in sorted(lessons)], weights, plans)
+    lessons = []
+    for i in range(sum(name.endswith(".ids") for name in tensors)):
+        ids, rows, tokens, probabilities = (
+            tensors[f"lesson.{i}.{part}"] for part in ("ids", "rows", "tokens", "probabilities")
+        )
+        states = wide[f"lesson.{i}.states"]
+        lessons.append(Lesson(ids.long(), rows.long(), tokens.long(), probabilities.float(), states))
+    return Gift(lessons, weights, plans)
 
 
 def main() -> None:
@@ -210,7 +201,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--out", type=Path, default=Path("kit"))
     parser.add_argument("--device", default="cpu")
-    for name, default in (("seeds", 3), ("texts", 48), ("valid", 24), ("scored", 64), ("length", 160)):
+    for name, default in (("texts", 80), ("valid", 24), ("scored", 64), ("length", 160)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     for task in options.tasks:

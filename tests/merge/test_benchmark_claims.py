@@ -5,6 +5,7 @@ import pytest
 from benchmarks.merge import (
     adaptation_claims,
     exactness_claims,
+    gate_claims,
     h100_claims,
     real_cost_claims,
     relatives_claims,
@@ -73,16 +74,21 @@ def test_real_cost_claims_time_and_memory_on_a_cpu_only(device):
         {"device": device, "step": "plan", "metric": "minutes", "value": 4.0},
         {"device": device, "step": "merge", "metric": "minutes", "value": 1.0},
         {"device": device, "step": "both", "metric": "peak resident GB", "value": 7.0},
-        {"donor": "real", "metric": "confidence", "value": 0.9},
-        {"donor": "random", "metric": "confidence", "value": 0.1},
-        {"donor": "random", "metric": "confidence", "value": 0.6},
+        {"layer": 0, "metric": "confidence", "value": 0.9},
+    ]
+    expected = {"merge.cpu_minutes": (5.0, True), "merge.cpu_peak_gb": (7.0, False)} if device == "cpu" else {}
+    assert values(real_cost_claims.claims(rows)) == expected
+
+
+def test_the_gate_counts_blocks_it_leaves_open():
+    rows = [
+        {"task": "code", "seed": 0, "metric": "confidence", "value": 0.1},
+        {"task": "code", "seed": 1, "metric": "confidence", "value": 0.6},
         {"metric": "recipe alpha", "value": 0.05},
         {"metric": "confidence below which the gate closes", "value": 0.5},
     ]
-    expected = {"merge.random_donor_gate_alpha": (0.025, False)}
-    if device == "cpu":
-        expected |= {"merge.cpu_minutes": (5.0, True), "merge.cpu_peak_gb": (7.0, False)}
-    assert values(real_cost_claims.claims(rows)) == expected
+    assert values(gate_claims.claims(rows)) == {"merge.random_donor_gate_alpha": (0.025, False)}
+    assert gate_claims.claims(rows[2:]) == []
 
 
 def test_h100_claims_nothing_of_miniatures_or_without_a_gpu():
