@@ -11,7 +11,7 @@ OUT=$(realpath -m "$1") KIT=$(realpath -m "$2")
 PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} STEPS=${STEPS:-} TINY=${TINY:-}
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 GPUS=$($PYTHON -c "import torch; print(max(1, torch.cuda.device_count()))")
-SECOND=$((GPUS > 1 ? 1 : 0))
+SECOND=$((GPUS > 1 ? 1 : 0)) ALL=$([ "$GPUS" -gt 1 ] && echo 0,1 || echo 0)
 mkdir -p "$OUT/rows" "$OUT/logs"
 
 # step NAME GPU SECONDS COMMAND...
@@ -59,7 +59,7 @@ if [ "$SECOND" = 0 ]; then first; second; else first & second & wait; fi
 for task in adapt:adaptation relative:relatives; do
     found=$(ls "$OUT/rows/${task%%:*}"-*.jsonl 2>/dev/null) || continue
     mapfile -t parts <<<"$found"
-    step "collect-${task##*:}" "" 60 $PYTHON "benchmarks/merge/${task##*:}.py" --collect "${parts[@]}"
+    step "collect-${task##*:}" "$ALL" 60 $PYTHON "benchmarks/merge/${task##*:}.py" --collect "${parts[@]}"
 done
 for name in h100 h100_tiny gate adaptation relatives; do
     [ "benchmarks/results/merge_$name.json" -nt "$KIT" ] && cp "benchmarks/results/merge_$name.json" "$OUT/"
