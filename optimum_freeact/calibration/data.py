@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from optimum_freeact.calibration.prepared import choose, is_prepared, read_prepared
+
 
 KINDS = (
-    "the path of a .txt or .jsonl file, a list of strings or of chat messages, token ids of shape (n, length), or a "
-    "dataset name"
+    "the path of a .txt or .jsonl file, a list of strings or of chat messages, token ids of shape (n, length), a list of "
+    "a processor's outputs, or a dataset name"
 )
 
 
@@ -132,6 +134,8 @@ def read_data(dataset: Any, n_samples: int, seq_len: int) -> torch.Tensor | list
         if len(dataset) < n_samples:
             raise _too_short(n_samples, seq_len, f"has {len(dataset)} rows")
         return dataset
+    if is_prepared(dataset):
+        return read_prepared(dataset, n_samples)
     if isinstance(dataset, (str, Path)):
         path = Path(dataset)
         if path.is_dir() or (path.suffix in (".txt", ".jsonl", ".json") and not path.is_file()):
@@ -156,8 +160,8 @@ def read_data(dataset: Any, n_samples: int, seq_len: int) -> torch.Tensor | list
 
 def load_samples(
     dataset: Any, tokenizer: Any, n_samples: int, seq_len: int, seed: int, vocab_size: int | None = None
-) -> torch.Tensor:
-    """Token windows for calibration.
+) -> torch.Tensor | list[dict]:
+    """Token windows for calibration; prepared inputs are only chosen from.
 
     Args:
         dataset: See [`FreeActConfig`]; windows of text are cut without overlap and chosen at random.
@@ -173,6 +177,8 @@ def load_samples(
         `ValueError`: as [`read_data`], and for text without a tokenizer or ids out of range.
     """
     data = read_data(dataset, n_samples, seq_len)
+    if is_prepared(data):
+        return choose(data, n_samples, seed, vocab_size)
     if isinstance(data, torch.Tensor):
         windows = data.long()[:, :seq_len]
     else:

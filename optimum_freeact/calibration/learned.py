@@ -50,7 +50,7 @@ class LearnedInput(nn.Module):
     def current(self) -> InputMap:
         """The map with the parameters as they are now."""
         scale = None if self.log_scale is None else self.log_scale.exp()
-        return InputMap(self.fixed.mean, scale, self.fixed.basis, self.left, self.right)
+        return InputMap(self.fixed.mean, scale, self.fixed.basis, self.left, self.right, keep=self.fixed.keep)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Rounded z, p and types of rows `x`; computed once for the linears that share `x`."""

@@ -15,6 +15,8 @@ from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.layout import find_blocks, find_decoder
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.token_types import TypeState
+from optimum_freeact.transforms.exclusive import share_of
+from optimum_freeact.type_rules import SINK
 
 
 def input_name(group: list[str]) -> str:
@@ -27,6 +29,12 @@ def rank_of(config: FreeActConfig, in_features: int) -> int:
     if config.weight_bits == config.activation_bits == 16:
         return 0
     return min(config.low_rank, in_features // 8)
+
+
+def is_masked(config: FreeActConfig, group: list[str]) -> bool:
+    """Whether the input of these linears has coordinates that belong to single types."""
+    several = len([name for name in config.token_types if name != SINK]) > 1
+    return config.exclusive == "fixed" and several and share_of(config.exclusive_share, group) > 0
 
 
 def check_linear(name: str, module: nn.Linear, config: FreeActConfig) -> None:
@@ -75,6 +83,7 @@ def replace_group(
             symmetric=config.activation_symmetric,
             n_readers=len(group),
             state=state,
+            masked=is_masked(config, group),
         )
         replaced = []
         for name in group:
