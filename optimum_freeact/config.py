@@ -79,6 +79,8 @@ class FreeActConfig(QuantizationConfigMixin):
         low_rank (`int`, *optional*): Rank of a branch, stored in one byte a number, that carries each input's strongest
             directions around the rounding; 0 for none.
         rounding (`str`, *optional*): `"rtn"` or `"gptq"` for the weights.
+        rounding_passes (`int`, *optional*): Passes of coordinate descent after `"gptq"`, each with a second choice for
+            every code; 0 is GPTQ itself.
         activation_clip (`float` or `"search"`, *optional*): Share of each token's range that the grid covers.
         weight_clip (`float` or `"search"`, *optional*): The same for each weight row.
         token_types (`list[str]`, *optional*): The types of tokens, `"text"` first. `"sink"` is the first token of each
@@ -98,8 +100,8 @@ class FreeActConfig(QuantizationConfigMixin):
             `"random"`. From the closed form it is kept only where the held-out block error falls.
         learning_rate (`float`, *optional*, defaults to 2e-3): Of AdamW on transforms and scales; clips use ten times it.
         epochs (`int`, *optional*, defaults to 15): Passes over the calibration samples per block when learning.
-        error_correction (`bool`, *optional*): Fit each weight so that its output on the quantized model's inputs
-            matches the full-precision model's.
+        error_correction (`bool`, *optional*): Move each weight half the way to the one whose output on the quantized
+            model's inputs is nearest to the full-precision model's.
         propagate_error (`bool`, *optional*, defaults to `True`): Calibrate each block on the outputs of the quantized
             blocks before it instead of the full-precision ones.
         dataset (`str`, `list` or `torch.Tensor`, *optional*): Calibration data: a dataset name (needs `datasets` and a
@@ -161,6 +163,7 @@ class FreeActConfig(QuantizationConfigMixin):
         for name in ("n_samples", "seq_len", "batch_size", "epochs"):
             self._check_int(name, minimum=1)
         self._check_int("low_rank", minimum=0)
+        self._check_int("rounding_passes", minimum=0)
         self._check_int("seed", minimum=0)
         if self.weight_group_size is not None:
             self._check_int("weight_group_size", minimum=2)

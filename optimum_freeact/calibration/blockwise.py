@@ -95,9 +95,8 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
     done = store.load(index) if store else None
     records, learned, fits = [], None, {}
     if done is None:
-        moments = {
-            group[0]: Moments(linears[group[0]].in_features, n_types, device, paired=stream.paired) for group in groups
-        }
+        wanted = {"paired": stream.paired, "peaks": config.channel_scale == "smoothquant"}
+        moments = {group[0]: Moments(linears[group[0]].in_features, n_types, device, **wanted) for group in groups}
         reference = stream.observe(block, index, {group[0]: linears[group[0]] for group in groups}, moments)
         for first, seen in moments.items():
             if not seen.is_finite():
@@ -165,19 +164,21 @@ class _Stream:
         Returns the last batch's output, against which the quantized block is measured, and the outputs that become
         the next full-precision inputs.
         """
-        seen: dict[str, torch.Tensor] = {}
+        seen = _Seen()
         hooks = [linear.register_forward_pre_hook(_keep(seen, name)) for name, linear in inputs.items()]
         outputs = []
         for i, batch in enumerate(self.batches):
             self.state.types = None if batch.types is None else batch.types.to(self.device)
             if self.paired:
                 self.exact[i] = run_block(block, self.exact[i], batch.calls[index], self.device)
-                paired, _ = dict(seen), seen.clear()
+                paired = dict(seen)
+                seen.clear()
             else:
                 paired = {}
             last = i == len(self.batches) - 1
-            if inputs or not self.propagate or last or self.keep_outputs:
-                output = run_block(block, self.actual[i], batch.calls[index], self.device)
+            needed = last or not self.propagate or self.keep_outputs
+            if inputs or needed:
+                output = self._run_observed(block, index, i, seen, None if needed else len(inputs))
                 for name, x in seen.items():
                     y = paired.get(name)
                     types = self._types(batch, x) if x.shape[:-1].numel() == batch.hidden.shape[:-1].numel() else None
@@ -192,10 +193,20 @@ class _Stream:
                         rows, y, types = rows[real], None if y is None else y[real], types[real]
                     moments[name].update(rows, types, y)
                 seen.clear()
-                outputs.append(output if last or not self.propagate or self.keep_outputs else None)
+                outputs.append(output if needed else None)
         for hook in hooks:
             hook.remove()
         return outputs
+
+    def _run_observed(self, block: nn.Module, index: int, i: int, seen: dict, enough: int | None):
+        """Output of the block on batch `i`; with `enough`, it stops (and gives `None`) once so many inputs are seen."""
+        seen.enough = enough
+        try:
+            return run_block(block, self.actual[i], self.batches[i].calls[index], self.device)
+        except _AllSeen:
+            return None
+        finally:
+            seen.enough = None
 
     def run(self, block: nn.Module, index: int, i: int) -> torch.Tensor:
         """Output of the block on batch `i` as the quantized model feeds it."""
@@ -245,9 +256,21 @@ def refine_block(block, groups, linears, fits, records, stream, index, reference
     return learned if accepted else records, summary
 
 
-def _keep(seen: dict[str, torch.Tensor], name: str):
+class _AllSeen(Exception):  # noqa: N818
+    """Raised in a block when the inputs of all its linears are known: its last product is not needed."""
+
+
+class _Seen(dict):
+    """Inputs by name; `enough` is how many end the block's run early."""
+
+    enough: int | None = None
+
+
+def _keep(seen: _Seen, name: str):
     def hook(module: nn.Module, args: tuple) -> None:  # noqa: ARG001
         seen[name] = args[0]
+        if seen.enough is not None and len(seen) >= seen.enough:
+            raise _AllSeen
 
     return hook
 

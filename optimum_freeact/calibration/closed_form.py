@@ -21,7 +21,9 @@ from optimum_freeact.type_rules import SINK
 
 
 ACTIVATION_CLIP_GRID = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
-MIN_ROWS_PER_TYPE = 16  # fewer sample rows of a type do not decide its own clip ratio
+# Half the way: on SmolLM2 the whole way fits the calibration text better and held-out text worse (docs/log.md)
+CORRECTION_STRENGTH = 0.5
+MIN_ROWS_PER_TYPE = 16  # fewer sample rows of a type do not decide its own clip ratio or mean error
 
 
 def map_spec(config: FreeActConfig, rank: int) -> MapSpec:
@@ -40,9 +42,10 @@ def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: F
     if config.activation_clip != "search":
         return [float(config.activation_clip)] * n
     errors, z, v = [], z.float(), v.float()
+    gram = v.mT @ v  # |n V^T|^2 = n (V^T V) n^T: a product of the inputs' width for each ratio, not of the outputs'
     for ratio in ACTIVATION_CLIP_GRID:
         noise = fake_quantize(z, config.activation_bits, config.activation_symmetric, ratio) - z
-        errors.append((noise @ v.mT).square().sum(-1))
+        errors.append((noise @ gram).mul_(noise).sum(-1))
     errors = torch.stack(errors)  # (ratios, rows)
     total = ACTIVATION_CLIP_GRID[int(errors.sum(1).argmin())] if n == 1 else None
     found = []
@@ -84,7 +87,7 @@ def round_weight(
         clip = learned_clip.to(v.device)
     if config.rounding == "rtn":
         return round_to_nearest(v.float(), config.weight_bits, size, clip)
-    return gptq(v.float(), moments_z, config.weight_bits, size, config.damping, clip)
+    return gptq(v.float(), moments_z, config.weight_bits, size, config.damping, clip, config.rounding_passes)
 
 
 def _share(error: torch.Tensor, output: torch.Tensor) -> float:
@@ -154,12 +157,13 @@ class GroupFit:
         # the rounding noise of z itself reaches the weights too
         moments_z = (moments_z + moments_z.mT) / 2 + noise[types == 0].square().mean().nan_to_num() * eye
         target = v
-        if config.error_correction and self.stats.cross is not None:
-            ridge = config.damping * moments_z.diagonal().mean() * eye
-            target = corrected_weight(v, moments_z + ridge, stored.transform_moments(self.stats.cross) + ridge)
+        if self.stats.paired is not None:
+            target, low_rank = stored.transform_weight(self._corrected(stored, noise[types == 0]))
         self._write(target, round_weight(target, moments_z, config, weight_clip), low_rank, stored)
         used = torch.cat([module.transformed_weight(torch.float64) for module in self.targets])
         output = z @ v.mT
+        if self.stats.paired is None:
+            self._balance(output - (z + noise) @ used.mT, types)
         energy = rows.double().square().sum()
         left = stored.centre(rows.double(), types).square().sum()
         return InputRecord(
@@ -170,6 +174,28 @@ class GroupFit:
             activation_error=_share(noise @ v.mT, output),
             weight_error=_share(z @ (used - v).mT, output),
         )
+
+    def _corrected(self, stored: InputMap, noise: torch.Tensor) -> torch.Tensor:
+        """The weight moved towards the full-precision outputs; the rounding noise of the input counts as noise of x."""
+        moments, cross = self.stats.paired
+        eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+        back = stored.transform_weight(eye)[0]  # x = z back^T
+        ridge = self.config.damping * moments.diagonal().mean() * eye
+        noisy = moments + noise.square().mean().nan_to_num() * back @ back.mT + ridge
+        return corrected_weight(self.weight, noisy, cross + ridge, CORRECTION_STRENGTH)
+
+    def _balance(self, lost: torch.Tensor, types: torch.Tensor) -> None:
+        """Add to each type's output bias what rounding takes from its mean output, measured on the sample rows."""
+        means = self.targets[0].type_bias
+        if means is None or self.config.centring == "none":
+            return
+        for kind in range(len(means)):
+            rows = types == kind  # a shared bias follows type 0: the sink's error would outweigh all others'
+            if int(rows.sum()) < MIN_ROWS_PER_TYPE:
+                continue
+            parts = lost[rows].mean(0).split([module.out_features for module in self.targets])
+            for module, part in zip(self.targets, parts, strict=True):
+                module.type_bias[kind] += part.to(module.type_bias)
 
     def _write(
         self, target: torch.Tensor, rounded: RoundedWeight | None, low_rank: torch.Tensor | None, stored: InputMap

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, quantize
+from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, round_codes
 from optimum_freeact.numerics.kronecker import factor_pair
 from optimum_freeact.token_types import TypeState
 from optimum_freeact.transforms.affine_map import InputMap, pick
@@ -128,7 +128,7 @@ class FreeActInput(nn.Module):
         qparams = choose_qparams(z, self.bits, self.symmetric, clip)
         if torch.is_grad_enabled() and z.requires_grad:
             return RoundedInput(fake_quantize_ste(z, qparams, self.bits), None, low_rank, types)
-        return RoundedInput(quantize(z, qparams, self.bits).to(torch.int8), qparams, low_rank, types)
+        return RoundedInput(round_codes(z, qparams, self.bits).to(torch.int8), qparams, low_rank, types)
 
     def __deepcopy__(self, memo: dict) -> FreeActInput:
         self._last = None

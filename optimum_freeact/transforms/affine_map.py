@@ -64,8 +64,10 @@ class InputMap:
             u = u * self.channel_scale
         p = None
         if self.basis is not None:
-            p = u @ self.basis
-            u = u - p @ self.basis.mT
+            flat = u.flatten(0, -2)
+            p = flat @ self.basis
+            u = torch.addmm(flat, p, self.basis.mT, alpha=-1).view(u.shape)
+            p = p.view(*u.shape[:-1], -1)
         return self._rotate(u), p
 
     def _rotate(self, u: torch.Tensor) -> torch.Tensor:
