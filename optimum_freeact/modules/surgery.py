@@ -37,6 +37,16 @@ def is_masked(config: FreeActConfig, group: list[str]) -> bool:
     return config.exclusive == "fixed" and several and share_of(config.exclusive_share, group) > 0
 
 
+# linears that read the attention's output, in the families of layout.py and in common remote code
+ATTENTION_READERS = ("o_proj", "out_proj", "attn_out", "dense")
+
+
+def is_compensated(config: FreeActConfig, group: list[str]) -> bool:
+    """Whether this is the linear behind the attention and its input's moments are set right."""
+    reads = len(group) == 1 and group[0].rpartition(".")[2] in ATTENTION_READERS
+    return config.attention_compensation and reads and "mlp" not in group[0]
+
+
 def check_linear(name: str, module: nn.Linear, config: FreeActConfig) -> None:
     """Raise a `ValueError` if a linear's shape does not fit the config; the message names module and remedy."""
     n = module.in_features
@@ -94,7 +104,7 @@ def replace_group(
                 source,
                 bits=config.weight_bits,
                 group_size=config.weight_group_size or n,
-                bias=old.bias is not None,
+                bias=old.bias is not None or is_compensated(config, group),
                 dtype=getattr(torch, config.weight_dtype or "float32"),
             )
             new.train(old.training)
