@@ -22,7 +22,7 @@ from optimum_freeact.calibration.records import BlockRecord
 from optimum_freeact.calibration.resume import BlockStore
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.layout import SharedInputs, block_linears, find_blocks, table_groups
-from optimum_freeact.modules.surgery import check_linear, is_compensated, replace_group
+from optimum_freeact.modules.surgery import check_linear, input_name, is_compensated, replace_group
 from optimum_freeact.moments import Moments
 from optimum_freeact.numerics.metrics import relative_error
 from optimum_freeact.token_types import TypeState
@@ -115,11 +115,18 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
         if group[0] in exact:  # what it reads, now that the linears before it are quantized
             moments[group[0]] = stream.input_moments(block, index, linears[group[0]], n_types)
             compensation = fit_compensation(moments[group[0]], exact.pop(group[0]))
-        source, targets = replace_group(block, group, config, stream.state, device)
+        stored = {} if done is None else done
+        n_left_out = stored.get(f"{input_name(group)}.left_out", torch.empty(0, 0)).shape[1]
+        source, targets = replace_group(block, group, config, stream.state, device, n_left_out)
         if done is None:
             fit = GroupFit(group, originals, source, targets, moments.pop(group[0]), config, compensation)
             records.append(fit.closed_form(generator))
             fits[group[0]] = fit if config.calibration == "learned" else None
+        if source.left_out is not None:
+            config.exclusive_sizes = {
+                **(config.exclusive_sizes or {}),
+                f"{index}.{group[0]}": source.left_out.shape[1],
+            }
     if done is not None:
         store.restore(block, done)
     elif config.calibration == "learned":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
+from optimum_freeact.calibration.exclusive_fit import choose_exclusive
 from optimum_freeact.calibration.records import InputRecord
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
@@ -152,8 +155,15 @@ class GroupFit:
             found.keep = fixed_blocks(
                 [0 if name == SINK else share for name in self.config.token_types], len(self.stats.c)
             )
+        sizes = [] if self.source.keep is None else (~found.keep).sum(1).tolist()
+        if self.config.exclusive == "closed_form":
+            found.left_out, sizes = choose_exclusive(self.moments, found, self.weight, self.config)
+            self.source.add_left_out(sum(sizes))
+            if found.left_out is not None:
+                whose = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+                found.leaves_out = torch.nn.functional.one_hot(whose, len(sizes)).mT.bool()
         self.source.store(found)
-        return self.fill()
+        return dataclasses.replace(self.fill(), exclusive=sizes)
 
     @torch.no_grad()
     def fill(self, clip: list[float] | None = None, weight_clip: torch.Tensor | None = None) -> InputRecord:

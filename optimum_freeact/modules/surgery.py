@@ -75,7 +75,12 @@ def float32_default() -> Iterator[None]:
 
 
 def replace_group(
-    block: nn.Module, group: list[str], config: FreeActConfig, state: TypeState, device: torch.device | str
+    block: nn.Module,
+    group: list[str],
+    config: FreeActConfig,
+    state: TypeState,
+    device: torch.device | str,
+    n_left_out: int = 0,
 ) -> tuple[FreeActInput, list[FreeActLinear]]:
     """Replace the named linears of a block by empty quantized ones on `device`; returns what was put in place."""
     first = block.get_submodule(group[0])
@@ -94,6 +99,7 @@ def replace_group(
             n_readers=len(group),
             state=state,
             masked=is_masked(config, group),
+            n_left_out=n_left_out,
         )
         replaced = []
         for name in group:
@@ -127,7 +133,8 @@ def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> No
             find_decoder(model).add_module(CACHE_NAME, CacheMeanBuffers(config.cache_shapes))
     for index, block in enumerate(blocks):
         for group in groups.get(str(index), groups.get("*", [])):
-            replace_group(block, group, config, state, "meta")
+            n_left_out = (config.exclusive_sizes or {}).get(f"{index}.{group[0]}", 0)
+            replace_group(block, group, config, state, "meta", n_left_out)
 
 
 def quantized_linears(model: nn.Module) -> dict[str, FreeActLinear]:
