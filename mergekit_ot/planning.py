@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_ROWS = 4096
 #: Stores below this many bytes are kept in float32, larger ones in float16 (block sites only).
 FLOAT32_LIMIT = 256 << 20
+#: Parameters from which a model is swept from memory at once; the sweep itself takes half a second.
+COLLECT_LIMIT = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,9 @@ def record_pair(
             inputs = [(getattr(text, f"{side}_ids"), getattr(text, f"{side}_rows")) for text in texts]
             model = load_backbone(path, device)
             record(model, shape, inputs, store, quiet=quiet)
+            large = sum(parameter.numel() for parameter in model.parameters()) >= COLLECT_LIMIT
             del model
-            gc.collect()
+            if large:
+                gc.collect()
         stores.append(store)
     return tuple(stores)

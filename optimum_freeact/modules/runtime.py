@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from optimum_freeact.config import FreeActConfig
+from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_cache import install_kv_cache
 from optimum_freeact.modules.kv_means import rotary_frequencies
@@ -27,8 +28,9 @@ def activate(model: nn.Module, config: FreeActConfig) -> None:
     if config.kv_bits < 16:
         hooks.append(install_kv_cache(model, cache_spec(model, config)))
     model.__dict__["_freeact_hooks"] = hooks
-    for module in quantized_linears(model).values():
-        module.prepare()
+    for module in model.modules():
+        if isinstance(module, (FreeActInput, FreeActLinear)):
+            module.prepare()
 
 
 def cache_spec(model: nn.Module, config: FreeActConfig) -> CacheSpec:
