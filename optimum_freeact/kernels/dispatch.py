@@ -1,6 +1,12 @@
-"""Integer products, by device.
+"""Which code runs a quantized linear, by device, capability and settings.
 
-`torch._int_mm` multiplies `int8` matrices exactly into `int32`: on CPUs with VNNI through oneDNN (any shape), on CUDA
+[`plan`] chooses once per layer, when it is prepared, and says why; `FREEACT_KERNELS` overrides it:
+
+- `auto` (default): the kernels of this package where they serve, else torch;
+- `torch`: never a kernel of this package;
+- `triton`, `native`: that one, and an error where it cannot run.
+
+Torch's own products: `torch._int_mm` multiplies `int8` matrices exactly into `int32`: on CPUs with VNNI through oneDNN (any shape), on CUDA
 with at least 17 rows and sizes divisible by 8. On a CPU without VNNI it is a scalar loop (measured, AVX2 machine, 2048 x
 576 by 576 x 1536, one thread: 4800 ms against 158 ms in float32). There, and for other shapes and devices, the product
 runs in float32, which is exact while `in_features * 2^(bits_a + bits_w - 2) < 2^24`: for 4-bit operands up to 262144
@@ -9,7 +15,10 @@ columns.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -46,6 +55,110 @@ def int_linear(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             codes = torch.nn.functional.pad(codes, (0, 0, 0, CUDA_MIN_ROWS - rows))
         return torch._int_mm(codes, weight.t())[:rows]
     return codes.float() @ weight.float().t()
+
+
+ENVIRONMENT = "FREEACT_KERNELS"
+CHOICES = ("auto", "torch", "triton", "native")
+MIN_CAPABILITY = (8, 0)  # integer tensor cores with bfloat16 beside them
+MAX_WIDTH = 32768  # a row is one tile
+
+
+class Plan(NamedTuple):
+    """What runs a layer, and the reason in one line. `name` is `"triton"`, `"native"` or `"torch"`."""
+
+    name: str
+    product: str
+    reason: str
+
+
+def wanted() -> str:
+    """The value of `FREEACT_KERNELS`.
+
+    Raises:
+        `ValueError`: for a value that is not known.
+    """
+    value = os.environ.get(ENVIRONMENT, "auto").strip().lower() or "auto"
+    if value not in CHOICES:
+        raise ValueError(f"{ENVIRONMENT}={value!r} is not known; use one of {list(CHOICES)}, or unset it for 'auto'.")
+    return value
+
+
+@cache
+def triton_obstacle(index: int | None) -> str | None:
+    """Why Triton cannot run on a CUDA device, or `None`."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'hf-concord[kernels]')"
+    if torch.version.hip is not None:
+        return "the kernels were never run on ROCm"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        return f"the GPU's compute capability is {capability}, the kernels need {MIN_CAPABILITY}"
+    return None
+
+
+def layer_obstacle(
+    *, weight_bits: int, activation_bits: int, group_size: int | None, transform: str, width: int | None = None
+) -> str | None:
+    """Why no kernel of this package serves a layer with these settings, or `None`."""
+    if weight_bits != 4:
+        return f"weight_bits={weight_bits}: the kernels read 4-bit weights"
+    if activation_bits not in (4, 8):
+        return f"activation_bits={activation_bits}: the kernels multiply integers"
+    if group_size is not None:
+        return f"weight_group_size={group_size}: integer products need one scale per output channel"
+    if transform not in ("hadamard", "kronecker"):
+        return f"transform={transform!r}: the kernels rotate by two factors"
+    if width is not None and (width % 16 or width > MAX_WIDTH):
+        return f"in_features={width}: the kernels need a multiple of 16 up to {MAX_WIDTH}"
+    return None
+
+
+def plan(device: torch.device | str, **layer) -> Plan:
+    """What runs a layer on a device; `layer` as in [`layer_obstacle`].
+
+    Raises:
+        `ValueError`: if `FREEACT_KERNELS` names a kernel that cannot run on this device.
+    """
+    device, choice = torch.device(device), wanted()
+    if choice == "torch":
+        product, reason = _torch_product(device, layer)
+        return Plan("torch", product, f"{ENVIRONMENT}=torch; {reason}")
+    kernel = {"cuda": "triton", "cpu": "native"}.get(device.type)
+    if kernel == "triton":
+        obstacle = triton_obstacle(device.index)
+    elif kernel == "native":
+        from optimum_freeact.kernels.native import obstacle as native_obstacle
+
+        obstacle = native_obstacle()
+    else:
+        obstacle = f"no kernel is written for device type {device.type!r}"
+    if choice not in ("auto", kernel) or (choice == kernel and obstacle):
+        reason = obstacle if choice == kernel else f"this is device type {device.type!r}"
+        raise ValueError(f"{ENVIRONMENT}={choice} cannot be followed: {reason}. Unset it for 'auto'.")
+    obstacle = layer_obstacle(**layer) or obstacle
+    if obstacle is not None:
+        product, reason = _torch_product(device, layer)
+        return Plan("torch", product, obstacle if reason in obstacle else f"{obstacle}; {reason}")
+    if kernel == "triton":
+        major, minor = torch.cuda.get_device_capability(device)
+        return Plan(
+            "triton",
+            "4-bit Triton kernels",
+            f"compute capability {major}.{minor}; one row to {DP4A_ROWS} on plain cores, more on int8 tensor cores",
+        )
+    return Plan("native", "4-bit kernel in C", "packed weights stay packed; compiled once for this CPU")
+
+
+DP4A_ROWS = 4  # rows up to which plain cores multiply as fast as memory brings the weight
+
+
+def _torch_product(device: torch.device, layer: dict) -> tuple[str, str]:
+    """Torch's product on a device, and the reason."""
+    if layer.get("weight_bits") == 16 or layer.get("activation_bits") == 16:
+        return "product of dequantized values", "one side has 16 bits, so it is no integer"
+    if layer.get("group_size") is not None:
+        return "product of dequantized values", "integer products need one scale per output channel"
+    return describe(device)
 
 
 def describe(device: torch.device | str) -> tuple[str, str]:

@@ -8,7 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, quantize
+from optimum_freeact.kernels import ops
+from optimum_freeact.kernels.dispatch import plan
+from optimum_freeact.kernels.tables import InputTables, make_native_tables, make_tables
+from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, round_codes
 from optimum_freeact.numerics.kronecker import factor_pair
 from optimum_freeact.token_types import TypeState
 from optimum_freeact.transforms.affine_map import InputMap, pick
@@ -30,6 +33,23 @@ class RoundedInput(NamedTuple):
     types: torch.Tensor | None
 
 
+class KernelRows(NamedTuple):
+    """What a [`FreeActInput`] hands to its linears where kernels serve: see `kernels.reference.Rows`.
+
+    Args:
+        codes (`int8`, shape `(n, d)`), stats (`float32`, shape `(3, n)`), branch (`float32`, shape `(n, padded r)`): As
+            there.
+        types (`torch.Tensor` of shape `(n,)`, *optional*): Token types.
+        shape (`torch.Size`): Leading shape of the input, whose product is n.
+    """
+
+    codes: torch.Tensor
+    stats: torch.Tensor
+    branch: torch.Tensor
+    types: torch.Tensor | None
+    shape: torch.Size
+
+
 class FreeActInput(nn.Module):
     """Centring per token type, channel scale, low-rank split, transform and per-token rounding of one input.
 
@@ -47,6 +67,8 @@ class FreeActInput(nn.Module):
         symmetric (`bool`): Symmetric or asymmetric grid per token.
         n_readers (`int`): How many linears read the result (frees the cached codes after the last).
         state ([`TypeState`]): Where the current types are found.
+        masked (`bool`, *optional*, defaults to `False`): Whether some coordinates belong to single types.
+        n_left_out (`int`, *optional*, defaults to 0): Directions that single types leave out.
     """
 
     def __init__(
@@ -62,12 +84,17 @@ class FreeActInput(nn.Module):
         symmetric: bool,
         n_readers: int,
         state: TypeState,
+        masked: bool = False,
+        n_left_out: int = 0,
     ):
         super().__init__()
         self.in_features, self.bits, self.symmetric, self.n_readers = in_features, bits, symmetric, n_readers
         self.transform = transform
         self.state = state
         self._last: tuple | None = None
+        self._tables: InputTables | None = None
+        self._prepared = self.tables_are_native = False
+        self.reader_settings: list[tuple[int, int | None]] = []  # bits and group size of each linear
         self._is_hf_initialized = True  # transformers must not initialise these tensors: they are always loaded
         self.register_buffer("clip", torch.ones(n_types))
         # bfloat16 is enough: the output biases are computed from the stored (rounded) means, so centring stays exact
@@ -81,18 +108,29 @@ class FreeActInput(nn.Module):
         self.register_buffer("left", torch.eye(a) if factored else None)
         self.register_buffer("right", torch.eye(b) if factored else None)
         self.register_buffer("dense", torch.eye(in_features) if dense else None)
+        self.register_buffer("keep", torch.ones(n_types, in_features, dtype=torch.bool) if masked else None)
+        self.add_left_out(n_left_out)
 
     def input_map(self, dtype: torch.dtype = torch.float32) -> InputMap:
         """The stored map as an [`InputMap`] in `dtype`."""
-        names = ("mean", "channel_scale", "left", "right", "dense")
+        names = ("mean", "channel_scale", "left", "right", "dense", "keep", "left_out", "leaves_out")
         found = InputMap(**{n: None if getattr(self, n) is None else getattr(self, n).to(dtype) for n in names})
         if self.basis is not None:
             found.basis = self.basis.to(dtype) * self.basis_scale.to(dtype)
         return found
 
+    def add_left_out(self, n: int) -> None:
+        """Make room for `n` directions that single types leave out; how many is known only after the fit."""
+        device = self.clip.device
+        directions = torch.zeros(self.in_features, n, dtype=torch.bfloat16, device=device) if n else None
+        self.register_buffer("left_out", directions)
+        whose = torch.zeros(len(self.clip), n, dtype=torch.bool, device=device) if n else None
+        self.register_buffer("leaves_out", whose)
+
     @torch.no_grad()
     def store(self, found: InputMap) -> None:
         """Write a map into the buffers, rounded to their types."""
+        self._tables = None
         for name, value in vars(found).items():
             if value is not None and name != "basis":
                 getattr(self, name).copy_(value)
@@ -101,7 +139,28 @@ class FreeActInput(nn.Module):
             self.basis.copy_(codes)
             self.basis_scale.copy_(scale)
 
-    def forward(self, x: torch.Tensor) -> RoundedInput:
+    def prepare(self) -> None:
+        """Choose what runs on the device where the tensors are, and make the tables that a kernel reads."""
+        self._prepared, self._tables, self._last = True, None, None
+        if self.clip.device.type == "meta" or not self.reader_settings:
+            return
+        plans = {
+            plan(
+                self.clip.device,
+                weight_bits=bits,
+                activation_bits=self.bits,
+                group_size=group_size,
+                transform=self.transform,
+                width=self.in_features,
+            ).name
+            for bits, group_size in set(self.reader_settings)
+        }
+        self.tables_are_native = plans == {"native"}
+        make = {("triton",): make_tables, ("native",): make_native_tables}.get(tuple(plans))
+        if make is not None:
+            self._tables = make(self.input_map(), self.basis, self.basis_scale, self.clip, self.bits, self.symmetric)
+
+    def forward(self, x: torch.Tensor) -> RoundedInput | KernelRows:
         """Round rows `x` of shape `(..., in_features)`; the linears of one group get the same object."""
         reuse = not (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad))
         if not reuse or self.n_readers == 1:
@@ -115,7 +174,9 @@ class FreeActInput(nn.Module):
             self._last = (weakref.ref(x), x._version, result, left)
         return result
 
-    def _round(self, x: torch.Tensor) -> RoundedInput:
+    def _round(self, x: torch.Tensor) -> RoundedInput | KernelRows:
+        if self._tables is not None and self._kernel_serves(x):
+            return self._kernel_rows(x)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         types = self.state.of(x) if len(self.clip) > 1 else None
         z, low_rank = self.input_map(dtype).apply(x.to(dtype), types)
@@ -125,7 +186,22 @@ class FreeActInput(nn.Module):
         qparams = choose_qparams(z, self.bits, self.symmetric, clip)
         if torch.is_grad_enabled() and z.requires_grad:
             return RoundedInput(fake_quantize_ste(z, qparams, self.bits), None, low_rank, types)
-        return RoundedInput(quantize(z, qparams, self.bits).to(torch.int8), qparams, low_rank, types)
+        return RoundedInput(round_codes(z, qparams, self.bits).to(torch.int8), qparams, low_rank, types)
+
+    def _kernel_serves(self, x: torch.Tensor) -> bool:
+        """Whether a kernel takes these rows: of the device's types, and no gradient wanted."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return False
+        kinds = (torch.bfloat16, torch.float16) if x.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
+        return x.dtype in kinds
+
+    def _kernel_rows(self, x: torch.Tensor) -> KernelRows:
+        types = self.state.of(x) if len(self.clip) > 1 else None
+        types = None if types is None else types.reshape(-1)
+        tables = self._tables
+        flat = x.reshape(-1, self.in_features).contiguous()
+        found = ops.round_rows(flat, types, *tables.tensors(), tables.a, tables.b, self.bits, self.symmetric)
+        return KernelRows(*found, types, x.shape[:-1])
 
     def __deepcopy__(self, memo: dict) -> FreeActInput:
         self._last = None
@@ -135,7 +211,11 @@ class FreeActInput(nn.Module):
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
 
     def _apply(self, fn, recurse: bool = True) -> FreeActInput:
-        return keep_dtypes(self, super()._apply, fn, recurse)
+        self._tables = None
+        result = keep_dtypes(self, super()._apply, fn, recurse)
+        if self._prepared:
+            self.prepare()
+        return result
 
     def extra_repr(self) -> str:
         """Sizes and kinds, for `print(model)`."""

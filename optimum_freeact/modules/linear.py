@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from optimum_freeact.kernels.dispatch import int_linear
+from optimum_freeact.kernels import ops
+from optimum_freeact.kernels.dispatch import int_linear, plan
 from optimum_freeact.modules.activation import (
     PICKLE_REFUSED,
     FreeActInput,
+    KernelRows,
     _deepcopy_module,
     column_codes,
     keep_dtypes,
@@ -54,6 +56,7 @@ class FreeActLinear(nn.Linear):
         self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
         self.weight_dtype = dtype
         self.has_bias = bias
+        source.reader_settings.append((bits, None if group_size == in_features else group_size))
         self.__dict__["source"] = source  # not registered here: the parent owns it, its tensors are stored once
         self._is_hf_initialized = True
         groups = in_features // group_size
@@ -97,14 +100,30 @@ class FreeActLinear(nn.Linear):
         return (grouped * self.qscale.to(dtype).unsqueeze(-1)).flatten(1)
 
     def prepare(self) -> None:
-        """Keep codes as `int8` rows in memory (one byte a weight), so that a forward need not unpack nibbles."""
-        if self.bits < 16 and self.group_size == self.in_features and self.weight.device.type != "meta":
-            self._codes = self.codes()
-            self._row_sum = self._codes.sum(1, dtype=torch.int32)
+        """Make what the product on this device needs: sums of rows for kernels, which read the packed codes; for torch
+        codes as `int8` rows (one byte a weight), so that a forward need not unpack nibbles.
+        """
+        self._codes = self._row_sum = None
+        if self.bits == 16 or self.group_size != self.in_features or self.weight.device.type == "meta":
+            return
+        codes = self.codes()
+        self._row_sum = codes.sum(1, dtype=torch.int32)
+        chosen = plan(
+            self.weight.device,
+            weight_bits=self.bits,
+            activation_bits=self.source.bits,
+            group_size=None,
+            transform=self.source.transform,
+            width=self.in_features,
+        )
+        if chosen.name == "torch":
+            self._codes = codes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` of shape `(..., in_features)`, any floating dtype; returns `(..., out_features)` in the same dtype."""
         rounded = self.source(x)
+        if isinstance(rounded, KernelRows):
+            return self._kernel_product(rounded, x.dtype)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         if rounded.qparams is None or self.bits == 16 or self.group_size != self.in_features:
             values = rounded.values
@@ -117,6 +136,25 @@ class FreeActLinear(nn.Linear):
         if self.type_bias is not None:
             y = y + pick(self.type_bias.to(dtype), rounded.types)
         return y.to(x.dtype)
+
+    def _kernel_product(self, rows: KernelRows, dtype: torch.dtype) -> torch.Tensor:
+        row_sum = self.codes().sum(1, dtype=torch.int32) if self._row_sum is None else self._row_sum
+        y = ops.w4_linear(
+            rows.codes,
+            rows.stats,
+            rows.branch,
+            rows.types,
+            self.weight.flatten(1),
+            self.qscale.flatten(),
+            row_sum,
+            self.low_rank,
+            self.low_rank_scale,
+            self.type_bias,
+            dtype,
+            self.source.bits,
+            self.weight.device.type == "cpu" and self.source.tables_are_native,
+        )
+        return y.view(*rows.shape, self.out_features)
 
     def _integer_product(self, rounded, dtype: torch.dtype) -> torch.Tensor:
         """(scale q + offset) V^T = (scale (q codes^T) + offset rowsum(codes)) qscale, the product over integers."""
@@ -154,7 +192,7 @@ class FreeActLinear(nn.Linear):
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
 
     def _apply(self, fn, recurse: bool = True) -> FreeActLinear:
-        prepared = self._codes is not None
+        prepared = self._row_sum is not None
         self._codes = self._row_sum = None
         result = keep_dtypes(self, super()._apply, fn, recurse)
         if prepared:

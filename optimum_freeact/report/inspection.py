@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from optimum_freeact.config import FreeActConfig
-from optimum_freeact.kernels.dispatch import describe
+from optimum_freeact.kernels.dispatch import plan
 from optimum_freeact.modules.layout import block_linears, find_blocks
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.surgery import build_empty
@@ -106,13 +106,14 @@ def inspect_model(source: PretrainedConfig, folder: Path | None, device: torch.d
 
 def kernel_of(config: FreeActConfig, device: torch.device) -> tuple[str, str]:
     """The product that a model with these settings runs on a device, and why."""
-    for name in ("weight_bits", "activation_bits"):
-        if getattr(config, name) == 16:
-            return "product of dequantized values", f"{name}=16, so one side is no integer"
-    if config.weight_group_size is not None:
-        reason = f"weight_group_size={config.weight_group_size}: integer products need one scale per output channel"
-        return "product of dequantized values", reason
-    return describe(device)
+    found = plan(
+        device,
+        weight_bits=config.weight_bits,
+        activation_bits=config.activation_bits,
+        group_size=config.weight_group_size,
+        transform=config.transform,
+    )
+    return found.product, found.reason
 
 
 def _kinds(prefix: str, blocks: nn.ModuleList) -> list[Kind]:

@@ -1,0 +1,165 @@
+"""Memory, prefill and decoding of a whole model of a Llama's shape with random weights, for one provider.
+
+    python -m benchmarks.speed.model --provider freeact --run compile --out DIR
+
+`--run` is `eager`, `graph` (the eager decoding step as a CUDA graph) or `compile` (`torch.compile` with CUDA graphs, as
+transformers itself does with a static cache). Rows are appended to `model.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import StaticCache
+
+from benchmarks.speed.llama import plain, quantized, shape_config
+
+
+class Meter:
+    """Prints rows and appends them to a file."""
+
+    def __init__(self, out: Path, **labels):
+        out.mkdir(parents=True, exist_ok=True)
+        self.path, self.labels = out / "model.jsonl", labels
+
+    def __call__(self, metric: str, value: float | None, **more) -> None:
+        text = json.dumps({**self.labels, "metric": metric, "value": value, **more})
+        print(text, flush=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+def synchronize(device: str) -> None:
+    """Wait for the GPU, if there is one."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call, device: str, rounds: int) -> tuple[float, float]:
+    """Median and spread of the time of a call."""
+    found = []
+    for _ in range(rounds):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found), (max(found) - min(found)) / 2
+
+
+@torch.no_grad()
+def main() -> None:
+    """One provider, one way to run."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--provider", choices=("bf16", "freeact"), required=True)
+    parser.add_argument("--run", choices=("eager", "graph", "compile"), default="graph")
+    parser.add_argument("--shape", default="8b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--skip-compiled-prefill", action="store_true")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = shape_config(args.shape, args.layers)
+    meter = Meter(
+        args.out, provider=args.provider, run=args.run, shape=args.shape, layers=config.num_hidden_layers,
+        prompt=args.prompt,
+    )  # fmt: skip
+    begin = time.perf_counter()
+    model = (quantized if args.provider == "freeact" else plain)(config, device)
+    synchronize(device)
+    meter("build_seconds", time.perf_counter() - begin)
+    if device == "cuda":
+        meter("weight_bytes", torch.cuda.memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+    ids = torch.randint(0, config.vocab_size, (1, args.prompt), device=device)
+    cache = StaticCache(config=config, max_cache_len=args.prompt + args.tokens + 8)
+    positions = torch.arange(args.prompt, device=device)[None]
+
+    def prefill():
+        cache.reset()
+        return step(ids, positions)
+
+    def step(tokens, where):
+        return model(
+            input_ids=tokens, position_ids=where, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
+
+    first = time.perf_counter()
+    logits = prefill()
+    synchronize(device)
+    meter("first_prefill_seconds", time.perf_counter() - first)
+    if not torch.isfinite(logits).all():
+        meter("finite", 0.0)
+    value, spread = seconds(prefill, device, args.rounds)
+    meter("prefill_seconds", value, spread=spread, how="eager")
+    if device == "cuda":
+        meter("peak_bytes", torch.cuda.max_memory_allocated())
+    token, where = ids[:, :1].clone(), torch.full((1, 1), args.prompt, device=device)
+
+    def decode(call) -> None:
+        cache.reset()
+        prefill()
+        where.fill_(args.prompt)
+        for _ in range(4):
+            token.copy_(call(token, where)[:, -1:].argmax(-1))
+            where.add_(1)
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(args.tokens):
+            token.copy_(call(token, where)[:, -1:].argmax(-1))
+            where.add_(1)
+        synchronize(device)
+        found.append((time.perf_counter() - start) / args.tokens)
+
+    found: list[float] = []
+    call = step
+    if args.run == "graph" and device == "cuda":
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step(token, where)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = step(token, where)
+
+        def call(token, where):  # noqa: ARG001
+            graph.replay()
+            return kept
+    elif args.run == "compile":
+        call = torch.compile(step, mode="reduce-overhead" if device == "cuda" else "default", fullgraph=True)
+    begin = time.perf_counter()
+    decode(call)
+    meter("first_decode_seconds", time.perf_counter() - begin)
+    for _ in range(3):
+        decode(call)
+    meter("decode_seconds", statistics.median(found[1:]), spread=(max(found[1:]) - min(found[1:])) / 2)
+    if device == "cuda":
+        meter("peak_bytes_decode", torch.cuda.max_memory_allocated())
+    if args.run == "compile" and not args.skip_compiled_prefill:
+        torch._dynamo.reset()
+        compiled = torch.compile(step, fullgraph=True)
+
+        def prefill_compiled():
+            cache.reset()
+            compiled(ids, positions)
+
+        begin = time.perf_counter()
+        prefill_compiled()
+        synchronize(device)
+        meter("first_compiled_prefill_seconds", time.perf_counter() - begin)
+        value, spread = seconds(prefill_compiled, device, args.rounds)
+        meter("prefill_seconds", value, spread=spread, how="compile")
+
+
+if __name__ == "__main__":
+    main()

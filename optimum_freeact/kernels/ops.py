@@ -1,0 +1,142 @@
+"""The kernels as torch operators: opaque to `torch.compile`, safe in CUDA graphs, and never the end of a forward.
+
+A kernel that does not compile or launch is replaced by its reference for the rest of the process, with one warning that
+names it. Running out of memory is no such failure and is passed on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import torch
+from torch import Tensor
+
+from optimum_freeact.kernels import reference
+from optimum_freeact.kernels.dispatch import DP4A_ROWS
+from optimum_freeact.kernels.tables import TENSORS, InputTables, branch_width
+
+
+logger = logging.getLogger(__name__)
+
+FEW_ROWS = 48  # rows up to which one launch, a program per row, beats two that share the basis
+
+_failed: dict[str, str] = {}
+_lock = threading.Lock()
+
+
+def failures() -> dict[str, str]:
+    """Kernels that failed in this process, and how."""
+    return dict(_failed)
+
+
+def _attempt(name: str, kernel, fallback):
+    """`kernel()`, or from its first failure on `fallback()`."""
+    if name not in _failed:
+        try:
+            return kernel()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler raises
+            with _lock:
+                if name not in _failed:
+                    _failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+                    logger.warning(
+                        "The kernel %s failed (%s); plain torch takes its place from here on, at a loss of speed only. "
+                        "FREEACT_KERNELS=torch avoids the attempt.",
+                        name,
+                        _failed[name],
+                    )
+    return fallback()
+
+
+@torch.library.custom_op("freeact::round_rows", mutates_args=())
+def round_rows(
+    x: Tensor,
+    types: Tensor | None,
+    mean: Tensor | None,
+    channel_scale: Tensor | None,
+    basis: Tensor | None,
+    basis_scale: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    clip: Tensor,
+    factor: Tensor,
+    a: int,
+    b: int,
+    bits: int,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.round_rows` of `x` `(n, d)`; the branch has no columns where there is none."""
+    tensors = (mean, channel_scale, basis, basis_scale, left, right, clip, factor)
+    tables = InputTables(**dict(zip(TENSORS, tensors, strict=True)), a=a, b=b, bits=bits, symmetric=symmetric)
+
+    def kernel() -> reference.Rows:
+        if left.dtype == torch.float32:
+            from optimum_freeact.kernels import native
+
+            return native.round_rows(x, types, tables)
+        from optimum_freeact.kernels import rounding_triton
+
+        return rounding_triton.round_rows(x, types, tables, few=len(x) <= FEW_ROWS)
+
+    def plain() -> reference.Rows:
+        return reference.round_rows(x, types, tables.input_map(), clip, bits, symmetric, tables.branch)
+
+    rows = _attempt(f"round_rows[{a}x{b}]", kernel, plain)
+    return (
+        rows.codes,
+        rows.stats,
+        x.new_zeros((len(x), 0), dtype=torch.float32) if rows.branch is None else rows.branch,
+    )
+
+
+@round_rows.register_fake
+def _(x, types, mean, channel_scale, basis, basis_scale, left, right, clip, factor, a, b, bits, symmetric):  # noqa: ARG001
+    n, d = x.shape
+    width = 0 if basis is None else branch_width(basis.shape[0], clip.shape[0])
+    return (
+        x.new_empty((n, d), dtype=torch.int8),
+        x.new_empty((3, n), dtype=torch.float32),
+        x.new_empty((n, width), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("freeact::w4_linear", mutates_args=())
+def w4_linear(
+    codes: Tensor,
+    stats: Tensor,
+    branch: Tensor,
+    types: Tensor | None,
+    packed: Tensor,
+    qscale: Tensor,
+    row_sum: Tensor,
+    low_rank: Tensor | None,
+    low_rank_scale: Tensor | None,
+    type_bias: Tensor | None,
+    out_dtype: torch.dtype,
+    bits: int,
+    native: bool,
+) -> Tensor:
+    """`reference.w4_linear` of rounded rows; `(n, m)`. `bits` of the codes; `native` for the kernel in C."""
+    rows = reference.Rows(codes, stats, branch if low_rank is not None else None)
+    weight = reference.Weight(packed, qscale, row_sum, low_rank, low_rank_scale, type_bias)
+
+    def kernel() -> Tensor:
+        if native:
+            from optimum_freeact.kernels.native import w4_linear as native_linear
+
+            return native_linear(rows, types, weight, out_dtype, bits)
+        from optimum_freeact.kernels import dp4a_triton, w4_triton
+
+        if 0 < len(codes) <= DP4A_ROWS and codes.shape[1] % 8 == 0:
+            return dp4a_triton.w4_linear(rows, types, weight, out_dtype)
+        return w4_triton.w4_linear(rows, types, weight, out_dtype)
+
+    name = f"w4_linear[{'few' if len(codes) <= DP4A_ROWS else 'many'}]"
+    return _attempt(name, kernel, lambda: reference.w4_linear(rows, types, weight, out_dtype))
+
+
+@w4_linear.register_fake
+def _(codes, stats, branch, types, packed, qscale, row_sum, low_rank, scale, bias, out_dtype, bits, native):  # noqa: ARG001
+    return codes.new_empty((codes.shape[0], packed.shape[0]), dtype=out_dtype)

@@ -1,0 +1,159 @@
+"""What a kernel reads of a layer's input side: the stored map once more, in the types and order the kernels want."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from optimum_freeact.transforms.affine_map import InputMap
+
+
+def padded(size: int) -> int:
+    """Edge of the smallest tile that tensor cores take and that holds `size`: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def branch_width(rank: int, n_types: int) -> int:
+    """Columns of the padded branch: the high-precision coordinates, then one column per token type for the biases."""
+    return padded(rank + n_types)
+
+
+TENSORS = ("mean", "channel_scale", "basis", "basis_scale", "left", "right", "clip", "factor")
+
+
+@dataclass
+class InputTables:
+    """Constants of one input, see [`make_tables`].
+
+    Args:
+        mean (`bfloat16`, shape `(n_means, d)`, *optional*): Means of the token types.
+        channel_scale (`float32`, shape `(d,)`, *optional*): Scale of each channel.
+        basis (`int8`, shape `(r, d)`, *optional*): Codes of the branch's basis, transposed.
+        basis_scale (`float32`, shape `(r,)`, *optional*): Their scales.
+        left (`float16`, shape `(padded a, padded a)`): Left factor, transposed, padded with zeros.
+        right (`float16`, shape `(padded b, padded b)`): Right factor, even columns before odd ones.
+        clip (`float32`, shape `(n_types,)`): Share of the range kept, per type.
+        factor (`float32`, shape `()`): The stored factors' product is that of `left` and `right` times this.
+        a, b (`int`): Sizes of the factors.
+        bits (`int`): 4 or 8.
+        symmetric (`bool`): Kind of the grid.
+    """
+
+    mean: torch.Tensor | None
+    channel_scale: torch.Tensor | None
+    basis: torch.Tensor | None
+    basis_scale: torch.Tensor | None
+    left: torch.Tensor
+    right: torch.Tensor
+    clip: torch.Tensor
+    factor: torch.Tensor
+    a: int
+    b: int
+    bits: int
+    symmetric: bool
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """All tensors, in the order of the fields."""
+        return tuple(getattr(self, name) for name in TENSORS)
+
+    def input_map(self) -> InputMap:
+        """The map once more, float32, as far as float16 factors hold it."""
+        found = InputMap(
+            mean=None if self.mean is None else self.mean.float(),
+            channel_scale=self.channel_scale,
+            basis=None if self.basis is None else (self.basis.float() * self.basis_scale[:, None]).mT,
+        )
+        if self.left.dtype == torch.float32:
+            found.left, found.right = self.left.mT, self.right
+            return found
+        half = self.b // 2
+        right = self.right[: self.b, : self.b].float()
+        right = torch.stack((right[:, :half], right[:, half:]), dim=-1).flatten(-2)
+        found.left, found.right = self.left[: self.a, : self.a].float().mT * self.factor, right
+        return found
+
+    @property
+    def width(self) -> int:
+        """Number of input features."""
+        return self.a * self.b
+
+    @property
+    def rank(self) -> int:
+        """Columns of the branch."""
+        return 0 if self.basis is None else self.basis.shape[0]
+
+    @property
+    def branch(self) -> int:
+        """Columns of the padded branch."""
+        return branch_width(self.rank, len(self.clip))
+
+
+def half_factor(matrix: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """A matrix in float16 and the factor it lacks.
+
+    A rotation whose entries have all one magnitude (a Hadamard matrix over its root) becomes plus and minus one power of
+    two, which float16 and every product with it hold exactly; others are rounded to 11 bits and shrunk to a norm of at
+    most one, so that no product of a row outgrows float16.
+    """
+    size = float(matrix.abs().max())
+    if size > 0 and torch.allclose(matrix.abs(), torch.full_like(matrix, size), rtol=1e-5, atol=0.0):
+        power = 2.0 ** math.floor(math.log2(size) + 1e-6)
+        return (matrix.sign() * power).half(), size / power
+    norm = float(torch.linalg.matrix_norm(matrix.float(), 2))
+    shrink = 2.0 ** math.ceil(math.log2(norm) - 1e-3) if norm > 0 else 1.0
+    return (matrix / shrink).half(), shrink
+
+
+def make_tables(
+    found: InputMap, basis: torch.Tensor | None, basis_scale: torch.Tensor | None, clip: torch.Tensor, bits: int,
+    symmetric: bool,
+) -> InputTables:  # fmt: skip
+    """Tables of a stored map with Kronecker factors (float32) and of the codes of its basis, shape `(d, r)`."""
+    left, left_factor = half_factor(found.left)
+    right, right_factor = half_factor(found.right)
+    a, b = len(left), len(right)
+    padded_left = left.new_zeros(padded(a), padded(a))
+    padded_left[:a, :a] = left.mT
+    padded_right = right.new_zeros(padded(b), padded(b))
+    padded_right[:b, :b] = torch.cat((right[:, 0::2], right[:, 1::2]), dim=1)
+    return InputTables(
+        mean=None if found.mean is None else found.mean.to(torch.bfloat16).contiguous(),
+        channel_scale=found.channel_scale,
+        basis=None if basis is None else basis.mT.contiguous(),
+        basis_scale=basis_scale,
+        left=padded_left,
+        right=padded_right,
+        clip=clip,
+        factor=torch.tensor(left_factor * right_factor, device=clip.device),
+        a=a,
+        b=b,
+        bits=bits,
+        symmetric=symmetric,
+    )
+
+
+def make_native_tables(
+    found: InputMap,
+    basis: torch.Tensor | None,
+    basis_scale: torch.Tensor | None,
+    clip: torch.Tensor,
+    bits: int,
+    symmetric: bool,
+) -> InputTables:
+    """The same for the kernels in C: float32 factors as they are, the left one transposed."""
+    return InputTables(
+        mean=None if found.mean is None else found.mean.to(torch.bfloat16).contiguous(),
+        channel_scale=found.channel_scale,
+        basis=None if basis is None else basis.mT.contiguous(),
+        basis_scale=basis_scale,
+        left=found.left.mT.contiguous(),
+        right=found.right.contiguous(),
+        clip=clip,
+        factor=torch.ones((), device=clip.device),
+        a=len(found.left),
+        b=len(found.right),
+        bits=bits,
+        symmetric=symmetric,
+    )

@@ -1,0 +1,211 @@
+"""Triton: rows of codes times a packed 4-bit weight, with everything that follows in the same pass (`reference.w4_linear`).
+
+The integer product is exact. Bytes of the weight are taken apart in registers into two operands of unsigned nibbles
+(code + 8; the eight is taken back by the sum of the row's codes), one for the even and one for the odd columns. The
+weight is the left operand, which tensor cores read from registers, so that nothing unpacked ever goes through memory.
+
+What follows is one product of bfloat16 pairs with 32 or 64 columns: the high-precision coordinates against the low-rank
+branch, and the token's type, as a row of a unit matrix, against the biases of the types.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from optimum_freeact.kernels.reference import Rows, Weight
+from optimum_freeact.kernels.tables import branch_width
+from optimum_freeact.kernels.triton_state import DOT_TYPE, INTERPRETED
+
+
+@triton.jit
+def nibbles(w, PLAIN: tl.constexpr):
+    """Low and high nibbles of bytes, as int8 from 0 to 15."""
+    if PLAIN:
+        low = (w & 0xF).to(tl.int8)
+        high = (w >> 4).to(tl.int8)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b; and.b32 a, $2, 0x0F0F0F0F; shr.u32 b, $2, 4; and.b32 b, b, 0x0F0F0F0F;"
+            " mov.b32 $0, a; mov.b32 $1, b; }",
+            "=r,=r,r",
+            [w],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    return low, high
+
+
+@triton.jit
+def _branch_product(
+    branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, tokens, outs, n, m, n_bias,
+    HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """(outs, tokens): low-rank branch and biases of the types."""
+    c = tl.arange(0, PR)
+    is_out, is_token = outs < m, tokens < n
+    left = tl.zeros((outs.shape[0], PR), tl.float32)
+    right = tl.zeros((PR, tokens.shape[0]), tl.float32)
+    if RANK > 0:
+        in_rank = c < RANK
+        left += tl.load(
+            low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out[:, None] & in_rank[None, :], other=0
+        ).to(tl.float32)
+        right += tl.load(
+            branch_ptr + tokens[None, :] * PR + c[:, None], mask=is_token[None, :] & in_rank[:, None], other=0.0
+        ) * tl.load(low_rank_scale_ptr + c, mask=in_rank, other=0.0)[:, None]  # fmt: skip
+    if HAS_BIAS:
+        kind = c - RANK
+        is_kind = (kind >= 0) & (kind < n_bias)
+        left += tl.load(
+            bias_ptr + kind[None, :] * m + outs[:, None], mask=is_out[:, None] & is_kind[None, :], other=0.0
+        )
+        if HAS_TYPES:
+            found = tl.minimum(tl.load(types_ptr + tokens, mask=is_token, other=0), n_bias - 1).to(tl.int32)
+        else:
+            found = tl.zeros((tokens.shape[0],), tl.int32)
+        right += (found[None, :] == kind[:, None]).to(tl.float32)
+    left_upper, right_upper = left.to(tl.bfloat16), right.to(tl.bfloat16)
+    left_lower = (left - left_upper.to(tl.float32)).to(tl.bfloat16).to(DOT)
+    right_lower = (right - right_upper.to(tl.float32)).to(tl.bfloat16).to(DOT)
+    left_upper, right_upper = left_upper.to(DOT), right_upper.to(DOT)
+    return tl.dot(left_upper, right_upper, tl.dot(left_lower, right_upper, tl.dot(left_upper, right_lower)))
+
+
+@triton.jit
+def _w4_linear(
+    codes_ptr, stats_ptr, branch_ptr, types_ptr, w_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr,
+    bias_ptr, y_ptr, n, m, n_bias, partial_ptr, count_ptr,
+    HALF: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+    PLAIN: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    part = tl.program_id(1)
+    n_blocks, m_blocks = tl.cdiv(n, BM), tl.cdiv(m, BN)
+    per_group = GROUP * n_blocks  # GROUP blocks of outputs are visited for all tokens before the next ones
+    first = (pid // per_group) * GROUP
+    size = tl.minimum(m_blocks - first, GROUP)
+    pid_m = first + (pid % per_group) % size
+    pid_n = (pid % per_group) // size
+    tokens = pid_n * BM + tl.arange(0, BM)
+    outs = pid_m * BN + tl.arange(0, BN)
+    safe_tokens = tl.where(tokens < n, tokens, 0).to(tl.int64)
+    safe_outs = tl.where(outs < m, outs, 0).to(tl.int64)
+    k = tl.arange(0, BK)
+    w_ptrs = w_ptr + safe_outs[:, None] * HALF + k[None, :]
+    even_ptrs = codes_ptr + safe_tokens[None, :] * (2 * HALF) + k[:, None]
+    acc = tl.zeros((BN, BM), tl.int32)
+    STEPS: tl.constexpr = (HALF + BK - 1) // BK
+    PER_PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    for step in range(part * PER_PART, tl.minimum((part + 1) * PER_PART, STEPS)):
+        at = step * BK
+        if HALF % BK == 0:
+            w = tl.load(w_ptrs + at)
+            even = tl.load(even_ptrs + at)
+            odd = tl.load(even_ptrs + at + HALF)
+        else:  # codes beyond the row are zeros, so what the weight holds there does not count
+            w = tl.load(w_ptrs + at, mask=(k + at < HALF)[None, :], other=0)
+            even = tl.load(even_ptrs + at, mask=(k + at < HALF)[:, None], other=0)
+            odd = tl.load(even_ptrs + at + HALF, mask=(k + at < HALF)[:, None], other=0)
+        low, high = nibbles(w, PLAIN)
+        acc = tl.dot(low, even, acc, out_dtype=tl.int32)
+        acc = tl.dot(high, odd, acc, out_dtype=tl.int32)
+    if SPLIT > 1:
+        here = outs[:, None] * BM + tl.arange(0, BM)[None, :]  # partial sums: (SPLIT, m_blocks * BN, BM)
+        own = partial_ptr + (part * m_blocks * BN * BM + here)
+        tl.store(own, acc)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(count_ptr + pid, 1, sem="acq_rel")
+        if arrived != SPLIT - 1:
+            return
+        tl.store(count_ptr + pid, 0)  # ready for the next launch
+        acc = tl.zeros((BN, BM), tl.int32)
+        for other in range(SPLIT):
+            acc += tl.load(partial_ptr + (other * m_blocks * BN * BM + here), cache_modifier=".cg")
+    is_token, is_out = tokens < n, outs < m
+    scale = tl.load(stats_ptr + tokens, mask=is_token, other=0.0)
+    offset = tl.load(stats_ptr + n + tokens, mask=is_token, other=0.0)
+    total = tl.load(stats_ptr + 2 * n + tokens, mask=is_token, other=0.0).to(tl.int32)
+    row_sum = tl.load(row_sum_ptr + outs, mask=is_out, other=0).to(tl.float32)
+    y = (acc - 8 * total[None, :]).to(tl.float32) * scale[None, :] + offset[None, :] * row_sum[:, None]
+    y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
+    if HAS_BIAS or RANK > 0:
+        y += _branch_product(
+            branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, tokens, outs, n, m, n_bias,
+            HAS_TYPES, HAS_BIAS, RANK, PR, DOT,
+        )  # fmt: skip
+    tl.store(
+        y_ptr + tokens.to(tl.int64)[:, None] * m + outs[None, :],
+        tl.trans(y).to(y_ptr.dtype.element_ty),
+        mask=is_token[:, None] & is_out[None, :],
+    )
+
+
+# (tokens at most, launch): BM tokens, BN outputs, BK bytes of K, SPLIT parts of K
+LAUNCHES: tuple[tuple[int, dict], ...] = (
+    (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4}),
+    (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4}),
+    (1 << 62, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 8, "stages": 4}),
+)
+
+
+def launch_for(n: int, m: int, half: int) -> dict:
+    """Launch settings for `n` tokens, `m` outputs and rows of `half` bytes."""
+    found = dict(next(settings for most, settings in LAUNCHES if n <= most))
+    blocks = triton.cdiv(n, found["BM"]) * triton.cdiv(m, found["BN"])
+    split = 1
+    while n <= 64 and blocks * split < 3 * 132 and half // (split * 2) >= 4 * found["BK"]:
+        split *= 2
+    return {"SPLIT": split, **found}
+
+
+_COUNTERS: dict[torch.device, torch.Tensor] = {}
+
+
+def _counters(device: torch.device, size: int) -> torch.Tensor:
+    """Zeros that each launch leaves as zeros; one buffer per device."""
+    if device not in _COUNTERS or len(_COUNTERS[device]) < size:
+        _COUNTERS[device] = torch.zeros(max(size, 8192), dtype=torch.int32, device=device)
+    return _COUNTERS[device]
+
+
+def w4_linear(
+    rows: Rows,
+    types: torch.Tensor | None,
+    weight: Weight,
+    out_dtype: torch.dtype,
+    *,
+    options: dict | None = None,
+) -> torch.Tensor:
+    """Output `(n, m)` of rounded rows; `options` overrides launch settings."""
+    n, d = rows.codes.shape
+    m, half = weight.packed.shape
+    y = torch.empty(n, m, dtype=out_dtype, device=rows.codes.device)
+    if n == 0:
+        return y
+    bias, low_rank = weight.type_bias, weight.low_rank
+    rank = 0 if low_rank is None else low_rank.shape[1]
+    n_bias = 0 if bias is None else len(bias)
+    if n_bias == 1:
+        types = None
+    launch = {**launch_for(n, m, half), **(options or {})}
+    blocks = triton.cdiv(n, launch["BM"]) * triton.cdiv(m, launch["BN"])
+    split, partial, counters = launch["SPLIT"], None, None
+    if split > 1:
+        if n > launch["BM"]:
+            raise ValueError(f"SPLIT={split} needs all {n} tokens in one block, got BM={launch['BM']}.")
+        size = split * triton.cdiv(m, launch["BN"]) * launch["BN"] * launch["BM"]
+        partial = torch.empty(size, dtype=torch.int32, device=y.device)
+        counters = _counters(y.device, blocks)
+    width = rows.branch.shape[1] if rows.branch is not None else branch_width(0, n_bias)
+    _w4_linear[(blocks, split)](
+        rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, weight.row_sum, low_rank,
+        weight.low_rank_scale, bias, y, n, m, n_bias, partial, counters, HALF=half, HAS_TYPES=types is not None,
+        HAS_BIAS=bias is not None, RANK=rank, PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
+        GROUP=launch["GROUP"], SPLIT=split, PLAIN=INTERPRETED, DOT=DOT_TYPE, num_warps=launch["warps"], num_stages=launch["stages"],
+    )  # fmt: skip
+    return y

@@ -1,0 +1,98 @@
+"""Triton's products with packed weights against their specification: integers exactly, the rest to float32's last bits."""
+
+import pytest
+import torch
+
+from optimum_freeact.kernels import reference
+from optimum_freeact.numerics.packing import unpack
+from tests.freeact.kernels.cases import random_weight, to
+
+
+def random_rows(n, d, rank=4, width=16, bits=4, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    top = 1 << (bits - 1)
+    codes = torch.randint(-top, top, (n, d), dtype=torch.int8, generator=generator)
+    stats = torch.randn(3, n, generator=generator)
+    stats[2] = codes.sum(1)
+    branch = torch.zeros(n, width)
+    branch[:, :rank] = torch.randn(n, rank, generator=generator)
+    return reference.Rows(codes, stats, branch if rank else None)
+
+
+def product(name):
+    from optimum_freeact.kernels import dp4a_triton, w4_triton
+
+    return {"mma": w4_triton.w4_linear, "dp4a": dp4a_triton.w4_linear}[name]
+
+
+def both(device, name, rows, types, weight, **options):
+    got = product(name)(
+        to(rows, device), None if types is None else types.to(device), to(weight, device), torch.float32, **options
+    )
+    return got.cpu().double(), reference.w4_linear(rows, types, weight, torch.float64, torch.float64)
+
+
+def test_split_columns_meet_the_nibbles():
+    weight = random_weight(5, 32)
+    codes = torch.arange(64, dtype=torch.int8).reshape(2, 32)
+    dense = unpack(weight.packed.unsqueeze(1), 4, 32, torch.int8).flatten(1)
+    assert torch.equal(reference.join_columns(reference.split_columns(codes)), codes)
+    assert torch.equal(
+        reference.w4_product(reference.split_columns(codes), weight.packed).long(), codes.long() @ dense.long().mT
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("name", "n", "m", "d"),
+    [
+        ("mma", 1, 40, 96), ("mma", 17, 130, 192), ("mma", 3, 64, 1536), ("mma", 70, 33, 112),
+        ("dp4a", 1, 40, 96), ("dp4a", 2, 33, 1536), ("dp4a", 4, 7, 176),
+    ],
+)  # fmt: skip
+def test_products_are_exact_integers(device, name, n, m, d, bits):
+    """With unit scales and no offset the output is the integer product itself, worst cases included."""
+    weight = random_weight(m, d, rank=0, n_bias=0)._replace(qscale=torch.ones(m))
+    rows = random_rows(n, d, rank=0, bits=bits)
+    rows.codes[0] = -(1 << (bits - 1))
+    weight.packed[0] = 0  # all codes -8
+    weight = weight._replace(
+        row_sum=unpack(weight.packed.unsqueeze(1), 4, d, torch.int8).flatten(1).sum(1, dtype=torch.int32)
+    )
+    stats = torch.stack((torch.ones(n), torch.zeros(n), rows.codes.sum(1).float()))
+    got, want = both(device, name, rows._replace(stats=stats), None, weight)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("rank", "n_bias"), [(4, 2), (0, 2), (4, 0), (0, 0), (4, 1), (0, 5)])
+@pytest.mark.parametrize(("name", "n"), [("mma", 20), ("dp4a", 3)])
+def test_everything_that_follows(device, name, n, rank, n_bias):
+    weight = random_weight(50, 160, rank=rank, n_bias=n_bias)
+    rows = random_rows(n, 160, rank=rank)
+    types = torch.arange(n) % max(n_bias, 1)
+    got, want = both(device, name, rows, types, weight)
+    assert (got - want).norm() <= 2e-5 * want.norm()
+
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_parts_of_a_row_are_summed_exactly_and_again(device, split):
+    """Counters are left as they were found, so a second launch (or a graph's replay) is right too."""
+    weight, rows = random_weight(70, 640), random_rows(5, 640)
+    types = torch.zeros(5, dtype=torch.long)
+    results = [both(device, "mma", rows, types, weight, options={"SPLIT": split, "BK": 64}) for _ in range(3)]
+    assert all(torch.equal(got, results[0][0]) for got, _ in results)
+    assert (results[0][0] - results[0][1]).norm() <= 2e-5 * results[0][1].norm()
+
+
+@pytest.mark.parametrize("name", ["mma", "dp4a"])
+def test_nan_goes_through(device, name):
+    weight, rows = random_weight(20, 96), random_rows(3, 96)
+    rows.stats[0, 1] = float("nan")
+    got, _ = both(device, name, rows, torch.zeros(3, dtype=torch.long), weight)
+    assert got.isnan().any(1).tolist() == [False, True, False]
+    assert got[1].isnan().all()
+
+
+def test_no_rows(device):
+    got = product("mma")(to(random_rows(0, 96), device), None, to(random_weight(20, 96), device), torch.bfloat16)
+    assert got.shape == (0, 20)
