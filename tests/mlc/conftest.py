@@ -1,5 +1,7 @@
 """A tiny model, a byte tokenizer with a chat template, and a parallel data set in made-up languages."""
 
+import gc
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -42,6 +44,13 @@ def tiny_llama(tokenizer, seed: int = 0) -> LlamaForCausalLM:
         bos_token_id=None,
     )
     return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frozen_heap():
+    """Every training collects garbage once; what the imports left need not be walked a hundred times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

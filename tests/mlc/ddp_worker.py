@@ -5,6 +5,7 @@ On several, gradients under `fully_shard` are compared afterwards: one launch, s
 torchrun --nproc-per-node 2 -m tests.mlc.ddp_worker <model folder> <output folder>
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -83,6 +84,7 @@ def main() -> None:
     model, folder = sys.argv[1], Path(sys.argv[2])
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     torch.set_num_threads(1)
+    gc.freeze()
     for name in CASES:
         torch.save(run_case(name, model, folder, world), folder / f"{name}-{world}-{rank}.pt")
     fsdp_worker.check(model)
