@@ -10,6 +10,8 @@ from torch import nn
 
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import plan
+from optimum_freeact.kernels.native import NativeSide
+from optimum_freeact.kernels.native import NativeSide
 from optimum_freeact.kernels.tables import InputTables, make_native_tables, make_tables
 from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, quantize
 from optimum_freeact.numerics.kronecker import factor_pair
@@ -89,7 +91,8 @@ class FreeActInput(nn.Module):
         self.state = state
         self._last: tuple | None = None
         self._tables: InputTables | None = None
-        self._prepared = self.tables_are_native = False
+        self._native: NativeSide | None = None
+        self._prepared = False
         self.reader_settings: list[tuple[int, int | None]] = []  # bits and group size of each linear
         self._is_hf_initialized = True  # transformers must not initialise these tensors: they are always loaded
         self.register_buffer("clip", torch.ones(n_types))
@@ -116,7 +119,7 @@ class FreeActInput(nn.Module):
     @torch.no_grad()
     def store(self, found: InputMap) -> None:
         """Write a map into the buffers, rounded to their types."""
-        self._tables = None
+        self._tables = self._native = None
         for name, value in vars(found).items():
             if value is not None and name != "basis":
                 getattr(self, name).copy_(value)
@@ -127,7 +130,7 @@ class FreeActInput(nn.Module):
 
     def prepare(self) -> None:
         """Choose what runs on the device where the tensors are, and make the tables that a kernel reads."""
-        self._prepared, self._tables, self._last = True, None, None
+        self._prepared, self._tables, self._native, self._last = True, None, None, None
         if self.clip.device.type == "meta" or not self.reader_settings:
             return
         plans = {
@@ -141,10 +144,11 @@ class FreeActInput(nn.Module):
             ).name
             for bits, group_size in set(self.reader_settings)
         }
-        self.tables_are_native = plans == {"native"}
         make = {("triton",): make_tables, ("native",): make_native_tables}.get(tuple(plans))
         if make is not None:
-            self._tables = make(self.input_map(), self.basis, self.basis_scale, self.clip, self.bits, self.symmetric)
+            stored = (self.input_map(), self.basis, self.basis_scale, self.clip, self.bits, self.symmetric)
+            self._tables = make(*stored)
+            self._native = NativeSide(self._tables) if make is make_native_tables else None
 
     def forward(self, x: torch.Tensor) -> RoundedInput | KernelRows:
         """Round rows `x` of shape `(..., in_features)`; the linears of one group get the same object."""
@@ -186,6 +190,8 @@ class FreeActInput(nn.Module):
         types = None if types is None else types.reshape(-1)
         tables = self._tables
         flat = x.reshape(-1, self.in_features).contiguous()
+        if self._native is not None and not torch.compiler.is_compiling():
+            return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1])
         found = ops.round_rows(flat, types, *tables.tensors(), tables.a, tables.b, self.bits, self.symmetric)
         return KernelRows(*found, types, x.shape[:-1])
 
@@ -197,7 +203,7 @@ class FreeActInput(nn.Module):
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
 
     def _apply(self, fn, recurse: bool = True) -> FreeActInput:
-        self._tables = None
+        self._tables = self._native = None
         result = keep_dtypes(self, super()._apply, fn, recurse)
         if self._prepared:
             self.prepare()
