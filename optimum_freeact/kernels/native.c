@@ -162,6 +162,7 @@ static inline __attribute__((always_inline)) void dots(
     int32_t total[4][TOKENS] = {{0}};
 #if defined(__AVX2__)
     const __m256i nibble = _mm256_set1_epi8(0x0f), ones = _mm256_set1_epi16(1);
+    const long ahead = (outs * half) * (half < 600 ? 2 : 1);
     __m256i wide[4][TOKENS];
     for (int o = 0; o < outs; o++)
         for (int t = 0; t < tokens; t++) wide[o][t] = _mm256_setzero_si256();
@@ -172,6 +173,10 @@ static inline __attribute__((always_inline)) void dots(
         const long left = (half - k) / 32, now = left < steps ? left : steps;
         for (long s = 0; s < now; s++, k += 32) {
             __m256i low[4], high[4];
+            if (tokens == 1) { /* rows follow each other in memory: fetch those that come next */
+                _mm_prefetch((const char *)(w + ahead + outs * k), _MM_HINT_T0);
+                _mm_prefetch((const char *)(w + ahead + outs * k + 64), _MM_HINT_T0);
+            }
             for (int o = 0; o < outs; o++) {
                 const __m256i bytes = _mm256_loadu_si256((const __m256i *)(w + o * half + k));
                 low[o] = _mm256_and_si256(bytes, nibble);
@@ -211,7 +216,7 @@ static inline __attribute__((always_inline)) void dots(
         for (int t = 0; t < tokens; t++) sums[t * stride + o] = total[o][t];
 }
 
-/* What one linear stores, reference.Weight; absent parts are NULL. */
+/* What one linear stores, reference.Weight; absent parts are NULL. `low_rank` is transposed. */
 typedef struct {
     const uint8_t *packed;
     const float *qscale;
@@ -235,9 +240,6 @@ void freeact_w4_linear(
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long at = 0; at < blocks; at++) {
         const long from = at * BLOCK, count = m - from < BLOCK ? m - from : BLOCK;
-        float factors[64 * BLOCK]; /* of the branch: one row for each of its columns, so that outputs are adjacent */
-        for (long o = 0; o < count; o++)
-            for (long r = 0; r < rank; r++) factors[r * BLOCK + o] = (float)low_rank[(from + o) * rank + r];
         for (long first = 0; first < n; first += TOKENS) {
             const int tokens = n - first < TOKENS ? (int)(n - first) : TOKENS;
             const int8_t *x = codes + first * 2 * half;
@@ -262,7 +264,8 @@ void freeact_w4_linear(
                     value[i] = ((float)(sums[t * BLOCK + i] - shift) * scale + offset * (float)row_sum[from + i]) * qscale[from + i];
                 for (long r = 0; r < rank; r++) {
                     const float p = branch[row * width + r] * low_rank_scale[r];
-                    for (long i = 0; i < count; i++) value[i] += p * factors[r * BLOCK + i];
+                    const int8_t *factor = low_rank + r * m + from;
+                    for (long i = 0; i < count; i++) value[i] += p * (float)factor[i];
                 }
                 if (n_bias) {
                     const float *added = bias + (kind < n_bias ? kind : n_bias - 1) * m + from;

@@ -32,7 +32,6 @@ FLAGS = (
     "-O3 -march=native -std=c99 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros "
     "-fassociative-math"
 ).split()
-MAX_RANK = 64  # of the branch, a buffer in the C code
 
 
 def _cpu() -> str:
@@ -158,10 +157,10 @@ class NativeWeight:
     def __init__(self, weight: Weight):
         self.weight, self.m = weight, len(weight.packed)
         rank = 0 if weight.low_rank is None else weight.low_rank.shape[1]
-        if rank > MAX_RANK:
-            raise ValueError(f"the kernel in C serves ranks up to {MAX_RANK}, got {rank}.")
         n_bias = 0 if weight.type_bias is None else len(weight.type_bias)
-        self._struct = _Weight(*map(_at, weight), self.m, weight.packed.shape[1], rank, n_bias)
+        self._low_rank = None if rank == 0 else weight.low_rank.mT.contiguous()
+        parts = weight._replace(low_rank=self._low_rank)
+        self._struct = _Weight(*map(_at, parts), self.m, weight.packed.shape[1], rank, n_bias)
         self.address = ctypes.addressof(self._struct)
 
     def __deepcopy__(self, memo: dict) -> NativeWeight:
