@@ -19,20 +19,24 @@ if TYPE_CHECKING:
 
 #: One text as one model sees it: token ids and the positions to record.
 ModelText = tuple[list[int], list[int]]
+#: Up to this size a model runs in float32 on every device.
+FLOAT32_PARAMETERS = 1_000_000_000
 
 
 def load_backbone(model: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load a model without its head: float32 on the CPU, bfloat16 elsewhere, unless `dtype` says otherwise."""
+    """Load a model without its head, unless `dtype` says otherwise in float32; large ones off the CPU in bfloat16."""
     from transformers import AutoModel
     from transformers.utils import logging
 
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the head is left out on purpose; its absence is no news
     try:
-        return AutoModel.from_pretrained(model, dtype=dtype).to(device).eval()
+        loaded = AutoModel.from_pretrained(model, dtype=dtype or (torch.float32 if device == "cpu" else "auto"))
     finally:
         logging.set_verbosity(level)
+    if dtype is None and device != "cpu":
+        loaded = loaded.to(torch.float32 if loaded.num_parameters() <= FLOAT32_PARAMETERS else torch.bfloat16)
+    return loaded.to(device).eval()
 
 
 class Recorder:

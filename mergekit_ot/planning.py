@@ -13,7 +13,7 @@ import torch
 from mergekit_ot.activations import load_backbone, record
 from mergekit_ot.anchors import MatchedText, match_texts, require_fast
 from mergekit_ot.bundle import BundleError, PlanBundle, content_key, file_hash, load_bundle, model_hash
-from mergekit_ot.checkpoint import CheckpointReader
+from mergekit_ot.checkpoint import CheckpointReader, check_tensors
 from mergekit_ot.paper import solve_paper
 from mergekit_ot.rows import RowStore
 from mergekit_ot.settings import Calibration, PlanSettings
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_ROWS = 4096
 #: Stores below this many bytes are kept in float32, larger ones in float16 (block sites only).
 FLOAT32_LIMIT = 256 << 20
+#: Parameters from which a model is swept from memory at once; the sweep itself takes half a second.
+COLLECT_LIMIT = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,14 @@ def local_folder(model: str) -> Path:
 
 
 def open_pair(target: str, donor: str) -> Pair:
-    """Resolve both models and read their shapes."""
+    """Resolve both models, read their shapes and compare them with what their files hold."""
     folders = local_folder(target), local_folder(donor)
     if folders[0].resolve() == folders[1].resolve():
         raise ValueError(f"Target and donor are the same checkpoint, {folders[0]}; name a donor other than the base.")
-    return Pair(*folders, load_structure(folders[0]), load_structure(folders[1]))
+    pair = Pair(*folders, load_structure(folders[0]), load_structure(folders[1]))
+    check_tensors(pair.target_folder, pair.target)
+    check_tensors(pair.donor_folder, pair.donor)
+    return pair
 
 
 def plan_key(pair: Pair, calibration: Calibration, settings: PlanSettings, folder: str | Path = ".") -> str:
@@ -176,7 +181,9 @@ def record_pair(
             inputs = [(getattr(text, f"{side}_ids"), getattr(text, f"{side}_rows")) for text in texts]
             model = load_backbone(path, device)
             record(model, shape, inputs, store, quiet=quiet)
+            large = sum(parameter.numel() for parameter in model.parameters()) >= COLLECT_LIMIT
             del model
-            gc.collect()
+            if large:
+                gc.collect()
         stores.append(store)
     return tuple(stores)

@@ -22,7 +22,7 @@ class Lesson:
 
     Args:
         ids (`torch.Tensor` of shape `(length,)`): target token ids of the text.
-        rows (`torch.Tensor` of shape `(n,)`): matched positions in it.
+        rows (`torch.Tensor` of shape `(n,)`): taught positions in it.
         tokens (`torch.Tensor` of shape `(n, k)`): target tokens the donor finds likeliest to come next.
         probabilities (`torch.Tensor` of shape `(n, k)`): their probabilities, rows summing to one.
         states (`torch.Tensor` of shape `(n, width_target)`, *optional*): normalised donor stream, transported.
@@ -44,6 +44,7 @@ def prepare_lessons(
     *,
     top: int = 64,
     stream_map: torch.Tensor | None = None,
+    agreeing: bool = True,
 ) -> list[Lesson]:
     """Run the donor once over the adaptation texts and keep its likeliest continuations.
 
@@ -55,35 +56,47 @@ def prepare_lessons(
         top (`int`, *optional*, defaults to 64): continuations kept per position.
         stream_map (`torch.Tensor` of shape `(width_target, width_donor)`, *optional*): also keep the last stream,
             transported.
+        agreeing (`bool`, *optional*, defaults to `True`): leave out matched positions after which the tokenizations
+            part, that is where the plan sends the donor's next token to another than the target's: there the donor
+            was asked for a longer or a shorter piece of text, and its answer would argue against the right token.
 
     Returns:
-        `list[Lesson]` on the CPU, one per text with matched rows.
+        `list[Lesson]` on the CPU, one per text with taught rows.
     """
     device = next(donor.parameters()).device
     lessons = []
     for text in texts:
-        if not text.donor_rows:
+        pairs = [pair for pair in zip(text.target_rows, text.donor_rows) if not agreeing or _agree(text, *pair, plan)]
+        if not pairs:
             continue
         ids = torch.tensor([text.donor_ids], device=device)
+        target_rows, donor_rows = torch.tensor(pairs).T
         output = donor(input_ids=ids, use_cache=False, output_hidden_states=stream_map is not None)
-        logits = output.logits[0, torch.tensor(text.donor_rows, device=device)]
+        logits = output.logits[0, donor_rows.to(device)]
         likeliest = transport_distribution(logits, plan, target_size).topk(top, dim=-1)
         probabilities = likeliest.values / likeliest.values.sum(dim=-1, keepdim=True)
         states = None
         if stream_map is not None:
-            rows = output.hidden_states[-2][0, torch.tensor(text.donor_rows, device=device)].float()
+            rows = output.hidden_states[-2][0, donor_rows.to(device)].float()
             rows = rows / rows.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
             states = (rows @ stream_map.to(rows).T).cpu()
         lessons.append(
             Lesson(
                 torch.tensor(text.target_ids),
-                torch.tensor(text.target_rows),
+                target_rows.contiguous(),
                 likeliest.indices.cpu(),
                 probabilities.cpu(),
                 states,
             )
         )
     return lessons
+
+
+def _agree(text: MatchedText, target_row: int, donor_row: int, plan: torch.Tensor) -> bool:
+    """Whether the tokens that follow a matched position correspond; never at the end of a side."""
+    if target_row + 1 >= len(text.target_ids) or donor_row + 1 >= len(text.donor_ids):
+        return False
+    return int(plan[text.donor_ids[donor_row + 1]]) == text.target_ids[target_row + 1]
 
 
 def distribution_loss(logits: torch.Tensor, tokens: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:

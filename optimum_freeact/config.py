@@ -8,6 +8,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_freeact.presets import PRESETS
+from optimum_freeact.type_rules import AUTO, check_names, check_rule
 
 
 FORMAT_VERSION = 1
@@ -25,6 +26,8 @@ CHOICES = {
     "learned_start": ("closed_form", "random"),
     "error_correction": (True, False),
     "propagate_error": (True, False),
+    "exclusive": ("none", "fixed", "closed_form"),
+    "attention_compensation": (True, False),
 }
 # what a preset may leave open
 DEFAULTS: dict[str, Any] = {
@@ -43,13 +46,17 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "damping": 0.01,
     "modules_to_not_convert": None,
+    "type_rules": None,
+    "exclusive": "none",
+    "attention_compensation": False,
+    "exclusive_share": 1 / 32,
 }
 # known only while calibrating; never written
-RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress")
+RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress", "typer")
 # may be given anew when a saved model is loaded
-LOADING = ("kv_bits",)
+LOADING = ("kv_bits", "typer")
 # written by the quantizer for those who load
-RECORDED = ("input_groups", "weight_dtype", "cache_shapes", "calibration_record")
+RECORDED = ("input_groups", "exclusive_sizes", "weight_dtype", "cache_shapes", "calibration_record")
 
 
 class FreeActConfig(QuantizationConfigMixin):
@@ -74,19 +81,33 @@ class FreeActConfig(QuantizationConfigMixin):
         low_rank (`int`, *optional*): Rank of a branch, stored in one byte a number, that carries each input's strongest
             directions around the rounding; 0 for none.
         rounding (`str`, *optional*): `"rtn"` or `"gptq"` for the weights.
+        rounding_passes (`int`, *optional*): Passes of coordinate descent after `"gptq"`, each with a second choice for
+            every code; 0 is GPTQ itself.
         activation_clip (`float` or `"search"`, *optional*): Share of each token's range that the grid covers.
         weight_clip (`float` or `"search"`, *optional*): The same for each weight row.
-        token_types (`list[str]`, *optional*): `["text"]` or `["text", "sink"]`; the sink is the first token of each
-            sequence.
+        token_types (`list[str]`, *optional*): The types of tokens, `"text"` first. `"sink"` is the first token of each
+            sequence; `"mask"`, `"image"`, `"video"`, `"audio"` are placeholders that the model's config names, `"auto"`
+            stands for all that it names, and others need a rule.
+        type_rules (`dict`, *optional*): How tokens of a type are known: a list of token ids, or `{"column": argument,
+            "values": [1]}` for an argument of the model's forward of shape `(batch, sequence)`.
+        typer (*optional*): A callable instead of rules: it gets a forward's arguments as a dictionary and returns the
+            position of each token's type in `token_types`, of shape `(batch, sequence)`. Not saved: to be given again
+            when the model is loaded.
+        exclusive (`str`, *optional*, defaults to `"none"`): Coordinates that only one type uses and that are zero for
+            the others: `"fixed"` as in the paper, or `"closed_form"` where the measured error falls.
+        exclusive_share (`float` or `dict[str, float]`, *optional*, defaults to 0.03125): Share of each input's
+            coordinates per type; a dictionary gives it by the name of a linear that reads the input (others: 0).
         calibration (`str`, *optional*): `"closed_form"` (seconds) or `"learned"` (gradient steps on block outputs).
         learned_start (`str`, *optional*, defaults to `"closed_form"`): Where learning starts: `"closed_form"` or
             `"random"`. From the closed form it is kept only where the held-out block error falls.
         learning_rate (`float`, *optional*, defaults to 2e-3): Of AdamW on transforms and scales; clips use ten times it.
         epochs (`int`, *optional*, defaults to 15): Passes over the calibration samples per block when learning.
-        error_correction (`bool`, *optional*): Fit each weight so that its output on the quantized model's inputs
-            matches the full-precision model's.
+        error_correction (`bool`, *optional*): Move each weight half the way to the one whose output on the quantized
+            model's inputs is nearest to the full-precision model's.
         propagate_error (`bool`, *optional*, defaults to `True`): Calibrate each block on the outputs of the quantized
             blocks before it instead of the full-precision ones.
+        attention_compensation (`bool`, *optional*, defaults to `False`): Give the attention's output the moments that it has
+            in full precision, by the weight of the linear that reads it (STaR-Quant; closed form, no cost when running).
         dataset (`str`, `list` or `torch.Tensor`, *optional*): Calibration data: a dataset name (needs `datasets` and a
             reachable hub), the path of a text or JSON-lines file, a list of strings or of chat messages, or token ids
             of shape `(n, length)`. Needed to quantize, not to load. Not saved.
@@ -146,6 +167,7 @@ class FreeActConfig(QuantizationConfigMixin):
         for name in ("n_samples", "seq_len", "batch_size", "epochs"):
             self._check_int(name, minimum=1)
         self._check_int("low_rank", minimum=0)
+        self._check_int("rounding_passes", minimum=0)
         self._check_int("seed", minimum=0)
         if self.weight_group_size is not None:
             self._check_int("weight_group_size", minimum=2)
@@ -158,10 +180,7 @@ class FreeActConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {value!r}.")
-        if isinstance(self.token_types, tuple):
-            self.token_types = list(self.token_types)
-        if self.token_types not in (["text"], ["text", "sink"]):
-            raise ValueError(f"token_types must be ['text'] or ['text', 'sink'], got {self.token_types!r}.")
+        self._check_types()
         skipped = self.modules_to_not_convert
         if skipped is not None and not (isinstance(skipped, list) and all(isinstance(s, str) for s in skipped)):
             raise ValueError(f"modules_to_not_convert must be a list of module names, got {skipped!r}.")
@@ -170,6 +189,24 @@ class FreeActConfig(QuantizationConfigMixin):
                 f"calibration='learned' learns Kronecker factors: use transform='kronecker' or 'hadamard' (as a start), "
                 f"got {self.transform!r}."
             )
+        if self.attention_compensation and (self.calibration == "learned" or self.error_correction):
+            raise ValueError(
+                "attention_compensation=True corrects a layer in closed form: it goes with calibration='closed_form' and "
+                f"error_correction=False, got {self.calibration!r} and {self.error_correction}."
+            )
+
+    def _check_types(self) -> None:
+        if self.typer is not None and not callable(self.typer):
+            raise ValueError(f"typer must be a callable, got {self.typer!r}.")
+        if self.type_rules is not None:
+            if not isinstance(self.type_rules, dict):
+                raise ValueError(f"type_rules must be a dictionary, got {self.type_rules!r}.")
+            self.type_rules = {name: check_rule(name, rule) for name, rule in self.type_rules.items()}
+        self.token_types = check_names(self.token_types, self.type_rules, self.typer is not None)
+        shares = self.exclusive_share
+        shares = list(shares.values()) if isinstance(shares, dict) else [shares]
+        if any(isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 <= s <= 0.5 for s in shares):
+            raise ValueError(f"exclusive_share must lie in [0, 0.5], got {self.exclusive_share!r}.")
 
     def _check_int(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
@@ -178,7 +215,13 @@ class FreeActConfig(QuantizationConfigMixin):
 
     @property
     def n_types(self) -> int:
-        """Number of token types."""
+        """Number of token types; known once `"auto"` is replaced by what the model has.
+
+        Raises:
+            `ValueError`: before that.
+        """
+        if AUTO in self.token_types:
+            raise ValueError(f"token_types={self.token_types} is not resolved yet: the model's config decides.")
         return len(self.token_types)
 
     @property

@@ -22,18 +22,27 @@ class Moments:
         n_types (`int`): Number of token types.
         device (`torch.device`): Where sums live.
         paired (`bool`, *optional*, defaults to `False`): Whether [`update`] gets `y` too.
+        peaks (`bool`, *optional*, defaults to `False`): Whether the largest magnitude per channel is noted.
         n_rows (`int`, *optional*, defaults to 512): Sample rows kept (evenly over batches) for measuring real rounding.
     """
 
     def __init__(
-        self, n_features: int, n_types: int, device: torch.device, *, paired: bool = False, n_rows: int = 512
+        self,
+        n_features: int,
+        n_types: int,
+        device: torch.device,
+        *,
+        paired: bool = False,
+        peaks: bool = False,
+        n_rows: int = 512,
     ):
         self.n_types = n_types
         self.count = torch.zeros(n_types, dtype=torch.float64, device=device)
         self.shift = torch.zeros(n_types, n_features, dtype=torch.float64, device=device)
         self.sum = torch.zeros_like(self.shift)  # of x - shift
         self.second = torch.zeros(n_types, n_features, n_features, dtype=torch.float64, device=device)
-        self.peak = torch.zeros(n_features, dtype=torch.float32, device=device)  # largest |x| per channel
+        # largest |x| per channel
+        self.peak = torch.zeros(n_features, dtype=torch.float32, device=device) if peaks else None
         self.paired = paired
         self.sum_y = torch.zeros_like(self.sum) if paired else None
         self.cross = torch.zeros_like(self.second) if paired else None  # sum of (y - shift)^T (x - shift)
@@ -50,29 +59,38 @@ class Moments:
             y (`torch.Tensor` of shape `(n, n_features)`, *optional*): Paired rows.
         """
         x = x.float()
-        self.peak = torch.maximum(self.peak, x.abs().amax(0))
+        if self.peak is not None:
+            self.peak = torch.maximum(self.peak, x.abs().amax(0))
         self._keep_rows(x, types)
         for kind in range(self.n_types):
             chosen = types == kind
             n = int(chosen.sum())
             if n == 0:
                 continue
-            rows = x if n == len(x) else x[chosen]
-            if self.count[kind] == 0:
-                self.shift[kind] = rows.mean(0, dtype=torch.float64)
-            rows = self._about_shift(rows, kind)
+            if self.count[kind] == 0:  # a float32 number, so that float32 rows are shifted without a second rounding
+                self.shift[kind] = x[chosen].mean(0, dtype=torch.float64).float()
+            rows = self._about_shift(x, chosen, n, kind)
             self.count[kind] += n
             self.sum[kind] += rows.sum(0, dtype=torch.float64)
             self.second[kind] += rows.mT @ rows
             if y is not None:
-                other = self._about_shift(y if n == len(y) else y[chosen], kind)
+                other = self._about_shift(y.float(), chosen, n, kind)
                 self.sum_y[kind] += other.sum(0, dtype=torch.float64)
                 self.cross[kind] += other.mT @ rows
 
-    def _about_shift(self, rows: torch.Tensor, kind: int) -> torch.Tensor:
-        """Rows less the type's shift; float64 products where rows are few (they are cheap, and few rows vary little)."""
-        few = len(rows) < rows.shape[1] // 4
-        return (rows.double() - self.shift[kind]).to(torch.float64 if few else torch.float32)
+    def _about_shift(self, x: torch.Tensor, chosen: torch.Tensor, n: int, kind: int) -> torch.Tensor:
+        """The chosen rows less the type's shift; float64 where rows are few (they are cheap, and few rows vary little).
+
+        Where most rows are chosen the others are zeroed, which spares a copy of all.
+        """
+        if n < x.shape[1] // 4:
+            return x[chosen].double() - self.shift[kind]
+        if 2 * n < len(x):
+            return x[chosen] - self.shift[kind].float()
+        rows = x - self.shift[kind].float()
+        if n < len(x):
+            rows[~chosen] = 0
+        return rows
 
     def _keep_rows(self, x: torch.Tensor, types: torch.Tensor) -> None:
         if sum(len(rows) for rows in self._rows) < self.n_rows:

@@ -10,6 +10,7 @@ PLAIN = {
     "centring": "none",
     "low_rank": 0,
     "rounding": "rtn",
+    "rounding_passes": 0,
     "activation_clip": 1.0,
     "weight_clip": 1.0,
     "token_types": ["text"],
@@ -37,13 +38,15 @@ PRESETS: dict[str, dict] = {
         "epochs": 15,
         "propagate_error": False,
     },
-    # FreeAct as in the paper (2603.01776): FlatQuant with token types; with one type (and the sink) the masks are empty,
-    # what is left of it is clipping per type, orthogonal start and learning rate 1e-3.
+    # FreeAct as in the paper (2603.01776): FlatQuant with token types told by id, for each a block of d/32 coordinates
+    # that are zero for the others, clipping per type, orthogonal start and learning rate 1e-3. On a model with one type
+    # the masks are empty.
     "freeact-paper": {
         **PLAIN,
         "transform": "kronecker",
         "channel_scale": "smoothquant",
-        "token_types": ["text", "sink"],
+        "token_types": ["text", "auto"],
+        "exclusive": "fixed",
         "calibration": "learned",
         "smooth_alpha": 0.3,
         "learned_start": "random",
@@ -51,19 +54,20 @@ PRESETS: dict[str, dict] = {
         "epochs": 15,
         "propagate_error": False,
     },
-    # Ours, in closed form: means per type subtracted, the sink a type of its own, balanced channel scale, the strongest
-    # directions carried by a one-byte branch, Hadamard rotation, second-order rounding. Each choice is an ablation in
+    # Ours, in closed form: means per type subtracted, the sink a type of its own, the strongest directions carried by a
+    # one-byte branch, Hadamard rotation, second-order rounding with a second choice. Each choice is an ablation in
     # benchmarks/results/accuracy.json. Rank 24 is what fits into 0.30 of the bfloat16 bytes at 576 inputs.
     "freeact": {
         "activation_symmetric": False,
         "transform": "hadamard",
-        "channel_scale": "closed_form",
+        "channel_scale": "none",
         "centring": "per_type",
         "low_rank": 24,
         "rounding": "gptq",
+        "rounding_passes": 2,
         "activation_clip": "search",
         "weight_clip": "search",
-        "token_types": ["text", "sink"],
+        "token_types": ["text", "sink", "auto"],
         "calibration": "closed_form",
         "error_correction": False,
     },

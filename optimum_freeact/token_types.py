@@ -2,24 +2,32 @@
 
 Type 0 is ordinary text and the default wherever nothing else is known. The attention sink is the first real token of
 each sequence: it carries massive activations, and every later token attends to it, so its statistics must not be
-mixed with the others'.
+mixed with the others'. Further types (masked tokens, images, ...) are told apart by rules (type_rules.py).
 
 The types of a forward are written to a [`TypeState`] by a hook on the decoder, and read by the modules inside. They
-stay until the next forward, because gradient checkpointing recomputes blocks later.
+stay until the next forward, because gradient checkpointing recomputes blocks later. A decoder inside a multimodal model
+gets embeddings, no ids: there a hook on each module around it that still sees ids notes what they say.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from optimum_freeact.type_rules import SINK, TEXT, check_names
 
-TEXT = "text"
-SINK = "sink"
+
+class Seen(NamedTuple):
+    """What a module's arguments tell: types by rules and the sinks, each `(batch, sequence)` or `None`."""
+
+    marks: torch.Tensor | None
+    first: torch.Tensor | None
 
 
 class TypeState:
@@ -36,6 +44,25 @@ class TypeState:
     @types.setter
     def types(self, value: torch.Tensor | None) -> None:
         self._local.types = value
+
+    def note(self, seen: Seen | None) -> None:
+        """Keep what a module around the decoder saw, for the decoder's own hook."""
+        self._local.seen = seen
+
+    def take(self) -> Seen | None:
+        """What was noted since the last forward of the decoder."""
+        seen = getattr(self._local, "seen", None)
+        self._local.seen = None
+        return seen
+
+    @property
+    def given(self) -> torch.Tensor | None:
+        """Types that the user said (see [`given_types`])."""
+        return getattr(self._local, "given", None)
+
+    @given.setter
+    def given(self, value: torch.Tensor | None) -> None:
+        self._local.given = value
 
     def __deepcopy__(self, memo: dict) -> TypeState:
         copy = TypeState()
@@ -100,38 +127,200 @@ def sink_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
     return (index == 0).expand(batch, length)
 
 
-class TokenTyper:
-    """Types from a decoder's arguments.
+@contextmanager
+def given_types(model: nn.Module, types: torch.Tensor) -> Iterator[None]:
+    """Say the types of the forwards inside the `with`, where the model cannot know them (embeddings without ids).
 
     Args:
-        names (`list[str]`): Names of the types; index = type. `"text"` must be first; `"sink"` may follow.
+        model: A quantized model.
+        types (`torch.Tensor` of shape `(batch, sequence)`): Integers, the position in the config's `token_types`; the
+            sink is found in any case.
+    """
+    state = attach_state(model)
+    before, state.given = state.given, types
+    try:
+        yield
+    finally:
+        state.given = before
+
+
+def tokens_of(arguments: dict[str, Any]) -> torch.Tensor | None:
+    """Ids or embeddings of the current tokens."""
+    for name in ("input_ids", "decoder_input_ids", "inputs_embeds"):
+        if arguments.get(name) is not None:
+            return arguments[name]
+    return None
+
+
+def rule_hits(rule: dict, arguments: dict[str, Any], shape: tuple[int, int]) -> torch.Tensor | None:
+    """Which tokens a rule names, `(batch, sequence)` bool; `None` if its ids and columns are not among the arguments."""
+    hits = None
+    ids = arguments.get("input_ids")
+    if ids is not None and "ids" in rule:
+        for token in rule["ids"]:
+            hits = ids == token if hits is None else hits | (ids == token)
+    column = arguments.get(rule.get("column", ""))
+    if isinstance(column, torch.Tensor) and column.ndim == 2 and column.shape[1] >= shape[1]:
+        column = column[:, -shape[1] :]  # with a cache some models are told about all tokens, not only the new ones
+        for value in rule["values"]:
+            hits = column == value if hits is None else hits | (column == value)
+    return hits
+
+
+class TokenTyper:
+    """Types from a model's arguments.
+
+    Args:
+        names (`list[str]`): Names of the types; index = type. `"text"` must be first.
+        rules (`dict[str, dict]`, *optional*): How the types beside `"text"` and `"sink"` are known; see type_rules.py.
+        call (*optional*): A callable that gets the arguments of a forward as a dictionary and returns the types,
+            integers of shape `(batch, sequence)`; the sink is found without it.
     """
 
-    def __init__(self, names: list[str]):
-        if not names or names[0] != TEXT or set(names) - {TEXT, SINK}:
-            raise ValueError(f"token_types must be ['text'] or ['text', 'sink'], got {names}.")
-        self.names = list(names)
+    def __init__(self, names: list[str], rules: dict[str, dict] | None = None, call: Callable | None = None):
+        self.names = check_names(names, rules, call is not None)
+        self.rules = {self.names.index(name): rule for name, rule in (rules or {}).items()}
+        self.call = call
+        unruled = [name for kind, name in enumerate(names) if name not in (TEXT, SINK) and kind not in self.rules]
+        if unruled and call is None:
+            raise ValueError(f"token_types has {unruled}, but nothing says which tokens these are: pass type_rules.")
 
-    def __call__(self, arguments: dict[str, Any]) -> torch.Tensor | None:
-        """Types of shape `(batch, sequence)`, `int64`, or `None` when there is only one type or nothing is known."""
-        if SINK not in self.names:
+    @property
+    def by_module(self) -> dict[str, int]:
+        """Submodule -> the type of all its tokens."""
+        return {rule["module"]: kind for kind, rule in self.rules.items() if "module" in rule}
+
+    @property
+    def asks(self) -> bool:
+        """Whether ids, columns or a callable decide about any type."""
+        return self.call is not None or any("module" not in rule for rule in self.rules.values())
+
+    def marks(self, arguments: dict[str, Any]) -> torch.Tensor | None:
+        """Types by rules, without the sink, `int64` of shape `(batch, sequence)`; `None` if the arguments say nothing."""
+        tokens = tokens_of(arguments)
+        if tokens is None:
             return None
-        first = sink_mask(arguments)
-        return None if first is None else first.long() * self.names.index(SINK)
+        shape = tuple(tokens.shape[:2])
+        if self.call is not None:
+            return self._checked(self.call(arguments), shape).to(tokens.device)
+        found = None
+        for kind, rule in self.rules.items():
+            hits = rule_hits(rule, arguments, shape)
+            if hits is not None:
+                before = hits.new_zeros(shape, dtype=torch.long) if found is None else found
+                found = torch.where(hits, kind, before)
+        return found
+
+    def _checked(self, types: Any, shape: tuple[int, int]) -> torch.Tensor:
+        """A callable's or the user's answer as `int64`.
+
+        Raises:
+            `ValueError`: if it is no integer tensor of that shape, or has a type out of range.
+        """
+        fits = isinstance(types, torch.Tensor) and not types.is_floating_point() and tuple(types.shape) == shape
+        if not fits:
+            got = f"{types.dtype} of {tuple(types.shape)}" if isinstance(types, torch.Tensor) else type(types).__name__
+            raise ValueError(
+                f"Token types must be an integer tensor of shape {shape}, one for each token; the typer gave {got}."
+            )
+        if not torch.compiler.is_compiling() and types.numel():
+            low, high = int(types.min()), int(types.max())
+            if low < 0 or high >= len(self.names):
+                raise ValueError(
+                    f"Token types must lie in 0..{len(self.names) - 1} ({', '.join(self.names)}); the typer gave {low}..{high}."
+                )
+        return types.long()
+
+    def see(self, arguments: dict[str, Any]) -> Seen:
+        """What arguments tell."""
+        return Seen(self.marks(arguments), sink_mask(arguments) if SINK in self.names else None)
+
+    def __call__(
+        self, arguments: dict[str, Any], seen: Seen | None = None, given: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Types of shape `(batch, sequence)`, `int64`, or `None` when there is only one type or nothing is known.
+
+        Args:
+            arguments (`dict`): Of the decoder's forward.
+            seen ([`Seen`], *optional*): What a module around the decoder saw.
+            given (`torch.Tensor`, *optional*): The user's own types.
+
+        Raises:
+            `ValueError`: if the types need ids and there are only embeddings.
+        """
+        tokens = tokens_of(arguments)
+        if len(self.names) == 1 or tokens is None:
+            return None
+        shape = tuple(tokens.shape[:2])
+        own = self.see(arguments)
+        marks, first = own
+        if seen is not None and seen.first is not None and tuple(seen.first.shape) == shape:
+            first = seen.first  # it saw the plain 2-D mask; what the decoder gets may be made for attention
+        if given is not None:
+            marks = self._checked(given, shape).to(tokens.device)
+        elif marks is None and seen is not None and seen.marks is not None and tuple(seen.marks.shape) == shape:
+            marks = seen.marks
+        if marks is None and self.asks:
+            names = [name for name in self.names if name not in (TEXT, SINK)]
+            raise ValueError(
+                f"The token types {names} of this model are told by input_ids, but it was called with embeddings of shape "
+                f"{tuple(tokens.shape)} alone: pass input_ids, or say the types with "
+                f"`with optimum_freeact.given_types(model, types): ...`, integers of shape {shape} that count {self.names}."
+            )
+        if first is None:
+            return marks
+        sink = self.names.index(SINK)
+        return first.long() * sink if marks is None else torch.where(first, sink, marks)
+
+
+def _bind(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    return dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs if args else kwargs
 
 
 class _TyperHook:
-    """The pre-hook; an object, so that it is copied together with its module and state."""
+    """The pre-hook on the decoder; an object, so that it is copied together with its module and state."""
 
     def __init__(self, typer: TokenTyper, state: TypeState):
         self.typer, self.state = typer, state
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if args:
-            kwargs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
-        self.state.types = self.typer(kwargs)
+        self.state.types = self.typer(_bind(module, args, kwargs), self.state.take(), self.state.given)
+
+
+class _OuterHook:
+    """The pre-hook on a module around the decoder. The outermost starts afresh, those inside add what they see."""
+
+    def __init__(self, typer: TokenTyper, state: TypeState, outermost: bool):
+        self.typer, self.state, self.outermost = typer, state, outermost
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen = self.typer.see(_bind(module, args, kwargs))
+        if self.outermost or seen.marks is not None:
+            self.state.note(seen)
 
 
 def install_typer(decoder: nn.Module, typer: TokenTyper, state: TypeState) -> torch.utils.hooks.RemovableHandle:
     """Make every forward of `decoder` write its tokens' types to `state`; returns the hook's handle."""
     return decoder.register_forward_pre_hook(_TyperHook(typer, state), with_kwargs=True)
+
+
+def install_typing(
+    model: nn.Module, decoder: nn.Module, typer: TokenTyper, state: TypeState
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """[`install_typer`] on the decoder, and a hook on each module around it that sees ids when it does not.
+
+    A language model hands its arguments on to its decoder as they are; only around others there are hooks.
+    """
+    handles = [install_typer(decoder, typer, state)]
+    if decoder in (model, getattr(model, "base_model", None)):
+        return handles
+    around = [
+        module
+        for module in model.modules()
+        if module is not decoder
+        and any(inner is decoder for inner in module.modules())
+        and "input_ids" in inspect.signature(module.forward).parameters
+    ]
+    for index, module in enumerate(around):
+        handles.append(module.register_forward_pre_hook(_OuterHook(typer, state, index == 0), with_kwargs=True))
+    return handles

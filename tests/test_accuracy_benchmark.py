@@ -39,7 +39,9 @@ def by_id(rows):
 
 
 def test_claims_hold_on_rows_within_the_targets():
-    rows = nll_rows(freeact=0.1, quarot=0.5, quarot_asym=0.4, flatquant=0.2, freeact_learned=0.08)
+    rows = nll_rows(
+        freeact=0.1, quarot=0.5, quarot_asym=0.4, quarot_asym_search=0.45, flatquant=0.2, freeact_learned=0.08
+    )
     found = by_id([*rows, size_row(0.28)])
     assert list(found) == expected(["smollm2"])
     assert all(entry["holds"] for entry in found.values())
@@ -49,7 +51,9 @@ def test_claims_hold_on_rows_within_the_targets():
 
 
 def test_claims_fall_short_on_rows_beyond_the_targets():
-    rows = nll_rows(freeact=0.2, quarot=0.4, quarot_asym=0.5, flatquant=0.2, freeact_learned=0.15)
+    rows = nll_rows(
+        freeact=0.2, quarot=0.4, quarot_asym=0.5, quarot_asym_search=0.6, flatquant=0.2, freeact_learned=0.15
+    )
     found = by_id([*rows, size_row(0.31)])
     assert list(found) == expected(["smollm2"])
     assert not any(entry["holds"] for entry in found.values())
@@ -57,15 +61,24 @@ def test_claims_fall_short_on_rows_beyond_the_targets():
 
 
 def test_several_seeds_count_by_their_mean_and_state_their_spread():
-    rows = nll_rows(freeact=[0.1, 0.3], quarot=[0.8, 1.2], quarot_asym=2.0, flatquant=1.0, freeact_learned=0.1)
+    rows = nll_rows(
+        freeact=[0.1, 0.3],
+        quarot=[0.8, 1.2],
+        quarot_asym=2.0,
+        quarot_asym_search=3.0,
+        flatquant=1.0,
+        freeact_learned=0.1,
+    )
     entry = by_id(rows)["accuracy.smollm2.w4a4.excess_over_quarot"]
     assert entry["value"] == pytest.approx(0.2)
     assert "0.2 ± 0.14 (standard deviation) / 1 ± 0.28 (standard deviation)" in entry["how"]
 
 
-@pytest.mark.parametrize("lost", ["fp", "freeact", "quarot-asym"])
+@pytest.mark.parametrize("lost", ["fp", "freeact", "quarot-asym-search"])
 def test_a_claim_whose_rows_are_missing_is_not_made(lost):
-    rows = nll_rows(freeact=0.1, quarot=0.4, quarot_asym=0.5, flatquant=0.2, freeact_learned=0.1)
+    rows = nll_rows(
+        freeact=0.1, quarot=0.4, quarot_asym=0.5, quarot_asym_search=0.6, flatquant=0.2, freeact_learned=0.1
+    )
     kept = [row for row in rows if row["method"] != lost]
     unmeasured = [{**row, "value": None, "note": "x"} if row["method"] == lost else row for row in rows]
     for some in (kept, unmeasured):
@@ -79,7 +92,14 @@ def test_a_seed_without_one_of_the_texts_does_not_count():
 
 
 def test_models_are_claimed_apart():
-    methods = {"freeact": 0.1, "quarot": 0.4, "quarot_asym": 0.5, "flatquant": 0.2, "freeact_learned": 0.1}
+    methods = {
+        "freeact": 0.1,
+        "quarot": 0.4,
+        "quarot_asym": 0.5,
+        "quarot_asym_search": 0.6,
+        "flatquant": 0.2,
+        "freeact_learned": 0.1,
+    }
     rows = [*nll_rows(**methods), *nll_rows("qwen2.5", **{**methods, "freeact": 0.2})]
     found = by_id(rows)
     assert found["accuracy.smollm2.w4a4.excess_over_quarot"]["value"] == pytest.approx(0.25)
@@ -159,7 +179,7 @@ def test_ablations_change_one_field_and_skip_what_does_not_divide():
     assert {"weight_group_size"} in changed
     narrow = a_plan()
     narrow.ablations([576, 1500])
-    assert len(narrow.jobs) == len(plan.jobs) - 1
+    assert len(narrow.jobs) == len(plan.jobs) - 2  # groups of 64 and of 32
 
 
 def test_a_job_survives_json_and_its_key_knows_no_folders():
@@ -199,7 +219,7 @@ def tiny_run(folder, *more):
 
 
 def test_miniature_end_to_end(commit, tmp_path, capsys):
-    methods = "freeact,freeact-learned,flatquant,quarot,quarot-asym"
+    methods = "freeact,freeact-learned,flatquant,quarot,quarot-asym,quarot-asym-search"
     assert tiny_run(tmp_path, "--only", methods, "--schemes", "w4a16,w4a4,w4a4kv4") == 0
     document = read(tmp_path / "accuracy.json")
     assert problems(document) == []

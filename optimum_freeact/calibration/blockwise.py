@@ -22,13 +22,15 @@ from optimum_freeact.calibration.records import BlockRecord
 from optimum_freeact.calibration.resume import BlockStore
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.layout import SharedInputs, block_linears, find_blocks, table_groups
-from optimum_freeact.modules.surgery import check_linear, replace_group
+from optimum_freeact.modules.surgery import check_linear, input_name, is_compensated, replace_group
 from optimum_freeact.moments import Moments
 from optimum_freeact.numerics.metrics import relative_error
 from optimum_freeact.token_types import TypeState
+from optimum_freeact.transforms.compensation import fit_compensation
 
 
 logger = logging.getLogger(__name__)
+NO_TYPE = -1  # of padding
 
 
 def check_model(model: nn.Module, config: FreeActConfig) -> None:
@@ -55,19 +57,20 @@ def check_model(model: nn.Module, config: FreeActConfig) -> None:
 
 
 def calibrate(
-    model: nn.Module, config: FreeActConfig, samples: torch.Tensor, state: TypeState, device: torch.device
+    model: nn.Module, config: FreeActConfig, samples: torch.Tensor | list[dict], state: TypeState, device: torch.device
 ) -> Iterator[BlockRecord]:
     """Quantize the linears of a loaded full-precision model in place, yielding a record per finished block.
 
     Args:
         model: A transformers decoder in full precision.
         config ([`FreeActConfig`]): Settings; `input_groups` is filled in.
-        samples (`torch.Tensor` of shape `(n, length)`): Token ids.
+        samples (`torch.Tensor` of shape `(n, length)`, or `list[dict]`): Token ids, or prepared inputs.
         state ([`TypeState`]): Already fed by the model's typing hook.
         device (`torch.device`): Where blocks are calibrated; each returns to its own device afterwards.
     """
     prefix, blocks = find_blocks(model)
     batches = capture(model, blocks, samples, config.batch_size, state)
+    warn_absent(batches, config.token_types)
     stream = _Stream(batches, config, device, state)
     store = BlockStore(config, samples, model) if config.resume_dir else None
     config.input_groups = {}
@@ -93,9 +96,8 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
     done = store.load(index) if store else None
     records, learned, fits = [], None, {}
     if done is None:
-        moments = {
-            group[0]: Moments(linears[group[0]].in_features, n_types, device, paired=stream.paired) for group in groups
-        }
+        wanted = {"paired": stream.paired, "peaks": config.channel_scale == "smoothquant"}
+        moments = {group[0]: Moments(linears[group[0]].in_features, n_types, device, **wanted) for group in groups}
         reference = stream.observe(block, index, {group[0]: linears[group[0]] for group in groups}, moments)
         for first, seen in moments.items():
             if not seen.is_finite():
@@ -106,13 +108,25 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
     else:
         reference = stream.observe(block, index, {}, {})
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+    compensated = [group[0] for group in groups if done is None and is_compensated(config, group)]
+    exact = {first: stream.input_moments(block, index, linears[first], n_types) for first in compensated}
     for group in groups:
-        originals = [linears[name] for name in group]
-        source, targets = replace_group(block, group, config, stream.state, device)
+        originals, compensation = [linears[name] for name in group], None
+        if group[0] in exact:  # what it reads, now that the linears before it are quantized
+            moments[group[0]] = stream.input_moments(block, index, linears[group[0]], n_types)
+            compensation = fit_compensation(moments[group[0]], exact.pop(group[0]))
+        stored = {} if done is None else done
+        n_left_out = stored.get(f"{input_name(group)}.left_out", torch.empty(0, 0)).shape[1]
+        source, targets = replace_group(block, group, config, stream.state, device, n_left_out)
         if done is None:
-            fit = GroupFit(group, originals, source, targets, moments.pop(group[0]), config)
+            fit = GroupFit(group, originals, source, targets, moments.pop(group[0]), config, compensation)
             records.append(fit.closed_form(generator))
             fits[group[0]] = fit if config.calibration == "learned" else None
+        if source.left_out is not None:
+            config.exclusive_sizes = {
+                **(config.exclusive_sizes or {}),
+                f"{index}.{group[0]}": source.left_out.shape[1],
+            }
     if done is not None:
         store.restore(block, done)
     elif config.calibration == "learned":
@@ -124,6 +138,18 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
     if store and done is None:
         store.save(index, block)
     return error, records, learned
+
+
+def warn_absent(batches: list[Batch], names: list[str]) -> None:
+    """Say which types no calibration token is of: their statistics are those of all tokens."""
+    seen = {int(kind) for batch in batches if batch.types is not None for kind in batch.types.unique()}
+    absent = [name for kind, name in enumerate(names) if seen and kind not in seen]
+    if absent:
+        logger.warning(
+            "No calibration token is of type %s: the statistics of all tokens are used for it. Calibrate on data that has "
+            "such tokens.",
+            absent,
+        )
 
 
 class _Stream:
@@ -140,6 +166,8 @@ class _Stream:
     def _types(self, batch: Batch, like: torch.Tensor) -> torch.Tensor:
         types = batch.types
         types = torch.zeros(like.shape[:-1], dtype=torch.long) if types is None else types
+        if batch.padding is not None and batch.padding.numel() == types.numel():
+            types = types.reshape(-1).masked_fill(batch.padding.reshape(-1).to(types.device), NO_TYPE)
         return types.to(self.device).flatten()
 
     @torch.no_grad()
@@ -149,19 +177,21 @@ class _Stream:
         Returns the last batch's output, against which the quantized block is measured, and the outputs that become
         the next full-precision inputs.
         """
-        seen: dict[str, torch.Tensor] = {}
+        seen = _Seen()
         hooks = [linear.register_forward_pre_hook(_keep(seen, name)) for name, linear in inputs.items()]
         outputs = []
         for i, batch in enumerate(self.batches):
             self.state.types = None if batch.types is None else batch.types.to(self.device)
             if self.paired:
                 self.exact[i] = run_block(block, self.exact[i], batch.calls[index], self.device)
-                paired, _ = dict(seen), seen.clear()
+                paired = dict(seen)
+                seen.clear()
             else:
                 paired = {}
             last = i == len(self.batches) - 1
-            if inputs or not self.propagate or last or self.keep_outputs:
-                output = run_block(block, self.actual[i], batch.calls[index], self.device)
+            needed = last or not self.propagate or self.keep_outputs
+            if inputs or needed:
+                output = self._run_observed(block, index, i, seen, None if needed else len(inputs))
                 for name, x in seen.items():
                     y = paired.get(name)
                     types = self._types(batch, x) if x.shape[:-1].numel() == batch.hidden.shape[:-1].numel() else None
@@ -170,18 +200,46 @@ class _Stream:
                         if types is None
                         else types
                     )
-                    moments[name].update(x.flatten(0, -2), types, None if y is None else y.flatten(0, -2))
+                    rows, y = x.flatten(0, -2), None if y is None else y.flatten(0, -2)
+                    if batch.padding is not None:
+                        real = types != NO_TYPE
+                        rows, y, types = rows[real], None if y is None else y[real], types[real]
+                    moments[name].update(rows, types, y)
                 seen.clear()
-                outputs.append(output if last or not self.propagate or self.keep_outputs else None)
+                outputs.append(output if needed else None)
         for hook in hooks:
             hook.remove()
         return outputs
+
+    def _run_observed(self, block: nn.Module, index: int, i: int, seen: dict, enough: int | None):
+        """Output of the block on batch `i`; with `enough`, it stops (and gives `None`) once so many inputs are seen."""
+        seen.enough = enough
+        try:
+            return run_block(block, self.actual[i], self.batches[i].calls[index], self.device)
+        except _AllSeen:
+            return None
+        finally:
+            seen.enough = None
 
     def run(self, block: nn.Module, index: int, i: int) -> torch.Tensor:
         """Output of the block on batch `i` as the quantized model feeds it."""
         batch = self.batches[i]
         self.state.types = None if batch.types is None else batch.types.to(self.device)
         return run_block(block, self.actual[i], batch.calls[index], self.device)
+
+    @torch.no_grad()
+    def input_moments(self, block: nn.Module, index: int, linear: nn.Linear, n_types: int) -> Moments:
+        """Moments of what a linear reads in the block as it is now."""
+        seen, found = _Seen(), Moments(linear.in_features, n_types, self.device)
+        hook = linear.register_forward_pre_hook(_keep(seen, "input"))
+        for i, batch in enumerate(self.batches):
+            self.run(block, index, i)
+            x, types = seen["input"].flatten(0, -2), self._types(batch, seen["input"])
+            real = types != NO_TYPE
+            found.update(x[real], types[real])
+            seen.clear()
+        hook.remove()
+        return found
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int, reference: list[torch.Tensor]) -> float:
@@ -225,9 +283,21 @@ def refine_block(block, groups, linears, fits, records, stream, index, reference
     return learned if accepted else records, summary
 
 
-def _keep(seen: dict[str, torch.Tensor], name: str):
+class _AllSeen(Exception):  # noqa: N818
+    """Raised in a block when the inputs of all its linears are known: its last product is not needed."""
+
+
+class _Seen(dict):
+    """Inputs by name; `enough` is how many end the block's run early."""
+
+    enough: int | None = None
+
+
+def _keep(seen: _Seen, name: str):
     def hook(module: nn.Module, args: tuple) -> None:  # noqa: ARG001
         seen[name] = args[0]
+        if seen.enough is not None and len(seen) >= seen.enough:
+            raise _AllSeen
 
     return hook
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimum_freeact.calibration.prepared import batches as split_batches
 from optimum_freeact.token_types import TypeState
 
 
@@ -29,11 +30,14 @@ class Batch:
         hidden (`torch.Tensor` of shape `(batch, sequence, d)`): Input of the first block.
         types (`torch.Tensor` of shape `(batch, sequence)`, *optional*): Token types.
         calls (`list[tuple[tuple, dict]]`): Further positional and keyword arguments, per block.
+        padding (`torch.Tensor` of shape `(batch, sequence)`, *optional*): Tokens that are no tokens: they run along, and no
+            statistics are taken of them.
     """
 
     hidden: torch.Tensor
     types: torch.Tensor | None
     calls: list[tuple[tuple, dict]]
+    padding: torch.Tensor | None = None
 
 
 @contextmanager
@@ -65,25 +69,26 @@ def _recording(blocks: nn.ModuleList, calls: list[tuple[tuple, dict]], first: li
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, blocks: nn.ModuleList, samples: torch.Tensor, batch_size: int, state: TypeState
+    model: nn.Module, blocks: nn.ModuleList, samples: torch.Tensor | list[dict], batch_size: int, state: TypeState
 ) -> list[Batch]:
     """Arguments of all blocks for all batches; hidden states are those before the first block.
 
     Args:
         model: Any transformers decoder that takes `input_ids`.
         blocks: Its decoder blocks.
-        samples (`torch.Tensor` of shape `(n, length)`): Token ids.
+        samples (`torch.Tensor` of shape `(n, length)`, or `list[dict]`): Token ids, or the model's arguments.
         batch_size (`int`): Samples a batch.
         state ([`TypeState`]): Read after each forward's typing hook has run.
     """
     device = next(model.parameters()).device
     batches = []
-    for ids in samples.split(batch_size):
+    for inputs in split_batches(samples, batch_size):
+        inputs = to_device(inputs, device)
         calls: list[tuple[tuple, dict]] = []
         first: list[torch.Tensor] = []
         with _recording(blocks, calls, first):
             try:
-                model(input_ids=ids.to(device), use_cache=False)
+                model(**inputs, use_cache=False)
             except _Stop:
                 pass
         if len(calls) != len(blocks):
@@ -91,7 +96,9 @@ def capture(
                 f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks once each: blocks that are "
                 "skipped, repeated or called out of order cannot be calibrated one by one."
             )
-        batches.append(Batch(first[0], state.types, calls))
+        mask = inputs.get("attention_mask")
+        padded = isinstance(mask, torch.Tensor) and mask.shape == first[0].shape[:2] and not bool((mask != 0).all())
+        batches.append(Batch(first[0], state.types, calls, mask == 0 if padded else None))
     return batches
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
+from optimum_freeact.calibration.exclusive_fit import choose_exclusive
 from optimum_freeact.calibration.records import InputRecord
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
@@ -14,12 +17,17 @@ from optimum_freeact.numerics.affine import fake_quantize
 from optimum_freeact.rounding.gptq import gptq
 from optimum_freeact.rounding.rtn import RoundedWeight, round_to_nearest
 from optimum_freeact.transforms.affine_map import InputMap, pick
+from optimum_freeact.transforms.compensation import Compensation
 from optimum_freeact.transforms.correction import corrected_weight
+from optimum_freeact.transforms.exclusive import fixed_blocks, share_of
 from optimum_freeact.transforms.fit import InputStatistics, MapSpec, fit_map, gather_statistics
+from optimum_freeact.type_rules import SINK
 
 
 ACTIVATION_CLIP_GRID = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
-MIN_ROWS_PER_TYPE = 16  # fewer sample rows of a type do not decide its own clip ratio
+# Half the way: on SmolLM2 the whole way fits the calibration text better and held-out text worse (docs/log.md)
+CORRECTION_STRENGTH = 0.5
+MIN_ROWS_PER_TYPE = 16  # fewer sample rows of a type do not decide its own clip ratio or mean error
 
 
 def map_spec(config: FreeActConfig, rank: int) -> MapSpec:
@@ -38,9 +46,10 @@ def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: F
     if config.activation_clip != "search":
         return [float(config.activation_clip)] * n
     errors, z, v = [], z.float(), v.float()
+    gram = v.mT @ v  # |n V^T|^2 = n (V^T V) n^T: a product of the inputs' width for each ratio, not of the outputs'
     for ratio in ACTIVATION_CLIP_GRID:
         noise = fake_quantize(z, config.activation_bits, config.activation_symmetric, ratio) - z
-        errors.append((noise @ v.mT).square().sum(-1))
+        errors.append((noise @ gram).mul_(noise).sum(-1))
     errors = torch.stack(errors)  # (ratios, rows)
     total = ACTIVATION_CLIP_GRID[int(errors.sum(1).argmin())] if n == 1 else None
     found = []
@@ -54,9 +63,18 @@ def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: F
 
 
 def output_biases(
-    moments: Moments, stored: InputMap, weight: torch.Tensor, bias: torch.Tensor | None
+    moments: Moments,
+    stored: InputMap,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    compensation: Compensation | None = None,
 ) -> torch.Tensor | None:
     """Bias per type, shape `(n_means or 1, out)`: W mu_k + b, or where errors are corrected the full-precision mean."""
+    if compensation is not None:
+        wanted = compensation.wanted(0 if stored.mean is None else len(stored.mean)) @ weight.double().mT
+        if stored.mean is None:  # nothing is subtracted: what the mean of the inputs gives is in the product already
+            wanted = wanted - compensation.of_weight(weight.double()) @ moments.mean()
+        return wanted if bias is None else wanted + bias.double()
     if stored.mean is None:
         return None if bias is None else bias.double().unsqueeze(0)
     target = stored.mean
@@ -82,7 +100,7 @@ def round_weight(
         clip = learned_clip.to(v.device)
     if config.rounding == "rtn":
         return round_to_nearest(v.float(), config.weight_bits, size, clip)
-    return gptq(v.float(), moments_z, config.weight_bits, size, config.damping, clip)
+    return gptq(v.float(), moments_z, config.weight_bits, size, config.damping, clip, config.rounding_passes)
 
 
 def _share(error: torch.Tensor, output: torch.Tensor) -> float:
@@ -98,6 +116,7 @@ class GroupFit:
         source, targets: The empty quantized modules, on the device where the fit shall run.
         moments ([`Moments`]): Of the shared input.
         config ([`FreeActConfig`]): Settings.
+        compensation ([`Compensation`], *optional*): Of the input.
 
     Raises:
         `ValueError`: if an input is not finite; the message names the module.
@@ -111,6 +130,7 @@ class GroupFit:
         targets: list[FreeActLinear],
         moments: Moments,
         config: FreeActConfig,
+        compensation: Compensation | None = None,
     ):
         if not moments.is_finite():
             raise ValueError(
@@ -120,7 +140,9 @@ class GroupFit:
         self.moments, self.config = moments, config
         rank = 0 if source.basis is None else source.basis.shape[1]
         self.spec = map_spec(config, rank)
-        self.weight = torch.cat([linear.weight.detach().to(source.clip.device).double() for linear in linears])
+        self.original = torch.cat([linear.weight.detach().to(source.clip.device).double() for linear in linears])
+        self.compensation = compensation
+        self.weight = self.original if compensation is None else compensation.of_weight(self.original)
         parts = self.weight.split([linear.out_features for linear in linears])
         self.stats: InputStatistics = gather_statistics(moments, list(parts), self.spec)
 
@@ -128,8 +150,20 @@ class GroupFit:
     def closed_form(self, generator: torch.Generator) -> InputRecord:
         """Fit the input's map, round the weights and fill the modules; `generator` draws the rotations (CPU)."""
         found = fit_map(self.stats, self.spec, generator)
+        if self.source.keep is not None:
+            share = share_of(self.config.exclusive_share, self.names)
+            found.keep = fixed_blocks(
+                [0 if name == SINK else share for name in self.config.token_types], len(self.stats.c)
+            )
+        sizes = [] if self.source.keep is None else (~found.keep).sum(1).tolist()
+        if self.config.exclusive == "closed_form":
+            found.left_out, sizes = choose_exclusive(self.moments, found, self.weight, self.config)
+            self.source.add_left_out(sum(sizes))
+            if found.left_out is not None:
+                whose = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+                found.leaves_out = torch.nn.functional.one_hot(whose, len(sizes)).mT.bool()
         self.source.store(found)
-        return self.fill()
+        return dataclasses.replace(self.fill(), exclusive=sizes)
 
     @torch.no_grad()
     def fill(self, clip: list[float] | None = None, weight_clip: torch.Tensor | None = None) -> InputRecord:
@@ -147,12 +181,13 @@ class GroupFit:
         # the rounding noise of z itself reaches the weights too
         moments_z = (moments_z + moments_z.mT) / 2 + noise[types == 0].square().mean().nan_to_num() * eye
         target = v
-        if config.error_correction and self.stats.cross is not None:
-            ridge = config.damping * moments_z.diagonal().mean() * eye
-            target = corrected_weight(v, moments_z + ridge, stored.transform_moments(self.stats.cross) + ridge)
+        if self.stats.paired is not None:
+            target, low_rank = stored.transform_weight(self._corrected(stored, noise[types == 0]))
         self._write(target, round_weight(target, moments_z, config, weight_clip), low_rank, stored)
         used = torch.cat([module.transformed_weight(torch.float64) for module in self.targets])
         output = z @ v.mT
+        if self.stats.paired is None:
+            self._balance(output - (z + noise) @ used.mT, types)
         energy = rows.double().square().sum()
         left = stored.centre(rows.double(), types).square().sum()
         return InputRecord(
@@ -163,6 +198,28 @@ class GroupFit:
             activation_error=_share(noise @ v.mT, output),
             weight_error=_share(z @ (used - v).mT, output),
         )
+
+    def _corrected(self, stored: InputMap, noise: torch.Tensor) -> torch.Tensor:
+        """The weight moved towards the full-precision outputs; the rounding noise of the input counts as noise of x."""
+        moments, cross = self.stats.paired
+        eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+        back = stored.transform_weight(eye)[0]  # x = z back^T
+        ridge = self.config.damping * moments.diagonal().mean() * eye
+        noisy = moments + noise.square().mean().nan_to_num() * back @ back.mT + ridge
+        return corrected_weight(self.weight, noisy, cross + ridge, CORRECTION_STRENGTH)
+
+    def _balance(self, lost: torch.Tensor, types: torch.Tensor) -> None:
+        """Add to each type's output bias what rounding takes from its mean output, measured on the sample rows."""
+        means = self.targets[0].type_bias
+        if means is None or self.config.centring == "none":
+            return
+        for kind in range(len(means)):
+            rows = types == kind  # a shared bias follows type 0: the sink's error would outweigh all others'
+            if int(rows.sum()) < MIN_ROWS_PER_TYPE:
+                continue
+            parts = lost[rows].mean(0).split([module.out_features for module in self.targets])
+            for module, part in zip(self.targets, parts, strict=True):
+                module.type_bias[kind] += part.to(module.type_bias)
 
     def _write(
         self, target: torch.Tensor, rounded: RoundedWeight | None, low_rank: torch.Tensor | None, stored: InputMap
@@ -176,7 +233,7 @@ class GroupFit:
             else:
                 module.set_weight(rounded.codes[rows], rounded.scale[rows])
             bias = None if linear.bias is None else linear.bias.detach().to(target.device)
-            bias = output_biases(self.moments, stored, self.weight[rows], bias)
+            bias = output_biases(self.moments, stored, self.original[rows], bias, self.compensation)
             if bias is not None:
                 module.type_bias.copy_(bias)
             if low_rank is not None:

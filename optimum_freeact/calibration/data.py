@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from optimum_freeact.calibration.prepared import choose, is_prepared, read_prepared
+
 
 KINDS = (
-    "the path of a .txt or .jsonl file, a list of strings or of chat messages, token ids of shape (n, length), or a "
-    "dataset name"
+    "the path of a .txt or .jsonl file, a list of strings or of chat messages, token ids of shape (n, length), a list of "
+    "a processor's outputs, or a dataset name"
 )
 
 
@@ -20,6 +22,8 @@ def _read_file(path: Path) -> list:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error}); calibration data may be {KINDS}.") from None
+    except OSError as error:  # a failing read does not name its file
+        raise ValueError(f"{path} cannot be read ({error}); calibration data may be {KINDS}.") from error
     if path.suffix not in (".jsonl", ".json"):
         return [text]
     rows = []
@@ -72,9 +76,20 @@ def _tokenize(items: list, tokenizer: Any) -> torch.Tensor:
     """All items as one stream of ids; texts are joined without special tokens, chats through the chat template."""
     stream: list[int] = []
     for item in items:
-        text = item if isinstance(item, str) else tokenizer.apply_chat_template(item, tokenize=False)
+        text = item if isinstance(item, str) else _render(item, tokenizer)
         stream.extend(tokenizer(text, add_special_tokens=False).input_ids)
     return torch.tensor(stream, dtype=torch.long)
+
+
+def _render(chat: list, tokenizer: Any) -> str:
+    """A conversation through the tokenizer's chat template."""
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception as error:  # a template is a program of the tokenizer's author
+        raise ValueError(
+            f"The tokenizer's chat template refuses a calibration chat that begins {str(chat)[:80]!r} "
+            f"({type(error).__name__}: {error}). Give chats that it knows, or plain texts."
+        ) from error
 
 
 def _text_of(item: Any) -> str | list:
@@ -119,6 +134,8 @@ def read_data(dataset: Any, n_samples: int, seq_len: int) -> torch.Tensor | list
         if len(dataset) < n_samples:
             raise _too_short(n_samples, seq_len, f"has {len(dataset)} rows")
         return dataset
+    if is_prepared(dataset):
+        return read_prepared(dataset, n_samples)
     if isinstance(dataset, (str, Path)):
         path = Path(dataset)
         if path.is_dir() or (path.suffix in (".txt", ".jsonl", ".json") and not path.is_file()):
@@ -143,8 +160,8 @@ def read_data(dataset: Any, n_samples: int, seq_len: int) -> torch.Tensor | list
 
 def load_samples(
     dataset: Any, tokenizer: Any, n_samples: int, seq_len: int, seed: int, vocab_size: int | None = None
-) -> torch.Tensor:
-    """Token windows for calibration.
+) -> torch.Tensor | list[dict]:
+    """Token windows for calibration; prepared inputs are only chosen from.
 
     Args:
         dataset: See [`FreeActConfig`]; windows of text are cut without overlap and chosen at random.
@@ -160,6 +177,8 @@ def load_samples(
         `ValueError`: as [`read_data`], and for text without a tokenizer or ids out of range.
     """
     data = read_data(dataset, n_samples, seq_len)
+    if is_prepared(data):
+        return choose(data, n_samples, seed, vocab_size)
     if isinstance(data, torch.Tensor):
         windows = data.long()[:, :seq_len]
     else:

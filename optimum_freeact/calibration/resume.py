@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from optimum_freeact.calibration.prepared import digest as samples_digest
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.linear import FreeActLinear
@@ -19,7 +20,7 @@ def fingerprint(config: FreeActConfig, samples: torch.Tensor, model: nn.Module) 
     """Hash of everything that a block's result depends on: settings, calibration ids, and the weights' sums."""
     settings = {k: v for k, v in config.to_dict().items() if k not in ("input_groups", "calibration_record")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    digest.update(samples.cpu().numpy().tobytes())
+    digest.update(samples_digest(samples))
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}{float(parameter.detach().double().sum()):.17g}".encode())
     return digest.hexdigest()

@@ -11,12 +11,15 @@ from torch import nn
 
 from optimum_freeact.calibration.blockwise import calibrate, check_model
 from optimum_freeact.calibration.data import load_samples
+from optimum_freeact.calibration.masking import mask_if_needed
+from optimum_freeact.calibration.prepared import batches, is_prepared, size_of
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.kv_means import cache_means
 from optimum_freeact.modules.layout import find_blocks, find_decoder, is_plain_linear, unquantized_parameters
-from optimum_freeact.token_types import TokenTyper, attach_state, install_typer
+from optimum_freeact.token_types import TokenTyper, attach_state, install_typing
+from optimum_freeact.type_rules import resolve
 
 
 logger = logging.getLogger(__name__)
@@ -43,7 +46,8 @@ CACHE_SAMPLES, CACHE_TOKENS = 8, 512  # a few thousand tokens fix a mean; the fu
 
 def measure_cache(model: nn.Module, config: FreeActConfig, samples: torch.Tensor) -> None:
     """Measure the means of keys and values in the full-precision model and store them in its decoder."""
-    means = cache_means(model, samples[:CACHE_SAMPLES, :CACHE_TOKENS], sink_tokens=int("sink" in config.token_types))
+    few = samples[:CACHE_SAMPLES, :CACHE_TOKENS] if isinstance(samples, torch.Tensor) else samples[:CACHE_SAMPLES]
+    means = cache_means(model, batches(few, 1), sink_tokens=int("sink" in config.token_types))
     config.cache_shapes = [[] if key is None else list(key.shape) for key in means.key_mean]
     buffers = CacheMeanBuffers(config.cache_shapes)
     buffers.fill(means.key_mean, means.value_mean)
@@ -60,15 +64,21 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
     """
     check_model(model, config)
     data = config.dataset if data is None else data
-    is_ids = isinstance(data, torch.Tensor)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    config.token_types, config.type_rules = resolve(
+        model, config.token_types, config.type_rules, config.typer, vocab_size
+    )
+    is_ids = isinstance(data, torch.Tensor) or is_prepared(data)
     samples = load_samples(
         data,
         None if is_ids else find_tokenizer(model, config),
         config.n_samples,
         config.seq_len,
         config.seed,
-        model.get_input_embeddings().num_embeddings,
+        vocab_size,
     )
+    if isinstance(samples, torch.Tensor):
+        samples = mask_if_needed(samples, config.type_rules, config.seed)
     prefix, blocks = find_blocks(model)
     linear = next(m for m in blocks.modules() if is_plain_linear(m))
     config.weight_dtype = str(linear.weight.dtype).removeprefix("torch.")
@@ -77,18 +87,21 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state, decoder = attach_state(model), find_decoder(model)
-    handle = install_typer(decoder, TokenTyper(config.token_types), state)
+    typer = TokenTyper(config.token_types, config.type_rules, config.typer)
+    handles = install_typing(model, decoder, typer, state)
     start = time.perf_counter()
     if config.kv_bits < 16 and config.centring != "none":
         measure_cache(model, config, samples)
     try:
         records = list(calibrate(model, config, samples, state, device))
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         state.types = None
+    n_samples, seq_len = size_of(samples)
     config.calibration_record = {
-        "n_samples": len(samples),
-        "seq_len": samples.shape[1],
+        "n_samples": n_samples,
+        "seq_len": seq_len,
         "seconds": round(time.perf_counter() - start, 2),
         "output_error": [round(record.output_error, 6) for record in records],
     }

@@ -12,7 +12,7 @@ from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import plan
 from optimum_freeact.kernels.native import NativeSide
 from optimum_freeact.kernels.tables import InputTables, make_native_tables, make_tables
-from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, quantize
+from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, round_codes
 from optimum_freeact.numerics.kronecker import factor_pair
 from optimum_freeact.token_types import TypeState
 from optimum_freeact.transforms.affine_map import InputMap, pick
@@ -68,6 +68,8 @@ class FreeActInput(nn.Module):
         symmetric (`bool`): Symmetric or asymmetric grid per token.
         n_readers (`int`): How many linears read the result (frees the cached codes after the last).
         state ([`TypeState`]): Where the current types are found.
+        masked (`bool`, *optional*, defaults to `False`): Whether some coordinates belong to single types.
+        n_left_out (`int`, *optional*, defaults to 0): Directions that single types leave out.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class FreeActInput(nn.Module):
         symmetric: bool,
         n_readers: int,
         state: TypeState,
+        masked: bool = False,
+        n_left_out: int = 0,
     ):
         super().__init__()
         self.in_features, self.bits, self.symmetric, self.n_readers = in_features, bits, symmetric, n_readers
@@ -106,14 +110,24 @@ class FreeActInput(nn.Module):
         self.register_buffer("left", torch.eye(a) if factored else None)
         self.register_buffer("right", torch.eye(b) if factored else None)
         self.register_buffer("dense", torch.eye(in_features) if dense else None)
+        self.register_buffer("keep", torch.ones(n_types, in_features, dtype=torch.bool) if masked else None)
+        self.add_left_out(n_left_out)
 
     def input_map(self, dtype: torch.dtype = torch.float32) -> InputMap:
         """The stored map as an [`InputMap`] in `dtype`."""
-        names = ("mean", "channel_scale", "left", "right", "dense")
+        names = ("mean", "channel_scale", "left", "right", "dense", "keep", "left_out", "leaves_out")
         found = InputMap(**{n: None if getattr(self, n) is None else getattr(self, n).to(dtype) for n in names})
         if self.basis is not None:
             found.basis = self.basis.to(dtype) * self.basis_scale.to(dtype)
         return found
+
+    def add_left_out(self, n: int) -> None:
+        """Make room for `n` directions that single types leave out; how many is known only after the fit."""
+        device = self.clip.device
+        directions = torch.zeros(self.in_features, n, dtype=torch.bfloat16, device=device) if n else None
+        self.register_buffer("left_out", directions)
+        whose = torch.zeros(len(self.clip), n, dtype=torch.bool, device=device) if n else None
+        self.register_buffer("leaves_out", whose)
 
     @torch.no_grad()
     def store(self, found: InputMap) -> None:
@@ -175,7 +189,7 @@ class FreeActInput(nn.Module):
         qparams = choose_qparams(z, self.bits, self.symmetric, clip)
         if torch.is_grad_enabled() and z.requires_grad:
             return RoundedInput(fake_quantize_ste(z, qparams, self.bits), None, low_rank, types)
-        return RoundedInput(quantize(z, qparams, self.bits).to(torch.int8), qparams, low_rank, types)
+        return RoundedInput(round_codes(z, qparams, self.bits).to(torch.int8), qparams, low_rank, types)
 
     def _kernel_serves(self, x: torch.Tensor) -> bool:
         """Whether a kernel takes these rows: of the device's types, and no gradient wanted."""

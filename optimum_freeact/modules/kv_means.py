@@ -51,12 +51,13 @@ def turn_back(keys: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def cache_means(model: nn.Module, samples: torch.Tensor, sink_tokens: int = 1) -> CacheMeans:
+def cache_means(model: nn.Module, samples: torch.Tensor | list[dict], sink_tokens: int = 1) -> CacheMeans:
     """Measure the means of a decoder's keys (before the rotary embedding) and values.
 
     Args:
         model (`PreTrainedModel`): A decoder-only model, with or without head, without a quantized cache installed.
-        samples (`torch.Tensor` of shape `(n, tokens)`): Token ids without padding; run one row at a time.
+        samples (`torch.Tensor` of shape `(n, tokens)`, or `list[dict]`): Token ids without padding, run one row at a time; or
+            the model's arguments, one dictionary a forward.
         sink_tokens (`int`, *optional*, defaults to 1): Positions left out of the means, as the cache keeps them exact.
 
     Returns:
@@ -65,7 +66,8 @@ def cache_means(model: nn.Module, samples: torch.Tensor, sink_tokens: int = 1) -
     Raises:
         `ValueError`: if `samples` has no token beyond the sink, or a quantized cache is installed.
     """
-    if samples.dim() != 2 or samples.shape[0] == 0 or samples.shape[1] <= sink_tokens:
+    is_ids = isinstance(samples, torch.Tensor)
+    if is_ids and (samples.dim() != 2 or samples.shape[0] == 0 or samples.shape[1] <= sink_tokens):
         raise ValueError(
             f"the means of a KV cache need samples of shape (n, tokens) with more than {sink_tokens} tokens each, got "
             f"{tuple(samples.shape)}."
@@ -73,9 +75,12 @@ def cache_means(model: nn.Module, samples: torch.Tensor, sink_tokens: int = 1) -
     decoder = model.get_decoder()
     frequencies = rotary_frequencies(decoder)
     sums: list[list[torch.Tensor] | None] = [None] * len(frequencies)
-    for row in samples:
+    count = 0
+    for inputs in [{"input_ids": row[None]} for row in samples] if is_ids else samples:
         cache = DynamicCache()  # without a configuration: no windows, all positions stay
-        decoder(input_ids=row[None].to(decoder.device), past_key_values=cache, use_cache=True)
+        inputs = {name: v.to(decoder.device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
+        (decoder if set(inputs) == {"input_ids"} else model)(**inputs, past_key_values=cache, use_cache=True)
+        count += len(inputs["input_ids"]) * (inputs["input_ids"].shape[1] - sink_tokens)
         for index, layer in enumerate(cache.layers):
             if not layer.is_initialized:
                 continue
@@ -84,9 +89,8 @@ def cache_means(model: nn.Module, samples: torch.Tensor, sink_tokens: int = 1) -
                     f"{type(model).__name__} has a quantized KV cache installed; remove() its handle first."
                 )
             keys = layer.keys if frequencies[index] is None else turn_back(layer.keys, frequencies[index])
-            found = [states[0, :, sink_tokens:].double().sum(1).cpu() for states in (keys, layer.values)]
+            found = [states[:, :, sink_tokens:].double().sum((0, 2)).cpu() for states in (keys, layer.values)]
             sums[index] = found if sums[index] is None else [a + b for a, b in zip(sums[index], found)]
-    count = samples.shape[0] * (samples.shape[1] - sink_tokens)
     means = [(None, None) if pair is None else [(s / count).float() for s in pair] for pair in sums]
     keys, values = zip(*means)
     known = [f if key is not None else None for f, key in zip(frequencies, keys)]

@@ -14,14 +14,17 @@ from optimum_freeact.modules.kv_store import CacheSpec
 from optimum_freeact.modules.layout import find_decoder
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.surgery import input_name, quantized_linears
-from optimum_freeact.token_types import TokenTyper, attach_state, install_typer
+from optimum_freeact.token_types import TokenTyper, attach_state, install_typing
+from optimum_freeact.type_rules import check_against
 
 
 def activate(model: nn.Module, config: FreeActConfig) -> None:
     """Install the hooks that a quantized model needs to run: token types and KV cache."""
     for old in model.__dict__.pop("_freeact_hooks", []):
         old.remove()
-    hooks = [install_typer(find_decoder(model), TokenTyper(config.token_types), attach_state(model))]
+    check_against(model, config.type_rules, config.typer)
+    typer = TokenTyper(config.token_types, config.type_rules, config.typer)
+    hooks = install_typing(model, find_decoder(model), typer, attach_state(model))
     if config.kv_bits < 16:
         hooks.append(install_kv_cache(model, cache_spec(model, config)))
     model.__dict__["_freeact_hooks"] = hooks

@@ -15,6 +15,8 @@ from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.layout import find_blocks, find_decoder
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.token_types import TypeState
+from optimum_freeact.transforms.exclusive import share_of
+from optimum_freeact.type_rules import SINK
 
 
 def input_name(group: list[str]) -> str:
@@ -27,6 +29,22 @@ def rank_of(config: FreeActConfig, in_features: int) -> int:
     if config.weight_bits == config.activation_bits == 16:
         return 0
     return min(config.low_rank, in_features // 8)
+
+
+def is_masked(config: FreeActConfig, group: list[str]) -> bool:
+    """Whether the input of these linears has coordinates that belong to single types."""
+    several = len([name for name in config.token_types if name != SINK]) > 1
+    return config.exclusive == "fixed" and several and share_of(config.exclusive_share, group) > 0
+
+
+# linears that read the attention's output, in the families of layout.py and in common remote code
+ATTENTION_READERS = ("o_proj", "out_proj", "attn_out", "dense")
+
+
+def is_compensated(config: FreeActConfig, group: list[str]) -> bool:
+    """Whether this is the linear behind the attention and its input's moments are set right."""
+    reads = len(group) == 1 and group[0].rpartition(".")[2] in ATTENTION_READERS
+    return config.attention_compensation and reads and "mlp" not in group[0]
 
 
 def check_linear(name: str, module: nn.Linear, config: FreeActConfig) -> None:
@@ -57,7 +75,12 @@ def float32_default() -> Iterator[None]:
 
 
 def replace_group(
-    block: nn.Module, group: list[str], config: FreeActConfig, state: TypeState, device: torch.device | str
+    block: nn.Module,
+    group: list[str],
+    config: FreeActConfig,
+    state: TypeState,
+    device: torch.device | str,
+    n_left_out: int = 0,
 ) -> tuple[FreeActInput, list[FreeActLinear]]:
     """Replace the named linears of a block by empty quantized ones on `device`; returns what was put in place."""
     first = block.get_submodule(group[0])
@@ -75,6 +98,8 @@ def replace_group(
             symmetric=config.activation_symmetric,
             n_readers=len(group),
             state=state,
+            masked=is_masked(config, group),
+            n_left_out=n_left_out,
         )
         replaced = []
         for name in group:
@@ -85,7 +110,7 @@ def replace_group(
                 source,
                 bits=config.weight_bits,
                 group_size=config.weight_group_size or n,
-                bias=old.bias is not None,
+                bias=old.bias is not None or is_compensated(config, group),
                 dtype=getattr(torch, config.weight_dtype or "float32"),
             )
             new.train(old.training)
@@ -103,12 +128,45 @@ def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> No
         raise ValueError(
             "The checkpoint's config lacks 'input_groups': it was not written by FreeActConfig's quantizer."
         )
+    check_recorded(blocks, config)
     if config.cache_shapes:
         with torch.device("meta"), float32_default():
             find_decoder(model).add_module(CACHE_NAME, CacheMeanBuffers(config.cache_shapes))
     for index, block in enumerate(blocks):
         for group in groups.get(str(index), groups.get("*", [])):
-            replace_group(block, group, config, state, "meta")
+            n_left_out = (config.exclusive_sizes or {}).get(f"{index}.{group[0]}", 0)
+            replace_group(block, group, config, state, "meta", n_left_out)
+
+
+def check_recorded(blocks: nn.ModuleList, config: FreeActConfig) -> None:
+    """Refuse what a checkpoint's config records of its modules if this model cannot have it.
+
+    Raises:
+        `ValueError`: naming the field; the config was changed or damaged after saving.
+    """
+
+    def refuse(field: str, what: str) -> None:
+        raise ValueError(f"quantization_config.{field} in config.json {what}: it was changed or damaged after saving.")
+
+    groups, shapes = config.input_groups, config.cache_shapes
+    if not isinstance(groups, dict) or not all(isinstance(group, list) for group in groups.values()):
+        refuse("input_groups", "must map blocks to lists of groups")
+    for index, block in enumerate(blocks):
+        linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        for group in groups.get(str(index), groups.get("*", [])):
+            if not isinstance(group, list) or not group or not all(isinstance(n, str) and n in linears for n in group):
+                refuse("input_groups", f"names {group!r}, which are no linears of block {index}")
+    if config.weight_dtype is not None and config.weight_dtype not in ("float32", "float16", "bfloat16", "float64"):
+        refuse("weight_dtype", f"is {config.weight_dtype!r}, no floating-point type")
+    if shapes is not None and not (
+        isinstance(shapes, list)
+        and len(shapes) == len(blocks)
+        and all(
+            isinstance(s, list) and len(s) in (0, 2) and all(type(n) is int and 0 < n < 2**20 for n in s)
+            for s in shapes
+        )
+    ):
+        refuse("cache_shapes", f"is {str(shapes)[:80]}, not one (heads, head_dim) a block")
 
 
 def quantized_linears(model: nn.Module) -> dict[str, FreeActLinear]:

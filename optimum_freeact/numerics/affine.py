@@ -66,10 +66,16 @@ def quantize(values: torch.Tensor, qparams: QParams, bits: int) -> torch.Tensor:
 
     NaN and infinity get the code NaN, which [`pack`][optimum_freeact.numerics.packing.pack] refuses.
     """
+    codes = round_codes(values, qparams, bits)
+    return torch.where(values.isfinite(), codes, torch.nan)
+
+
+def round_codes(values: torch.Tensor, qparams: QParams, bits: int) -> torch.Tensor:
+    """[`quantize`] of values that are finite, or whose grid is their own row's (which then is not finite either)."""
     qmin, qmax = code_range(bits)
-    shifted = values if qparams.offset is None else values - qparams.offset
-    codes = torch.clamp(torch.round(shifted / qparams.scale), qmin, qmax)
-    return torch.where(shifted.isfinite(), codes, torch.nan)
+    if qparams.offset is None:
+        return (values / qparams.scale).round_().clamp_(qmin, qmax)
+    return (values - qparams.offset).div_(qparams.scale).round_().clamp_(qmin, qmax)
 
 
 def dequantize(codes: torch.Tensor, qparams: QParams) -> torch.Tensor:
@@ -83,7 +89,7 @@ def fake_quantize(values: torch.Tensor, bits: int, symmetric: bool, clip: torch.
     if bits >= 16:
         return values
     qparams = choose_qparams(values, bits, symmetric, clip)
-    return dequantize(quantize(values, qparams, bits), qparams)
+    return dequantize(round_codes(values, qparams, bits), qparams)
 
 
 class _Round(torch.autograd.Function):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from optimum_freeact.numerics.affine import QParams, quantize, symmetric_qparams
+from optimum_freeact.numerics.affine import QParams, quantize, round_codes, symmetric_qparams
 
 
 # Share of a row's largest magnitude that the grid covers. For Gaussian rows of 576 to 4864 weights the 4-bit optimum
@@ -42,8 +42,8 @@ def search_scale(
     best_scale = torch.ones_like(best_error)
     for ratio in CLIP_GRID:
         qparams = symmetric_qparams(weight, bits, ratio)
-        error = (quantize(weight, qparams, bits) * qparams.scale - weight).square()
-        error = (error if importance is None else error * importance).sum(-1, keepdim=True)
+        error = round_codes(weight, qparams, bits).mul_(qparams.scale).sub_(weight).square_()
+        error = (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, qparams.scale, best_scale)

@@ -11,7 +11,8 @@ and with V = (W / s) A^{-T}, L = (W / s) U, b_k = W mu_k + b, for every x and ev
 
     y = z V^T + p L^T + b_k = W x + b.
 
-This is exact for any mu, s, U and invertible A (tested in float64): the calibration may choose them freely.
+This is exact for any mu, s, U and invertible A (tested in float64): the calibration may choose them freely. Masks (`keep`)
+set some coordinates of z to zero for some types; they are an approximation (transforms/exclusive.py).
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ class InputMap:
         basis (`torch.Tensor` of shape `(d, r)`, *optional*): U.
         left, right (`torch.Tensor` of shapes `(a, a)`, `(b, b)`, *optional*): A = left (x) right, a * b = d.
         dense (`torch.Tensor` of shape `(d, d)`, *optional*): A itself. Not together with `left`.
+        left_out (`torch.Tensor` of shape `(d, R)`, *optional*): Directions that single types leave out of x - mu_k.
+        leaves_out (`torch.Tensor` of shape `(n_types, R)`, *optional*): 1 for the directions that a type leaves out.
+        keep (`torch.Tensor` of shape `(n_types, d)`, *optional*): 1 for the coordinates of z that a type uses, else 0.
     """
 
     mean: torch.Tensor | None = None
@@ -41,6 +45,9 @@ class InputMap:
     left: torch.Tensor | None = None
     right: torch.Tensor | None = None
     dense: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
+    left_out: torch.Tensor | None = None
+    leaves_out: torch.Tensor | None = None
 
     def to(self, *args, **kwargs) -> InputMap:
         """All tensors moved or cast as by `torch.Tensor.to`."""
@@ -52,7 +59,11 @@ class InputMap:
 
     def apply(self, x: torch.Tensor, types: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Coordinates z and p of rows `x` of shape `(..., d)`."""
-        return self.apply_centred(self.centre(x, types))
+        u = self.centre(x, types)
+        if self.left_out is not None:
+            u = u - ((u @ self.left_out) * pick(self.leaves_out, types).to(u.dtype)) @ self.left_out.mT
+        z, p = self.apply_centred(u)
+        return z if self.keep is None else z * pick(self.keep, types).to(z.dtype), p
 
     def apply_centred(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Coordinates z and p of rows that are centred already."""
@@ -60,8 +71,10 @@ class InputMap:
             u = u * self.channel_scale
         p = None
         if self.basis is not None:
-            p = u @ self.basis
-            u = u - p @ self.basis.mT
+            flat = u.flatten(0, -2)
+            p = flat @ self.basis
+            u = torch.addmm(flat, p, self.basis.mT, alpha=-1).view(u.shape)
+            p = p.view(*u.shape[:-1], -1)
         return self._rotate(u), p
 
     def _rotate(self, u: torch.Tensor) -> torch.Tensor:

@@ -51,14 +51,16 @@ class InputStatistics:
         h (`torch.Tensor` of shape `(d, d)`): W^T W summed over the linears that share the input, each normalised by
             its output energy.
         mean (`torch.Tensor` of shape `(n_types or 1, d)`, *optional*): The centres.
-        cross (`torch.Tensor` of shape `(d, d)`, *optional*): Full-precision inputs against actual ones.
+        paired (`tuple` of two `torch.Tensor` of shape `(d, d)`, *optional*): Second moments of the actual inputs, and of
+            full-precision ones with actual ones. Types at their own energy: a correction that is fitted with the sink
+            made as small as the other types ruins the sink, and with it the model.
     """
 
     c: torch.Tensor
     h: torch.Tensor
     mean: torch.Tensor | None
-    cross: torch.Tensor | None
-    peak: torch.Tensor
+    paired: tuple[torch.Tensor, torch.Tensor] | None
+    peak: torch.Tensor | None
     weight_peak: torch.Tensor
 
 
@@ -68,7 +70,8 @@ def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSp
     Types are mixed by their share of tokens after each is normalised by its own output energy tr(C_k H), so that one
     sink token with a thousand times the energy of the others does not decide the transform of all.
     """
-    grams = [w.double().mT @ w.double() for w in weights]
+    # products in float32: H weighs errors against each other, its last digits decide nothing
+    grams = [(w.float().mT @ w.float()).double() for w in weights]
     h = sum(grams)
     kinds = [k for k in range(moments.n_types) if moments.count[k] > 0]
     if spec.centring == "per_type":
@@ -78,7 +81,7 @@ def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSp
     else:
         mean = None
     zero = torch.zeros_like(moments.shift[0])
-    c, cross, total = torch.zeros_like(h), torch.zeros_like(h), moments.count.sum()
+    c, actual, cross, total = torch.zeros_like(h), torch.zeros_like(h), torch.zeros_like(h), moments.count.sum()
     energies = []
     for k in kinds:
         centre = zero if mean is None else mean[min(k, len(mean) - 1)]
@@ -89,15 +92,16 @@ def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSp
         c += share * covariance
         if moments.paired:
             centre_y = zero if mean is None else moments.mean_of_pair(k if len(mean) > 1 else None)
-            cross += share * moments.cross_covariance(k, centre_y, centre)
+            actual += moments.count[k] / total * covariance
+            cross += moments.count[k] / total * moments.cross_covariance(k, centre_y, centre)
     scale = sum(share * energy for share, energy in energies)  # back to the units of the activations
     if len(grams) > 1:  # linears count by their relative output error: a weak k_proj as much as a strong q_proj
         outputs = [(c * gram).sum().clamp_min(torch.finfo(torch.float64).tiny) for gram in grams]
         h = sum(gram / output for gram, output in zip(grams, outputs)) * sum(outputs) / len(outputs)
     weight_peak = torch.stack([w.abs().amax(0) for w in weights]).amax(0).double()
-    return InputStatistics(
-        c * scale, h, mean, cross * scale if moments.paired else None, moments.peak.double(), weight_peak
-    )
+    paired = (actual, cross) if moments.paired else None
+    peak = None if moments.peak is None else moments.peak.double()
+    return InputStatistics(c * scale, h, mean, paired, peak, weight_peak)
 
 
 def balanced_channel_scale(c: torch.Tensor, h: torch.Tensor) -> torch.Tensor:

@@ -143,7 +143,7 @@ def test_help_of_every_command(capsys):
         (["--activation-clip", "wide"], "activation_clip must be 'search' or a number"),
         (["--weight-group-size", "48"], "weight_group_size=48 does not divide in_features=64"),
         (["--calibration", "learned", "--transform", "none"], "learns Kronecker factors"),
-        (["--token-types", "text,image"], "token_types must be"),
+        (["--token-types", "text,nonsense"], "token_types must be"),
         (["--n-samples", "100000"], "Calibration needs n_samples * seq_len"),
         (["--n-samples", "0"], "n_samples must be an integer of at least 1"),
         (["--dataset", "missing.txt"], "missing.txt"),

@@ -67,7 +67,7 @@ def test_copies_share_the_data_and_nothing_else():
     assert clone.token_types == config.token_types
     assert clone.token_types is not config.token_types
     clone.token_types.append("x")
-    assert FreeActConfig().token_types == ["text", "sink"]
+    assert FreeActConfig().token_types == ["text", "sink", "auto"]
 
 
 WRONG = [
@@ -81,7 +81,7 @@ WRONG = [
     ("weight_group_size", 1),
     ("weight_group_size", 32.0),
     ("token_types", ["sink"]),
-    ("token_types", ["text", "image"]),
+    ("token_types", ["text", "nonsense"]),
     ("token_types", "text"),
     ("modules_to_not_convert", "lm_head"),
     ("modules_to_not_convert", [1]),

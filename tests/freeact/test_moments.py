@@ -20,7 +20,7 @@ def rows(n=600, sink=1.0, seed=0):
 
 
 def streamed(x, y, types, pieces=7, paired=True, n_types=2):
-    moments = Moments(D, n_types, torch.device("cpu"), paired=paired)
+    moments = Moments(D, n_types, torch.device("cpu"), paired=paired, peaks=True)
     for a, b, t in zip(x.chunk(pieces), y.chunk(pieces), types.chunk(pieces)):
         moments.update(a, t, b if paired else None)
     return moments

@@ -72,8 +72,8 @@ def test_names_decide_whether_there_are_types():
     types = TokenTyper(["text", "sink"])({"input_ids": IDS})
     assert types.dtype == torch.int64
     assert types.tolist() == firsts()
-    for names in ([], ["sink"], ["text", "image"]):
-        with pytest.raises(ValueError, match="'text', 'sink'"):
+    for names in ([], ["sink"], "text", ["text", "text"], ["text", "nonsense"], ["text", "image"]):
+        with pytest.raises(ValueError, match="token_types"):
             TokenTyper(names)
 
 

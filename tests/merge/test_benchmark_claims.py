@@ -5,6 +5,7 @@ import pytest
 from benchmarks.merge import (
     adaptation_claims,
     exactness_claims,
+    gate_claims,
     h100_claims,
     real_cost_claims,
     relatives_claims,
@@ -35,20 +36,36 @@ def test_relatives_take_the_largest_gap():
     assert relatives_claims.claims(rows[:1]) == []
 
 
-def test_adaptation_compares_means_over_seeds_after_training():
-    losses = {"none": (1.0, 1.2), "shrink": (1.3, 1.3), "teacher": (0.9, 0.9), "merge": (1.2, 1.4)}
-    rows = [
-        {"arm": arm, "when": when, "seed": seed, "metric": "nll", "value": value if when == "after" else 0.0}
-        for arm, pair in losses.items()
-        for seed, value in enumerate(pair)
-        for when in ("before", "after")
+def adapted(task, arm, seed, valid, nll, rate=1e-4, **more):
+    place = {"task": task, "arm": arm, "seed": seed, "rate": rate, **more}
+    points = {"before": (9.0, 9.0), "after": (valid, nll), "last": (8.0, 8.0)}
+    return [
+        place | {"when": when, "metric": metric, "value": value}
+        for when, point in points.items()
+        for metric, value in zip(("valid", "nll"), point)
     ]
-    (one,) = adaptation_claims.claims([*rows, {"metric": "budget: steps", "value": 200}])
-    assert one["value"] == pytest.approx(0.2)
-    assert "(none)" in one["how"]
-    assert "(teacher)" in one["how"]
+
+
+def test_adaptation_takes_the_best_control_and_the_arm_that_validation_chose():
+    rows = [{"metric": "budget: steps", "value": 96}]
+    for seed, shift in enumerate((-0.1, 0.1)):
+        rows += adapted("code", "none", seed, 2.0, 2.0 + shift, rate=1e-4)
+        rows += adapted("code", "none", seed, 3.0, 1.0, rate=1e-3)  # validation speaks against this rate
+        rows += adapted("code", "shrink", seed, 2.1, 2.1)
+        rows += adapted("code", "teacher, random donor", seed, 2.2, 1.95, share=0.5)
+        rows += adapted("code", "teacher", seed, 1.8, 1.85 + shift, share=0.5)
+        rows += adapted("code", "teacher", seed, 1.9, 1.5, share=0.9)  # nor is a share chosen on held-out text
+        rows += adapted("code", "merge", seed, 1.9, 1.7)
+    (one,) = adaptation_claims.claims(rows)
+    assert one["value"] == pytest.approx(1.95 - 1.85)
+    assert one["holds"]
+    assert "'teacher' against 'teacher, random donor'" in one["how"]
     assert "2 seed(s)" in one["how"]
-    assert adaptation_claims.claims([row for row in rows if row["arm"] in ("none", "shrink")]) == []
+    rows += adapted("french", "none", 0, 4.0, 4.0) + adapted("french", "teacher", 0, 3.9, 3.98, share=0.5)
+    (one,) = adaptation_claims.claims(rows)
+    assert one["value"] == pytest.approx(0.02)  # the smallest over tasks
+    assert not one["holds"]
+    assert adaptation_claims.claims([row for row in rows if row.get("arm") in (None, "none", "shrink")]) == []
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -57,16 +74,21 @@ def test_real_cost_claims_time_and_memory_on_a_cpu_only(device):
         {"device": device, "step": "plan", "metric": "minutes", "value": 4.0},
         {"device": device, "step": "merge", "metric": "minutes", "value": 1.0},
         {"device": device, "step": "both", "metric": "peak resident GB", "value": 7.0},
-        {"donor": "real", "metric": "confidence", "value": 0.9},
-        {"donor": "random", "metric": "confidence", "value": 0.1},
-        {"donor": "random", "metric": "confidence", "value": 0.6},
+        {"layer": 0, "metric": "confidence", "value": 0.9},
+    ]
+    expected = {"merge.cpu_minutes": (5.0, True), "merge.cpu_peak_gb": (7.0, False)} if device == "cpu" else {}
+    assert values(real_cost_claims.claims(rows)) == expected
+
+
+def test_the_gate_counts_blocks_it_leaves_open():
+    rows = [
+        {"task": "code", "seed": 0, "metric": "confidence", "value": 0.1},
+        {"task": "code", "seed": 1, "metric": "confidence", "value": 0.6},
         {"metric": "recipe alpha", "value": 0.05},
         {"metric": "confidence below which the gate closes", "value": 0.5},
     ]
-    expected = {"merge.random_donor_gate_alpha": (0.025, False)}
-    if device == "cpu":
-        expected |= {"merge.cpu_minutes": (5.0, True), "merge.cpu_peak_gb": (7.0, False)}
-    assert values(real_cost_claims.claims(rows)) == expected
+    assert values(gate_claims.claims(rows)) == {"merge.random_donor_gate_alpha": (0.025, False)}
+    assert gate_claims.claims(rows[2:]) == []
 
 
 def test_h100_claims_nothing_of_miniatures_or_without_a_gpu():

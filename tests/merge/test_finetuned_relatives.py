@@ -5,39 +5,18 @@ import functools
 import pytest
 import torch
 
+from benchmarks.merge.relatives import COPIES, merged_and_ideal
 from mergekit_ot.checkpoint import CheckpointReader
 from mergekit_ot.planning import make_bundle, open_pair
-from mergekit_ot.relatives import READERS, deepened, permuted, rotated, widened
 from mergekit_ot.settings import Calibration, PlanSettings
-from mergekit_ot.structure import ATTENTION_NORM, split_name
-from mergekit_ot.transport import interpolate
 from mergekit_ot.transporter import Transporter
 from tests.merge.finetuned import loss_on, other_texts, target_and_finetune
 from tests.merge.tiny import checkpoint, from_checkpoint, save, texts, write_texts
 
 
-COPIES = {
-    "permuted": permuted,
-    "widened": widened,
-    "deepened": deepened,
-    "rotated": rotated,
-    "permuted and rotated": lambda config, state: permuted(*rotated(config, state)),
-}
-
-
 @functools.cache
 def trained(family):
     return target_and_finetune(family)
-
-
-def folded(name, own, other, family):
-    """The fine-tune's weight for the target's norms: what plain interpolation means when the target keeps its norms."""
-    part = split_name(name)[1].removesuffix(".weight")
-    if not name.endswith("weight") or part not in READERS:
-        return other[name]
-    norm = ATTENTION_NORM if part.startswith("self_attn") else family.mlp_norm
-    norm = name.replace(f"{part}.weight", f"{norm}.weight")
-    return other[name] * (other[norm] + family.norm_offset) / (own[norm] + family.norm_offset)
 
 
 @pytest.mark.parametrize("copy", COPIES)
@@ -53,12 +32,7 @@ def test_merging_a_reparameterised_finetune_is_plain_interpolation(tmp_path, fam
     own, tuned = model.state_dict(), finetune.state_dict()
     before = loss_on(model, other)
     for alpha in (0.5, 1.0):
-        merged, ideal = dict(own), dict(own)
-        for name, tensor in own.items():
-            transported = transporter.transport(name, tensor)
-            if transported is not None:
-                merged[name] = interpolate(tensor, transported, alpha)
-                ideal[name] = interpolate(tensor, folded(name, own, tuned, pair.target.family), alpha)
+        merged, ideal = merged_and_ideal(transporter.transport, own, tuned, pair.target.family, alpha)
         reached, best = (loss_on(from_checkpoint(model.config, state), other) for state in (merged, ideal))
         assert best < before - 0.1  # there is something to transfer
         # A rotation is estimated from weights that the fine-tune has moved: its error falls with the number of vectors

@@ -22,7 +22,7 @@ def load(folder):
 
 
 def test_released_arithmetic_is_shrinking_and_the_corrected_is_not(tmp_path):
-    model, target, donor = pair(tmp_path)
+    model, target, donor = pair(tmp_path, num_hidden_layers=2)
     ratios = {}
     for preset in ("paper", "paper-released"):
         recipe = load_recipe(write_recipe(tmp_path, target, donor, preset=preset, alpha=0.3))

@@ -42,9 +42,9 @@ def write_recipe(folder, target, donor, **changes):
     return path
 
 
-def pair(folder, family="llama", copy="permuted", tied=True, donor_family=None):
+def pair(folder, family="llama", copy="permuted", tied=True, **sizes):
     """A target and a re-parameterised copy of it, saved."""
-    model = build(family, tied=tied)
+    model = build(family, tied=tied, **sizes)
     if "rotated" in copy and family == "gemma3_text":
         for name, parameter in model.named_parameters():
             if "post_" in name:
@@ -151,8 +151,9 @@ def _digest(folder):
 
 
 def test_plans_are_reused_and_threads_agree(tmp_path):
-    _, target, donor = pair(tmp_path, copy="rotated")
-    recipe = load_recipe(write_recipe(tmp_path, target, donor, alpha=0.5))
+    _, target, donor = pair(tmp_path, copy="rotated", num_hidden_layers=1)
+    few = {"dataset": "texts.txt", "rows": 150, "max_length": 96}  # two threads on a busy core wait for each other
+    recipe = load_recipe(write_recipe(tmp_path, target, donor, alpha=0.5, calibration=few))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     _, one, folder = plan_recipe(recipe, tmp_path / "one", quiet=True)

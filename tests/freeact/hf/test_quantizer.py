@@ -269,7 +269,7 @@ def test_state_dicts_are_plain_tensors(model, expected, plain_folder):
 # --- dequantize ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "share"), [("llama", 0.35), ("qwen2", 0.35), ("opt", 0.9)])
+@pytest.mark.parametrize(("family", "share"), [("llama", 0.35), ("qwen2", 0.35), ("opt", 1.1)])
 def test_dequantized_is_near_and_plain(family, share, tmp_path):
     """At W4A16, in shares of the rounding error; a plain bias for text alone gives 0.44, 0.59 and 2.16."""
     plain, model = tiny(family), quantized(family, activation_bits=16)

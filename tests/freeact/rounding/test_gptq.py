@@ -53,21 +53,54 @@ def test_correlated_inputs_lose_less(bits, size):
 
 
 @pytest.mark.parametrize("wide", [200, 300])
-def test_lazy_updates_change_nothing(wide):
-    """More columns than one lazy block: compared with updating all columns after each."""
+def test_halving_changes_nothing(wide):
+    """More columns than a leaf: compared with updating all columns after each."""
     from optimum_freeact.rounding import gptq as module
 
     original = torch.randn(4, wide) / wide**0.5
     x = torch.randn(900, wide, dtype=torch.float64) @ torch.randn(wide, wide, dtype=torch.float64)
-    moments, before = x.mT @ x / 900, module.BLOCK
-    blocked = gptq(original, moments, 4, wide)
+    moments, before = x.mT @ x / 900, module.LEAF
+    halved = gptq(original, moments, 4, wide)
     try:
-        module.BLOCK = wide
+        module.LEAF = wide
         whole = gptq(original, moments, 4, wide)
     finally:
+        module.LEAF = before
+    assert (halved.codes != whole.codes).float().mean() < 0.01  # float32 ties only
+    assert error(halved, original, moments) == pytest.approx(error(whole, original, moments), rel=0.01)
+
+
+@pytest.mark.parametrize("size", [D, 16])
+def test_each_pass_of_descent_loses_less_and_ends_where_no_code_can_be_better(size):
+    original, moments = weight(), correlated()
+    errors = [error(gptq(original, moments, 4, size, damping=1e-9, passes=n), original, moments) for n in range(4)]
+    assert errors[0] > errors[1] > errors[2] >= errors[3]
+    best = gptq(original, moments, 4, size, damping=1e-9, passes=30)
+    least = error(best, original, moments)
+    for row, column in ((0, 0), (3, 17), (15, 63)):
+        for step in (-1, 1):
+            other = best.codes.clone()
+            other.flatten(1)[row, column] += step
+            if other.abs().max() <= 7:
+                assert error(best._replace(codes=other), original, moments) >= least * (1 - 1e-6)
+
+
+def test_descent_in_blocks_changes_nothing():
+    """More columns than a block: the codes of a pass that updates every column after each."""
+    from optimum_freeact.rounding import gptq as module
+
+    wide = 200
+    original = torch.randn(4, wide) / wide**0.5
+    x = torch.randn(900, wide, dtype=torch.float64) @ torch.randn(wide, wide, dtype=torch.float64)
+    moments, before = x.mT @ x / 900, module.BLOCK
+    blocked = gptq(original, moments, 4, wide, passes=2)
+    try:
+        module.BLOCK = 1
+        single = gptq(original, moments, 4, wide, passes=2)
+    finally:
         module.BLOCK = before
-    assert (blocked.codes != whole.codes).float().mean() < 0.01  # float32 ties only
-    assert error(blocked, original, moments) == pytest.approx(error(whole, original, moments), rel=0.01)
+    assert (blocked.codes != single.codes).float().mean() < 0.02  # float32 ties only
+    assert error(blocked, original, moments) == pytest.approx(error(single, original, moments), rel=0.01)
 
 
 SINGULAR = {
@@ -86,7 +119,8 @@ SINGULAR = {
 @pytest.mark.parametrize("damping", [0.01, 1e-12])
 def test_damping_never_fails(kind, damping):
     moments = SINGULAR[kind]()
-    upper = inverse_factor(moments, damping)
+    upper, added = inverse_factor(moments, damping)
+    assert added > 0
     assert torch.equal(upper, upper.triu())
     assert torch.isfinite(upper).all()
     got = gptq(weight(), moments, 4, D, damping)
@@ -95,8 +129,9 @@ def test_damping_never_fails(kind, damping):
 
 def test_factor_is_that_of_the_inverse():
     moments = correlated()
-    upper = inverse_factor(moments, 0.01)
-    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(D)
+    upper, added = inverse_factor(moments, 0.01)
+    damped = moments + added * torch.eye(D)
+    assert float(added) == pytest.approx(0.01 * float(moments.diagonal().mean()))
     torch.testing.assert_close(upper.mT @ upper @ damped, torch.eye(D, dtype=torch.float64), rtol=1e-8, atol=1e-8)
 
 

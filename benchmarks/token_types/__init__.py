@@ -1,0 +1,1 @@
+"""Models with several token types, made here, quantized every way, and scored."""

@@ -1,0 +1,53 @@
+"""Decoders without a causal mask: what makes a diffusion language model of a class that transformers has."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache
+
+
+def full_mask(
+    attention_mask: torch.Tensor | None, batch: int, length: int, past: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Additive mask `(batch, 1, length, past + length)` by which every token sees every real token.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch, past + length)`, *optional*): 1 for real tokens.
+    """
+    mask = torch.zeros(batch, 1, length, past + length, dtype=dtype, device=device)
+    if attention_mask is None:
+        return mask
+    return mask.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(dtype).min)
+
+
+class Bidirectional:
+    """Put before a transformers decoder class: every token attends to every other, cached ones included.
+
+    A 4-D mask of the caller's (blocks that see only what lies before them, say) is used as it is.
+    """
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        """As the decoder's own forward."""
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is not None and (attention_mask is None or attention_mask.ndim == 2):
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            dtype = self.embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
+            attention_mask = full_mask(attention_mask, *tokens.shape[:2], past, dtype, tokens.device)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=bool(use_cache),  # a denoising pass caches nothing unless it is told to
+            **kwargs,
+        )

@@ -1,0 +1,152 @@
+"""The token type benchmark: claims follow from rows, and a miniature runs whole."""
+
+import json
+
+import numpy
+import pytest
+import torch
+
+from benchmarks._results import problems, read
+from benchmarks.token_types import run
+from benchmarks.token_types.claims import claims, losses, won_back
+from benchmarks.token_types.methods import METHODS, bits
+
+
+def rows_of(model="diffusion", metric="masked_nll", setting="w4a4", mode="whole", **lost):
+    """Rows of full precision (3.0 and 4.0 at two ratios) and of methods that lose so much more, by seed."""
+    rows = []
+    for method, given in {"fp": [0.0], **lost}.items():
+        for seed, value in enumerate(given if isinstance(given, list) else [given]):
+            for ratio, base in ((0.15, 3.0), (0.5, 4.0)):
+                row = {
+                    "model": model,
+                    "method": method.replace("_", "-"),
+                    "mode": mode,
+                    "ratio": ratio,
+                    "metric": metric,
+                }
+                row |= {"setting": "w16a16" if method == "fp" else setting, "value": base + value, "seed": seed}
+                rows.append(row)
+    return rows
+
+
+def by_id(rows):
+    return {entry["id"]: entry for entry in claims(rows)}
+
+
+def test_the_gap_won_back_is_what_flatquant_loses_and_we_do_not():
+    rows = rows_of(flatquant=0.4, freeact=[0.1, 0.2], freeact_paper=0.3)
+    assert losses(rows, "diffusion", "freeact", "w4a4") == pytest.approx({0: 3.6, 1: 3.7})
+    assert won_back(rows, "diffusion", "freeact", "w4a4") == pytest.approx(1 - 0.15 / 0.4)
+    found = by_id(rows)
+    assert found["token_types.diffusion.w4a4.gap_won_back_over_flatquant"]["holds"]
+    assert found["token_types.diffusion.w4a4.ours_minus_freeact_paper"]["value"] == pytest.approx(0.375)
+    assert not any("w4a4kv4" in name or "vlm" in name for name in found)
+
+
+def test_a_quantized_cache_is_compared_with_full_precision_through_a_cache():
+    whole, cached = (
+        rows_of(flatquant=0.4, freeact=0.1),
+        rows_of(setting="w4a4kv4", mode="cached", flatquant=0.8, freeact=0.6),
+    )
+    found = by_id(whole + cached)
+    assert found["token_types.diffusion.w4a4.gap_won_back_over_flatquant"]["value"] == pytest.approx(0.75)
+    short = found["token_types.diffusion.w4a4kv4.gap_won_back_over_flatquant"]
+    assert short["value"] == pytest.approx(0.25)
+    assert not short["holds"]
+
+
+def test_a_seed_that_was_not_measured_does_not_count():
+    rows = rows_of(flatquant=0.4, freeact=[0.1, 0.3])
+    rows[-1] = {**rows[-1], "value": None, "note": "the time was up"}
+    assert losses(rows, "diffusion", "freeact", "w4a4") == pytest.approx({0: 3.6})
+    assert won_back([r for r in rows if r["method"] != "fp"], "diffusion", "freeact", "w4a4") is None
+
+
+def test_time_and_share_of_the_types():
+    head = {"model": "diffusion", "method": "freeact", "setting": "w4a4", "seed": 0}
+    rows = [{**head, "metric": "three_types_time_ratio", "value": v} for v in (1.01, 1.03)]
+    rows.append({**head, "metric": "per_type_parameter_share", "value": 0.004})
+    found = by_id(rows)
+    assert found["token_types.three_types_time_ratio"]["value"] == 1.03
+    assert not found["token_types.three_types_time_ratio"]["holds"]
+    assert found["token_types.per_type_parameter_share"]["holds"]
+
+
+def test_settings_are_read():
+    assert bits("w4a4kv4") == {"weight_bits": 4, "activation_bits": 4, "kv_bits": 4}
+    with pytest.raises(ValueError, match="w4a4"):
+        bits("four")
+    with pytest.raises(SystemExit, match="names nothing"):
+        run.main(["--tiny", "--methods", "nothing"])
+
+
+METHODS_TRIED = ("flatquant", "freeact-paper", "freeact")
+
+
+def test_the_miniature_runs_whole(tmp_path, capsys):
+    arguments = ["--tiny", "--models", "diffusion", "--seeds", "0", "--methods", ",".join(METHODS_TRIED)]
+    arguments += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert run.main(arguments) == 0
+    document = read(tmp_path / "out" / "token_types.json")
+    assert problems(document) == []
+    rows = document["rows"]
+    assert {row["method"] for row in rows} == {"fp", "train", *METHODS_TRIED}
+    assert all(row["value"] is not None for row in rows)
+    scored = [r for r in rows if r["method"] == "freeact" and r["metric"] == "masked_nll"]
+    assert {(r["setting"], r["mode"], r["ratio"]) for r in scored} == {
+        (setting, mode, ratio)
+        for setting, mode in (("w4a4", "whole"), ("w4a4kv4", "cached"))
+        for ratio in (0.15, 0.50, 0.85)
+    }
+    noted = next(r["note"] for r in rows if r["method"] == "freeact" and r["metric"] == "calibration_seconds")
+    assert noted == "text, sink, mask"
+    assert (
+        next(r["note"] for r in rows if r["method"] == "freeact-paper" and r["metric"] == "calibration_seconds")
+        == "text, mask"
+    )
+    assert "won back" in capsys.readouterr().out
+    before = json.dumps(rows)
+    assert run.main(arguments) == 0  # everything is there already: nothing is measured again
+    assert json.dumps(read(tmp_path / "out" / "token_types.json")["rows"]) == before
+    assert set(METHODS_TRIED) < set(METHODS)
+
+
+def test_the_miniature_of_the_others_runs_whole(tmp_path):
+    arguments = ["--tiny", "--models", "vlm,three_types", "--seeds", "0", "--methods", "freeact"]
+    assert run.main([*arguments, "--work", str(tmp_path / "work"), "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path / "token_types.json")["rows"]
+    assert all(row["value"] is not None for row in rows)
+    notes = {row["model"]: row["note"] for row in rows if row["metric"] == "calibration_seconds"}
+    assert notes == {"vlm": "text, sink, image", "three_types": "text, sink, mask, image"}
+    metrics = {
+        model: {row["metric"] for row in rows if (row["model"], row["method"]) == (model, "freeact")}
+        for model in notes
+    }
+    assert {"caption_nll", "exact_match", "retrieval_accuracy"} < metrics["vlm"]
+    assert {"masked_nll", "masked_accuracy", "exact_match"} < metrics["three_types"]
+
+
+def test_scenes_show_what_their_captions_say(tmp_path):
+    from benchmarks.token_types.scenes import HEAD, N_PATCHES, NOTHING, Scenes
+    from tests.helpers.tiny_models import tiny_tokenizer
+
+    numpy.save(
+        tmp_path / "pictures.npy", numpy.stack([numpy.full((32, 32, 3), 50 * i, numpy.uint8) for i in range(4)])
+    )
+    (tmp_path / "names.json").write_text(json.dumps(["a", "b", "c", "d"]))
+    tokenizer = tiny_tokenizer(bos=False)
+    scenes = Scenes(str(tmp_path), tokenizer, 102, 1, 2)
+    cells = scenes.draw(16, torch.Generator().manual_seed(0), at_least=2)
+    assert ((cells != NOTHING).sum(1) >= 2).all()
+    inputs = scenes.inputs(cells)
+    assert (inputs["input_ids"] == 102).sum(1).tolist() == [N_PATCHES] * 16
+    for i, row in enumerate(cells.tolist()):
+        told = tokenizer.decode(inputs["input_ids"][i, HEAD:][inputs["attention_mask"][i, HEAD:].bool()][:-1])
+        for place, (name, y, x) in enumerate(
+            (name, 32 * (p // 2), 32 * (p % 2))
+            for p, name in enumerate(("top left", "top right", "bottom left", "bottom right"))
+        ):
+            corner = inputs["pixel_values"][i, 0, y, x].item()
+            assert (f" {name}:" in told) == (row[place] != NOTHING)
+            assert corner == (1.0 if row[place] == NOTHING else scenes.pictures[row[place], 0, 0, 0].item())
