@@ -97,7 +97,13 @@ def triton_obstacle(index: int | None) -> str | None:
 
 
 def layer_obstacle(
-    *, weight_bits: int, activation_bits: int, group_size: int | None, transform: str, width: int | None = None
+    *,
+    weight_bits: int,
+    activation_bits: int,
+    group_size: int | None,
+    transform: str,
+    width: int | None = None,
+    masked: bool = False,
 ) -> str | None:
     """Why no kernel of this package serves a layer with these settings, or `None`."""
     if weight_bits != 4:
@@ -108,6 +114,10 @@ def layer_obstacle(
         return f"weight_group_size={group_size}: integer products need one scale per output channel"
     if transform not in ("hadamard", "kronecker"):
         return f"transform={transform!r}: the kernels rotate by two factors"
+    if masked:
+        return (
+            "token types with coordinates or directions of their own: the kernels know means and clips of types only"
+        )
     if width is not None and (width % 16 or width > MAX_WIDTH):
         return f"in_features={width}: the kernels need a multiple of 16 up to {MAX_WIDTH}"
     return None

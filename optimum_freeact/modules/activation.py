@@ -141,6 +141,11 @@ class FreeActInput(nn.Module):
             self.basis.copy_(codes)
             self.basis_scale.copy_(scale)
 
+    @property
+    def masked(self) -> bool:
+        """Whether token types differ in more than means and clips."""
+        return self.keep is not None or self.left_out is not None
+
     def prepare(self) -> None:
         """Choose what runs on the device where the tensors are, and make the tables that a kernel reads."""
         self._prepared, self._tables, self._native, self._last = True, None, None, None
@@ -154,6 +159,7 @@ class FreeActInput(nn.Module):
                 group_size=group_size,
                 transform=self.transform,
                 width=self.in_features,
+                masked=self.masked,
             ).name
             for bits, group_size in set(self.reader_settings)
         }

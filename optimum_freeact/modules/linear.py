@@ -118,6 +118,7 @@ class FreeActLinear(nn.Linear):
             group_size=None,
             transform=self.source.transform,
             width=self.in_features,
+            masked=self.source.masked,
         )
         if chosen.name == "torch":
             self._codes = codes

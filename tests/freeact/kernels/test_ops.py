@@ -127,6 +127,7 @@ def test_the_environment_decides(monkeypatch):
         ({"group_size": 32}, "weight_group_size=32"),
         ({"transform": "orthogonal"}, "transform='orthogonal'"),
         ({"width": 72}, "in_features=72"),
+        ({"masked": True}, "coordinates or directions of their own"),
     ],
 )
 def test_what_kernels_do_not_serve_is_told(change, reason):
