@@ -53,7 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "exclusive_share": 1 / 32,
 }
 # known only while calibrating; never written
-RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress", "typer")
+RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress", "typer", "across_processes")
 # may be given anew when a saved model is loaded
 LOADING = ("kv_bits", "typer")
 # written by the quantizer for those who load
@@ -126,6 +126,9 @@ class FreeActConfig(QuantizationConfigMixin):
         calibration_device (`str`, *optional*): Where blocks are calibrated; the default is `cuda` if there is one.
         resume_dir (`str`, *optional*): Folder for finished blocks, so that an interrupted calibration resumes.
         progress (`bool`, *optional*, defaults to `True`): Show progress bars.
+        across_processes (`bool`, *optional*, defaults to `False`): Share the calibration among all processes of an
+            `accelerate launch` or `torchrun`, each on its own GPU; every one must quantize the same model on the same data
+            and ends with the same result. Not saved.
 
     Raises:
         `TypeError`: for an argument that is not known.
