@@ -93,6 +93,8 @@ def test_the_miniature_runs_whole(tmp_path, capsys):
     rows = document["rows"]
     assert {row["method"] for row in rows} == {"fp", "train", *METHODS_TRIED}
     assert all(row["value"] is not None for row in rows)
+    timed = {row["metric"]: row["value"] for row in rows if row["model"] == "layers"}
+    assert timed["three_types_time_ratio"] == timed["seconds_3_types"] / timed["seconds_1_types"] > 0
     scored = [r for r in rows if r["method"] == "freeact" and r["metric"] == "masked_nll"]
     assert {(r["setting"], r["mode"], r["ratio"]) for r in scored} == {
         (setting, mode, ratio)
@@ -113,7 +115,7 @@ def test_the_miniature_runs_whole(tmp_path, capsys):
 
 
 def test_the_miniature_of_the_others_runs_whole(tmp_path):
-    arguments = ["--tiny", "--models", "vlm,three_types", "--seeds", "0", "--methods", "freeact"]
+    arguments = ["--tiny", "--models", "vlm,three_types", "--seeds", "0", "--methods", "freeact", "--no-timing"]
     assert run.main([*arguments, "--work", str(tmp_path / "work"), "--out", str(tmp_path)]) == 0
     rows = read(tmp_path / "token_types.json")["rows"]
     assert all(row["value"] is not None for row in rows)

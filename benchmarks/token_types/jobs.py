@@ -84,6 +84,10 @@ def perform(job: Job) -> list[dict]:
 
     if job.threads:
         torch.set_num_threads(job.threads)
+    if job.group == "time":
+        from benchmarks.token_types.timing import measure
+
+        return [row(job, job.settings[0], **told) for told in measure(job.device, **job.measure)]
     home = world(job.model)
     if job.method == "train":
         start = time.perf_counter()
@@ -131,9 +135,7 @@ def _quantize(job: Job, home: Any, data: dict):
     for metric, value in sizes(model).items():
         rows.append(row(job, job.settings[0], metric, value))
     for record in model.__dict__.get("_freeact_records", []):
-        rows += [
-            row(job, job.settings[0], "output_error", record.output_error, block=record.block),
-        ]
+        rows.append(row(job, job.settings[0], "output_error", record.output_error, block=record.block))
     return model, rows
 
 
