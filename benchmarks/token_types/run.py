@@ -133,8 +133,8 @@ def plan(options: argparse.Namespace, inputs: dict) -> tuple[list[Job], list[Job
             for seed in seeds[:1] if few else seeds:  # the cache's means are measured first, then it is left out
                 settings = ("w4a4",) if group == "ablation" else ("w4a4kv4", "w4a4")
                 jobs.append(Job(method=method, settings=settings, seed=seed, quantize=quantize, group=group, **common))
-    order = {**dict.fromkeys(PUBLISHED, 2), **dict.fromkeys(OURS, 0), **dict.fromkeys(LEARNED, 1), FP[0]: -1}
-    jobs.sort(key=lambda job: (job.seed, order.get(job.method, 3)))
+    order = {**dict.fromkeys(PUBLISHED, 3), **dict.fromkeys(OURS, 2), **dict.fromkeys(LEARNED, 1), FP[0]: 0}
+    jobs.sort(key=lambda job: (order.get(job.method, 4), job.seed))  # what claims need, the longest of it first
     return training, jobs
 
 
