@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -77,10 +79,11 @@ class PlanBundle:
 
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        scratch = scratch_beside(folder)
         try:
             save_file({k: v.cpu() for k, v in sorted(self.tensors.items())}, scratch / "plans.safetensors")
-            text = json.dumps({"format_version": FORMAT_VERSION} | self.info, indent=1, sort_keys=True)
+            info = {"format_version": FORMAT_VERSION, "sha256": file_hash(scratch / "plans.safetensors")} | self.info
+            text = json.dumps(info | {"digest": content_key(info)}, indent=1, sort_keys=True)
             (scratch / "plans.json").write_text(text + "\n")
             replace_folder(scratch, folder)
         finally:
@@ -88,10 +91,34 @@ class PlanBundle:
         return folder
 
 
+def scratch_beside(folder: Path) -> Path:
+    """A new hidden folder beside `folder`; those that a killed process of this machine left there are removed.
+
+    Its name says the machine and the process, so that a folder in use by another run is never taken for a left one.
+    """
+    mine = f".{folder.name}-{socket.gethostname()}-"
+    for left in folder.parent.glob(f"{glob.escape(mine)}*"):
+        process = left.name.removeprefix(mine).partition("-")[0]
+        if process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=folder.parent))
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it is somebody else's
+        return True
+    return True
+
+
 def replace_folder(scratch: Path, folder: Path) -> None:
     """Move a finished folder to its place, over an older one of the same kind."""
     old = folder.with_name(f".{folder.name}-old")
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # what an interrupted replacement left
         os.replace(folder, old)
     os.replace(scratch, folder)
     os.chmod(folder, 0o755)
@@ -102,7 +129,8 @@ def load_bundle(folder: str | Path) -> PlanBundle:
     """Read a bundle.
 
     Raises:
-        [`BundleError`]: when the folder holds none, or one of another format version.
+        [`BundleError`]: when the folder holds none, one of another format version, or one that was changed or damaged
+            after it was written.
     """
     from safetensors.torch import load_file
 
@@ -111,10 +139,19 @@ def load_bundle(folder: str | Path) -> PlanBundle:
         raise BundleError(
             f"{folder} holds no plans (plans.json and plans.safetensors); make them with `mergekit-ot plan`."
         )
-    info = json.loads((folder / "plans.json").read_text())
-    version = info.pop("format_version", None)
+    damaged = f"{folder} was changed or damaged after it was written; remove it and solve it again."
+    try:
+        info = json.loads((folder / "plans.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{damaged} (plans.json is no JSON: {error})") from error
+    if not isinstance(info, dict):
+        raise BundleError(damaged)
+    version, digest = info.get("format_version"), info.pop("digest", None)
     if version != FORMAT_VERSION:
         raise BundleError(f"{folder} has plan format {version}, this version reads {FORMAT_VERSION}; solve it again.")
+    if digest != content_key(info) or info["sha256"] != file_hash(folder / "plans.safetensors"):
+        raise BundleError(damaged)
+    del info["format_version"], info["sha256"]
     return PlanBundle(load_file(folder / "plans.safetensors"), info)
 
 

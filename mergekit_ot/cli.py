@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import click
+from mergekit.common import parse_kmb
 from mergekit.options import MergeOptions, add_merge_options
+from safetensors import SafetensorError
 
 from mergekit_ot.anchors import CalibrationError
 from mergekit_ot.bundle import BundleError, load_bundle
@@ -29,12 +31,25 @@ EXPECTED = (
     FileNotFoundError,
     ValueError,
     OSError,
+    SafetensorError,  # a full disk, while weights are written
 )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Merge models of different sizes and families with optimal-transport plans."""
+
+
+class _Size(click.ParamType):
+    """mergekit's sizes (`5B`, `200M`, plain numbers), with a message for anything else."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx):
+        try:
+            return parse_kmb(value)
+        except (ValueError, IndexError):
+            self.fail(f"{value!r} is no size; write a whole number, or one with K, M or B as in 5B.", param, ctx)
 
 
 @cli.command()
@@ -50,6 +65,11 @@ def run(merge_options: MergeOptions, recipe: str, out: str, plans: str | None) -
     click.echo(
         f"{folder} is ready after {time.perf_counter() - start:.0f} s; `mergekit-ot eval {recipe} {folder}` measures it."
     )
+
+
+for _option in run.params:
+    if _option.name == "out_shard_size":
+        _option.type = _Size()
 
 
 @cli.command()

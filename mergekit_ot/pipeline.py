@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_ot.bundle import PlanBundle, load_bundle, replace_folder
+import torch
+
+from mergekit_ot.bundle import PlanBundle, load_bundle, replace_folder, scratch_beside
 from mergekit_ot.card import finish_card
 from mergekit_ot.compatibility import Finding, compare, require_space
 from mergekit_ot.planning import Pair, make_bundle, match_pair, open_pair, plan_key
@@ -45,6 +46,7 @@ def plan_recipe(
     Returns:
         The pair, the bundle and its folder.
     """
+    check_place(plans, device)
     pair = open_pair(recipe.target, recipe.donor)
     if recipe.plan:
         return pair, load_bundle(recipe.plan), Path(recipe.plan)
@@ -57,6 +59,17 @@ def plan_recipe(
         pair, recipe.calibration, recipe.settings, plans, folder=recipe.folder, device=device, quiet=quiet
     )
     return pair, bundle, Path(plans)
+
+
+def check_place(plans: str | Path | None, device: str) -> None:
+    """Refuse a bundle folder without a name and a device that is not here, before anything is read or written."""
+    if plans is not None and (not Path(plans).name or ".." in Path(plans).parts[-1:] or Path(plans).is_file()):
+        raise ValueError(f"The plans need a folder of their own, got {str(plans)!r}; name one, such as 'plans'.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used here: {reason}") from None
 
 
 def merge_recipe(
@@ -100,7 +113,7 @@ def merge_recipe(
     LoaderCache().setup(options)
     method.prepare(config.base_model, stock["parameters"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    place = scratch_beside(out)
     scratch = place / out.name  # the card takes its title from the folder's name
     try:
         run_merge(config, str(scratch), options=options, config_source=recipe.source or json.dumps(stock, indent=1))

@@ -13,7 +13,7 @@ import torch
 from mergekit_ot.activations import load_backbone, record
 from mergekit_ot.anchors import MatchedText, match_texts, require_fast
 from mergekit_ot.bundle import BundleError, PlanBundle, content_key, file_hash, load_bundle, model_hash
-from mergekit_ot.checkpoint import CheckpointReader
+from mergekit_ot.checkpoint import CheckpointReader, check_tensors
 from mergekit_ot.paper import solve_paper
 from mergekit_ot.rows import RowStore
 from mergekit_ot.settings import Calibration, PlanSettings
@@ -61,11 +61,14 @@ def local_folder(model: str) -> Path:
 
 
 def open_pair(target: str, donor: str) -> Pair:
-    """Resolve both models and read their shapes."""
+    """Resolve both models, read their shapes and compare them with what their files hold."""
     folders = local_folder(target), local_folder(donor)
     if folders[0].resolve() == folders[1].resolve():
         raise ValueError(f"Target and donor are the same checkpoint, {folders[0]}; name a donor other than the base.")
-    return Pair(*folders, load_structure(folders[0]), load_structure(folders[1]))
+    pair = Pair(*folders, load_structure(folders[0]), load_structure(folders[1]))
+    check_tensors(pair.target_folder, pair.target)
+    check_tensors(pair.donor_folder, pair.donor)
+    return pair
 
 
 def plan_key(pair: Pair, calibration: Calibration, settings: PlanSettings, folder: str | Path = ".") -> str:

@@ -89,10 +89,12 @@ def load_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise RecipeError(f"There is no recipe {path}.")
-    source = path.read_text(encoding="utf-8")
     try:
+        source = path.read_text(encoding="utf-8")
         document = yaml.safe_load(source)
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that Python refuses
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     return parse_recipe(document, folder=path.parent, source=source)
 

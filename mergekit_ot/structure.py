@@ -185,7 +185,13 @@ def _frequencies(config: PretrainedConfig, family: Family) -> list[torch.Tensor]
 
     module_type = config.model_type.removesuffix("_text")
     module = importlib.import_module(f"transformers.models.{module_type}.modeling_{module_type}")
-    rotary = getattr(module, family.rotary)(config)
+    try:
+        rotary = getattr(module, family.rotary)(config)
+    except Exception as error:  # transformers computes with whatever config.json holds
+        raise UnsupportedModelError(
+            f"No rotary embedding can be made of this {config.model_type} config's rope_parameters "
+            f"{getattr(config, 'rope_parameters', None)!r} ({type(error).__name__}: {error}); is config.json damaged?"
+        ) from error
     if hasattr(rotary, "inv_freq"):
         return [rotary.inv_freq.float().clone()] * config.num_hidden_layers
     return [getattr(rotary, f"{kind}_inv_freq").float().clone() for kind in config.layer_types]

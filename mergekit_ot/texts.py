@@ -26,7 +26,10 @@ def read_texts(calibration: Calibration, folder: str | Path = ".") -> list[str]:
     path = Path(folder) / calibration.dataset
     if not path.is_file():
         raise CalibrationError(f"calibration.dataset: there is no file {path}; give a .jsonl or a text file.")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
     if path.suffix == ".jsonl":
         texts = [_json_text(path, i, line, calibration.text_key) for i, line in enumerate(lines, 1) if line.strip()]
     else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 
 from trl_mlc.losses import SIGMA_NORMS, SOLVERS
 from trl_mlc.pooling import POOLINGS
@@ -112,6 +113,8 @@ class MLCArguments:
         _one_of("mlc_objective", self.mlc_objective, OBJECTIVES)
         _one_of("mlc_sigma_norm", self.mlc_sigma_norm, SIGMA_NORMS)
         _one_of("mlc_solver", self.mlc_solver, SOLVERS)
+        for name in (f.name for f in fields(MLCArguments)):
+            _check_type(name, getattr(self, name), MLCArguments.__dataclass_fields__[name].default)
         for name, low in _LOWEST.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -169,15 +172,38 @@ _LOWEST = {
 }
 
 
+_MAY_BE_NONE = ("mlc_extractor_lr", "mlc_languages_per_step", "mlc_languages")
+
+
+def _check_type(name: str, value, default) -> None:
+    """Refuse a value of another kind than the option's, before it is compared with anything."""
+    if value is None and name in _MAY_BE_NONE:
+        return
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    number = whole or (isinstance(value, float) and math.isfinite(value))
+    if name == "mlc_languages":
+        good, kind = isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of names"
+    elif isinstance(default, bool):
+        good, kind = isinstance(value, bool), "True or False"
+    elif name == "mlc_extractor_lr" or isinstance(default, float):
+        good, kind = number, "a finite number"
+    elif name == "mlc_languages_per_step" or isinstance(default, int):
+        good, kind = whole, "a whole number"
+    else:
+        good, kind = isinstance(value, (str, int)), "a name"
+    if not good:
+        raise ValueError(f"{name} must be {kind}, got {value!r}.")
+
+
 def _layer(value: str | int) -> str | int:
     try:
         return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         if value == "auto":
             return value
         raise ValueError(f"mlc_layer must be an integer or 'auto', got {value!r}.") from None
 
 
 def _one_of(name: str, value, allowed) -> None:
-    if value not in allowed:
+    if value not in tuple(allowed):
         raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}.")

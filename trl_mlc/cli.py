@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
+#: Errors that say all a user needs; anything else is a defect and keeps its traceback (as all do if the environment
+#: has TRL_MLC_TRACEBACK).
+EXPECTED = (ValueError, OSError, TypeError)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 USAGE = """usage: trl-mlc {sft,dpo,evaluate,scan} [--config FILE.yaml] [options]
 
-  sft, dpo   train as `trl sft` and `trl dpo` do, with the mlc_ options; data needs a prompt_translations column
+  sft, dpo   train as `trl sft` and `trl dpo` do, with the mlc_ options; data needs a prompt_translations column;
+             --resume_from_checkpoint last goes on from the newest whole checkpoint, if there is one
   evaluate   score a model in every language; --before REPORT.json --figure OUT.png compares with an earlier report
   scan       print, per layer and pooling, how well translations find each other
 
@@ -81,6 +87,8 @@ def load_rows(options):
 
     from trl_mlc.parallel import from_flat_columns
 
+    if not options.dataset_name.strip():
+        raise ValueError("Name the rows with --dataset_name: a file, a folder or a hub dataset.")
     path = Path(options.dataset_name)
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
     if kind is not None:
@@ -111,6 +119,8 @@ def _load_model(options):
 
     if not options.model_name_or_path:
         raise ValueError("Name a model with --model_name_or_path.")
+    if options.dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {list(DTYPES)}, got {options.dtype!r}.")
     model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=options.dtype).eval()
     return model, AutoTokenizer.from_pretrained(options.model_name_or_path)
 
@@ -118,6 +128,8 @@ def _load_model(options):
 def train(method: str, arguments: list[str]) -> None:
     """Run `sft` or `dpo`."""
     from trl import ModelConfig, get_peft_config, get_quantization_config
+
+    from trl_mlc.checkpoints import is_finished, last_checkpoint, save_whole
 
     if method == "dpo":
         from trl_mlc.dpo import MLCDPOConfig as config_class
@@ -140,8 +152,15 @@ def train(method: str, arguments: list[str]) -> None:
         quantization_config=get_quantization_config(model_options),
         peft_config=get_peft_config(model_options),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
+    start = args.resume_from_checkpoint
+    start = last_checkpoint(args.output_dir) if start == "last" else start
+    if isinstance(start, str) and is_finished(
+        start, args.max_steps, args.num_train_epochs
+    ):  # the host would train one step more
+        trainer._load_from_checkpoint(start)
+    else:
+        trainer.train(resume_from_checkpoint=start)
+    save_whole(args.output_dir, trainer.save_model, trainer.accelerator.is_main_process)
     trainer.accelerator.print(f"Saved to {args.output_dir}.")
 
 
@@ -208,8 +227,24 @@ def scan(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `trl-mlc`; returns the exit status."""
+    """Entry point of `trl-mlc`; wrong input is one line on standard error and status 2. Returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print("trl-mlc: interrupted; --resume_from_checkpoint goes on from a checkpoint.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        hosts_own = type(error).__module__.partition(".")[0] in ("datasets", "huggingface_hub", "safetensors")
+        if "TRL_MLC_TRACEBACK" in os.environ or not (isinstance(error, EXPECTED) or hosts_own):
+            raise
+        print(f"trl-mlc: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; errors are raised. Returns the exit status."""
+    arguments = list(arguments)
     command = arguments.pop(0) if arguments else "--help"
     if command in ("-h", "--help"):
         print(USAGE)

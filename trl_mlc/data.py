@@ -6,7 +6,7 @@ import logging
 
 from datasets import Dataset, IterableDataset
 
-from trl_mlc.prompts import COLUMN, prompt_group, tokenize_prompt
+from trl_mlc.prompts import COLUMN, prompt_group, tokenize_prompt, translations_of
 
 
 logger = logging.getLogger(__name__)
@@ -50,8 +50,7 @@ def languages_in(dataset: Dataset | IterableDataset, requested: list[str] | None
     if isinstance(feature, dict):
         found = set(feature)
     else:
-        rows = dataset.select_columns([COLUMN])
-        found = {entry["lang"] for row in rows for entry in row[COLUMN] or [] if isinstance(entry, dict)}
+        found = {name for row in dataset.select_columns([COLUMN]) for name in translations_of(row)}
     unknown = sorted(set(requested or []) - found)
     if unknown:
         raise ValueError(f"mlc_languages names {unknown}, but column {COLUMN!r} has only {sorted(found)}.")

@@ -34,7 +34,9 @@ def translations_of(row: dict, column: str = COLUMN) -> dict[str, Prompt]:
     for language, prompt in pairs:
         if prompt is None:
             continue
-        if not isinstance(prompt, (str, list)):
+        if not isinstance(language, str):
+            raise ValueError(f"Column {column!r} names a language {_shown(language)}; it must be a text such as 'sw'.")
+        if not isinstance(prompt, (str, list)) or not all(isinstance(m, (str, dict)) for m in prompt):
             raise ValueError(
                 f"Column {column!r} holds {_shown(prompt)} for language {language!r}; it must be {FORMS}."
             )
@@ -56,16 +58,27 @@ def anchor_prompt(row: dict) -> Prompt:
         `ValueError`: if the row has none of them.
     """
     if row.get("prompt") is not None:
-        return row["prompt"]
+        return _checked(row["prompt"], "prompt")
     if row.get("messages") is not None:
-        messages = list(row["messages"])
+        messages = list(_checked(row["messages"], "messages", kinds=(list,)))
         return messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        return _common_start(row["chosen"], row["rejected"])
+        return _common_start(_checked(row["chosen"], "chosen"), _checked(row["rejected"], "rejected"))
     raise ValueError(
         f"A row with columns {sorted(row)} has no prompt for MLC: give it 'prompt', 'messages', or 'chosen' and "
         "'rejected' with a common beginning."
     )
+
+
+def _checked(value, column: str, kinds: tuple[type, ...] = (str, list)) -> Prompt:
+    """A column's value if it is a text or a list of messages."""
+    if isinstance(value, kinds) and (isinstance(value, str) or all(isinstance(m, dict) for m in value)):
+        return value
+    raise ValueError(f"Column {column!r} holds {_shown(value)}; it must be {_PLAIN if str in kinds else _MESSAGES}.")
+
+
+_MESSAGES = 'a list of messages such as {"role": "user", "content": "..."}'
+_PLAIN = f"a text or {_MESSAGES}"
 
 
 def in_place_of(anchor: Prompt, translation: Prompt) -> Prompt:
@@ -110,14 +123,21 @@ def tokenize_prompt(tokenizer, prompt: Prompt, row: dict, chat_template: str | N
     """Token ids of a prompt up to where the answer begins, with the row's tools and template arguments."""
     if isinstance(prompt, str):
         return list(tokenizer(text=prompt)["input_ids"])
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    extra = row.get("chat_template_kwargs") or {}
+    tools, extra = row.get("tools"), row.get("chat_template_kwargs") or {}
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise ValueError(f"Column 'tools' holds {_shown(tools)}, which is no JSON: {error}.") from error
     if chat_template is not None:
         extra = {"chat_template": chat_template, **extra}
-    encoded = tokenizer.apply_chat_template(
-        prompt, tokenize=True, return_dict=True, add_generation_prompt=True, tools=tools, **extra
-    )
+    try:
+        encoded = tokenizer.apply_chat_template(
+            prompt, tokenize=True, return_dict=True, add_generation_prompt=True, tools=tools, **extra
+        )
+    except Exception as error:  # a chat template is a program of the tokenizer's author
+        raise ValueError(
+            f"The tokenizer's chat template refuses the prompt {_shown(prompt)} ({type(error).__name__}: {error})."
+        ) from error
     return list(encoded["input_ids"])
 
 

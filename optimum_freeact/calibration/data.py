@@ -22,6 +22,8 @@ def _read_file(path: Path) -> list:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error}); calibration data may be {KINDS}.") from None
+    except OSError as error:  # a failing read does not name its file
+        raise ValueError(f"{path} cannot be read ({error}); calibration data may be {KINDS}.") from error
     if path.suffix not in (".jsonl", ".json"):
         return [text]
     rows = []
@@ -74,9 +76,20 @@ def _tokenize(items: list, tokenizer: Any) -> torch.Tensor:
     """All items as one stream of ids; texts are joined without special tokens, chats through the chat template."""
     stream: list[int] = []
     for item in items:
-        text = item if isinstance(item, str) else tokenizer.apply_chat_template(item, tokenize=False)
+        text = item if isinstance(item, str) else _render(item, tokenizer)
         stream.extend(tokenizer(text, add_special_tokens=False).input_ids)
     return torch.tensor(stream, dtype=torch.long)
+
+
+def _render(chat: list, tokenizer: Any) -> str:
+    """A conversation through the tokenizer's chat template."""
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception as error:  # a template is a program of the tokenizer's author
+        raise ValueError(
+            f"The tokenizer's chat template refuses a calibration chat that begins {str(chat)[:80]!r} "
+            f"({type(error).__name__}: {error}). Give chats that it knows, or plain texts."
+        ) from error
 
 
 def _text_of(item: Any) -> str | list:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -43,6 +45,29 @@ def check_free(out: Path, overwrite: bool, inputs: Iterable[str | os.PathLike | 
             raise ValueError(f"{str(out)!r} cannot be replaced: {str(path)!r}, which is in use, lies in it.")
 
 
+def scratch_beside(folder: Path) -> Path:
+    """A new hidden folder beside `folder`; those that a killed process of this machine left there are removed.
+
+    Its name says the machine and the process, so that a folder in use by another run is never taken for a left one.
+    """
+    mine = f".{folder.name}-{socket.gethostname()}-"
+    for left in folder.parent.glob(f"{glob.escape(mine)}*"):
+        process = left.name.removeprefix(mine).partition("-")[0]
+        if process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=folder.parent))
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it is somebody else's
+        return True
+    return True
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
@@ -52,7 +77,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     out = Path(os.path.abspath(out))
     made = [parent for parent in out.parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    scratch = scratch_beside(out)
     try:
         fresh = scratch / "new"
         fresh.mkdir()

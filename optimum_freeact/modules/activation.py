@@ -10,7 +10,7 @@ from torch import nn
 
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import plan
-from optimum_freeact.kernels.tables import InputTables, make_tables
+from optimum_freeact.kernels.tables import InputTables, make_native_tables, make_tables
 from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, round_codes
 from optimum_freeact.numerics.kronecker import factor_pair
 from optimum_freeact.token_types import TypeState
@@ -93,7 +93,7 @@ class FreeActInput(nn.Module):
         self.state = state
         self._last: tuple | None = None
         self._tables: InputTables | None = None
-        self._prepared = False
+        self._prepared = self.tables_are_native = False
         self.reader_settings: list[tuple[int, int | None]] = []  # bits and group size of each linear
         self._is_hf_initialized = True  # transformers must not initialise these tensors: they are always loaded
         self.register_buffer("clip", torch.ones(n_types))
@@ -157,10 +157,10 @@ class FreeActInput(nn.Module):
             ).name
             for bits, group_size in set(self.reader_settings)
         }
-        if plans <= {"triton", "native"}:
-            self._tables = make_tables(
-                self.input_map(), self.basis, self.basis_scale, self.clip, self.bits, self.symmetric
-            )
+        self.tables_are_native = plans == {"native"}
+        make = {("triton",): make_tables, ("native",): make_native_tables}.get(tuple(plans))
+        if make is not None:
+            self._tables = make(self.input_map(), self.basis, self.basis_scale, self.clip, self.bits, self.symmetric)
 
     def forward(self, x: torch.Tensor) -> RoundedInput | KernelRows:
         """Round rows `x` of shape `(..., in_features)`; the linears of one group get the same object."""

@@ -128,6 +128,7 @@ def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> No
         raise ValueError(
             "The checkpoint's config lacks 'input_groups': it was not written by FreeActConfig's quantizer."
         )
+    check_recorded(blocks, config)
     if config.cache_shapes:
         with torch.device("meta"), float32_default():
             find_decoder(model).add_module(CACHE_NAME, CacheMeanBuffers(config.cache_shapes))
@@ -135,6 +136,37 @@ def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> No
         for group in groups.get(str(index), groups.get("*", [])):
             n_left_out = (config.exclusive_sizes or {}).get(f"{index}.{group[0]}", 0)
             replace_group(block, group, config, state, "meta", n_left_out)
+
+
+def check_recorded(blocks: nn.ModuleList, config: FreeActConfig) -> None:
+    """Refuse what a checkpoint's config records of its modules if this model cannot have it.
+
+    Raises:
+        `ValueError`: naming the field; the config was changed or damaged after saving.
+    """
+
+    def refuse(field: str, what: str) -> None:
+        raise ValueError(f"quantization_config.{field} in config.json {what}: it was changed or damaged after saving.")
+
+    groups, shapes = config.input_groups, config.cache_shapes
+    if not isinstance(groups, dict) or not all(isinstance(group, list) for group in groups.values()):
+        refuse("input_groups", "must map blocks to lists of groups")
+    for index, block in enumerate(blocks):
+        linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        for group in groups.get(str(index), groups.get("*", [])):
+            if not isinstance(group, list) or not group or not all(isinstance(n, str) and n in linears for n in group):
+                refuse("input_groups", f"names {group!r}, which are no linears of block {index}")
+    if config.weight_dtype is not None and config.weight_dtype not in ("float32", "float16", "bfloat16", "float64"):
+        refuse("weight_dtype", f"is {config.weight_dtype!r}, no floating-point type")
+    if shapes is not None and not (
+        isinstance(shapes, list)
+        and len(shapes) == len(blocks)
+        and all(
+            isinstance(s, list) and len(s) in (0, 2) and all(type(n) is int and 0 < n < 2**20 for n in s)
+            for s in shapes
+        )
+    ):
+        refuse("cache_shapes", f"is {str(shapes)[:80]}, not one (heads, head_dim) a block")
 
 
 def quantized_linears(model: nn.Module) -> dict[str, FreeActLinear]:

@@ -63,7 +63,19 @@ def test_help_and_unknown_commands(capsys):
     assert "scan" in capsys.readouterr().out
     assert main(["train"]) == 2
     assert "Unknown command 'train'" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="Name a model"):
-        main(["evaluate", "--dataset_name", __file__.replace(".py", ".jsonl")])
-    with pytest.raises(ValueError, match="give the earlier one with --before"):
-        main(["evaluate", "--dataset_name", "x", "--figure", "y.png"])
+    for words, message in (
+        (["--dataset_name", "rows.jsonl"], "Name a model"),
+        (["--dataset_name", "x", "--figure", "y.png"], "give the earlier one with --before"),
+    ):
+        assert main(["evaluate", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("trl-mlc: error: ")
+        assert message in error
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    from trl_mlc import cli
+
+    monkeypatch.setattr(cli, "evaluate", lambda arguments: {}["no such key"])
+    with pytest.raises(KeyError, match="no such key"):
+        main(["evaluate"])
