@@ -157,10 +157,11 @@ def sizes(model: Any) -> dict[str, float]:
             inner |= {id(t) for t in tensors}
         if isinstance(module, FreeActLinear):
             plain += 2 * module.in_features * module.out_features
-        for name in ("mean", "clip", "keep", "type_bias"):
+        for name in ("mean", "clip", "keep", "type_shift"):
             table = module._buffers.get(name) if isinstance(module, (FreeActInput, FreeActLinear)) else None
-            if table is not None and len(table) > 1:
-                typed += table[1:].numel() * table.element_size()
+            if table is not None:
+                further = table if name == "type_shift" else table[1:]
+                typed += further.numel() * further.element_size()
     others = {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in inner}
     whole = packed + sum(2 * t.numel() for t in others.values())
     return {"size_ratio": packed / plain, "per_type_parameter_share": typed / whole}
