@@ -152,3 +152,25 @@ def test_scenes_show_what_their_captions_say(tmp_path):
             corner = inputs["pixel_values"][i, 0, y, x].item()
             assert (f" {name}:" in told) == (row[place] != NOTHING)
             assert corner == (1.0 if row[place] == NOTHING else scenes.pictures[row[place], 0, 0, 0].item())
+
+
+def test_directions_never_leave_more_than_as_many_cluster_means():
+    """Eckart and Young: on the rows they are fitted to, K - 1 principal directions beat any K cluster means."""
+    from benchmarks.token_types.discovered import energies, kmeans
+
+    x = torch.randn(600, 40, generator=torch.Generator().manual_seed(0)) + 2 * torch.eye(40)[torch.arange(600) % 5]
+    for kinds in (torch.arange(600) % 5, kmeans(x, torch.ones(600), 5)):
+        found = energies(x, x, kinds, kinds, 5)
+        assert found["rank 4"] <= found["5 cluster means"] + 1e-12
+        assert found["rank 28"] <= found["5 cluster means and rank 24"] + 1e-12
+    assert found["5 cluster means"] < 0.95
+
+
+def test_kmeans_finds_what_is_apart():
+    from benchmarks.token_types.discovered import kmeans
+
+    kinds = torch.arange(90) % 3
+    points = 10 * torch.eye(3)[kinds] + 0.1 * torch.randn(90, 3, generator=torch.Generator().manual_seed(0))
+    found = kmeans(points, torch.ones(90), 3)
+    assert all(len(found[kinds == k].unique()) == 1 for k in range(3))
+    assert len(found.unique()) == 3
