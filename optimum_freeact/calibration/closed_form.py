@@ -217,16 +217,19 @@ class GroupFit:
 
     def _balance(self, lost: torch.Tensor, types: torch.Tensor) -> None:
         """Add to each type's output bias what rounding takes from its mean output, measured on the sample rows."""
-        means = self.targets[0].type_bias
+        means = self.targets[0].bias_rows()
         if means is None or self.config.centring == "none":
             return
+        biases = [module.bias_rows().double() for module in self.targets]
         for kind in range(len(means)):
             rows = types == kind  # a shared bias follows type 0: the sink's error would outweigh all others'
             if int(rows.sum()) < MIN_ROWS_PER_TYPE:
                 continue
             parts = lost[rows].mean(0).split([module.out_features for module in self.targets])
-            for module, part in zip(self.targets, parts, strict=True):
-                module.type_bias[kind] += part.to(module.type_bias)
+            for bias, part in zip(biases, parts, strict=True):
+                bias[kind] += part
+        for module, bias in zip(self.targets, biases, strict=True):
+            module.set_bias_rows(bias)
 
     def _write(
         self, target: torch.Tensor, rounded: RoundedWeight | None, low_rank: torch.Tensor | None, stored: InputMap
@@ -242,7 +245,7 @@ class GroupFit:
             bias = None if linear.bias is None else linear.bias.detach().to(target.device)
             bias = output_biases(self.moments, stored, self.original[rows], bias, self.compensation)
             if bias is not None:
-                module.type_bias.copy_(bias)
+                module.set_bias_rows(bias)
             if low_rank is not None:
                 module.set_low_rank(low_rank[rows])
             start = rows.stop
