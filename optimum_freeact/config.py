@@ -27,6 +27,7 @@ CHOICES = {
     "error_correction": (True, False),
     "propagate_error": (True, False),
     "exclusive": ("none", "fixed", "closed_form"),
+    "attention_compensation": (True, False),
 }
 # what a preset may leave open
 DEFAULTS: dict[str, Any] = {
@@ -47,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "modules_to_not_convert": None,
     "type_rules": None,
     "exclusive": "none",
+    "attention_compensation": False,
     "exclusive_share": 1 / 32,
 }
 # known only while calibrating; never written
@@ -54,7 +56,7 @@ RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress
 # may be given anew when a saved model is loaded
 LOADING = ("kv_bits", "typer")
 # written by the quantizer for those who load
-RECORDED = ("input_groups", "weight_dtype", "cache_shapes", "calibration_record")
+RECORDED = ("input_groups", "exclusive_sizes", "weight_dtype", "cache_shapes", "calibration_record")
 
 
 class FreeActConfig(QuantizationConfigMixin):
@@ -104,6 +106,8 @@ class FreeActConfig(QuantizationConfigMixin):
             model's inputs is nearest to the full-precision model's.
         propagate_error (`bool`, *optional*, defaults to `True`): Calibrate each block on the outputs of the quantized
             blocks before it instead of the full-precision ones.
+        attention_compensation (`bool`, *optional*, defaults to `False`): Give the attention's output the moments that it has
+            in full precision, by the weight of the linear that reads it (STaR-Quant; closed form, no cost when running).
         dataset (`str`, `list` or `torch.Tensor`, *optional*): Calibration data: a dataset name (needs `datasets` and a
             reachable hub), the path of a text or JSON-lines file, a list of strings or of chat messages, or token ids
             of shape `(n, length)`. Needed to quantize, not to load. Not saved.
@@ -184,6 +188,11 @@ class FreeActConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"calibration='learned' learns Kronecker factors: use transform='kronecker' or 'hadamard' (as a start), "
                 f"got {self.transform!r}."
+            )
+        if self.attention_compensation and (self.calibration == "learned" or self.error_correction):
+            raise ValueError(
+                "attention_compensation=True corrects a layer in closed form: it goes with calibration='closed_form' and "
+                f"error_correction=False, got {self.calibration!r} and {self.error_correction}."
             )
 
     def _check_types(self) -> None:

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy
 import pytest
+import torch
 
 from benchmarks._results import problems, read
 from benchmarks.token_types import run
@@ -108,3 +110,43 @@ def test_the_miniature_runs_whole(tmp_path, capsys):
     assert run.main(arguments) == 0  # everything is there already: nothing is measured again
     assert json.dumps(read(tmp_path / "out" / "token_types.json")["rows"]) == before
     assert set(METHODS_TRIED) < set(METHODS)
+
+
+def test_the_miniature_of_the_others_runs_whole(tmp_path):
+    arguments = ["--tiny", "--models", "vlm,three_types", "--seeds", "0", "--methods", "freeact"]
+    assert run.main([*arguments, "--work", str(tmp_path / "work"), "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path / "token_types.json")["rows"]
+    assert all(row["value"] is not None for row in rows)
+    notes = {row["model"]: row["note"] for row in rows if row["metric"] == "calibration_seconds"}
+    assert notes == {"vlm": "text, sink, image", "three_types": "text, sink, mask, image"}
+    metrics = {
+        model: {row["metric"] for row in rows if (row["model"], row["method"]) == (model, "freeact")}
+        for model in notes
+    }
+    assert {"caption_nll", "exact_match", "retrieval_accuracy"} < metrics["vlm"]
+    assert {"masked_nll", "masked_accuracy", "exact_match"} < metrics["three_types"]
+
+
+def test_scenes_show_what_their_captions_say(tmp_path):
+    from benchmarks.token_types.scenes import HEAD, N_PATCHES, NOTHING, Scenes
+    from tests.helpers.tiny_models import tiny_tokenizer
+
+    numpy.save(
+        tmp_path / "pictures.npy", numpy.stack([numpy.full((32, 32, 3), 50 * i, numpy.uint8) for i in range(4)])
+    )
+    (tmp_path / "names.json").write_text(json.dumps(["a", "b", "c", "d"]))
+    tokenizer = tiny_tokenizer(bos=False)
+    scenes = Scenes(str(tmp_path), tokenizer, 102, 1, 2)
+    cells = scenes.draw(16, torch.Generator().manual_seed(0), at_least=2)
+    assert ((cells != NOTHING).sum(1) >= 2).all()
+    inputs = scenes.inputs(cells)
+    assert (inputs["input_ids"] == 102).sum(1).tolist() == [N_PATCHES] * 16
+    for i, row in enumerate(cells.tolist()):
+        told = tokenizer.decode(inputs["input_ids"][i, HEAD:][inputs["attention_mask"][i, HEAD:].bool()][:-1])
+        for place, (name, y, x) in enumerate(
+            (name, 32 * (p // 2), 32 * (p % 2))
+            for p, name in enumerate(("top left", "top right", "bottom left", "bottom right"))
+        ):
+            corner = inputs["pixel_values"][i, 0, y, x].item()
+            assert (f" {name}:" in told) == (row[place] != NOTHING)
+            assert corner == (1.0 if row[place] == NOTHING else scenes.pictures[row[place], 0, 0, 0].item())

@@ -10,6 +10,7 @@ from trl_mlc.pooling import POOLINGS
 
 
 OBJECTIVES = ("rank1", "cosine")
+CENTERS = ("none", "language", "common")
 
 
 def _option(default, text: str):
@@ -42,13 +43,17 @@ class MLCArguments:
             See opposite directions, which singular values cannot.
         mlc_solver (`str`, *optional*, defaults to `"gram64"`):
             `"gram64"` (eigenvalues of the Gram matrix in float64) or `"svd"` (float32).
-        mlc_center (`bool`, *optional*, defaults to `False`):
-            Subtract a running mean per language from the hidden states first.
+        mlc_center (`str`, *optional*, defaults to `"none"`):
+            Running mean to subtract from the hidden states first. `"language"` (or `True`): each language's own, so
+            that only what is said counts. `"common"`: the mean of all languages' means, so that what they share no
+            longer hides the rest, and the distance between languages still counts.
         mlc_center_momentum (`float`, *optional*, defaults to 0.99):
-            Weight of the past in that mean.
+            Weight of the past in those means.
         mlc_repulsion (`float`, *optional*, defaults to 0.0):
             Weight, inside the term, of the soft maximum of the cosine between different prompts of the batch. It needs
             a per-device batch of at least two prompts; other processes' prompts are not seen.
+        mlc_repulsion_temperature (`float`, *optional*, defaults to 0.2):
+            Temperature of that soft maximum: lower looks at the nearest wrong prompts only.
         mlc_extractor_dim (`int`, *optional*, defaults to 512):
             Width of the linear extractor; 0 for none.
         mlc_extractor_bias (`bool`, *optional*, defaults to `True`):
@@ -69,8 +74,8 @@ class MLCArguments:
         mlc_max_length (`int`, *optional*, defaults to 512):
             A longer prompt is left out of its group, and counted in a warning. It is never truncated: the last token
             must be the end of the prompt.
-        mlc_buckets (`int`, *optional*, defaults to 3):
-            Number of forwards that prompts are divided into by length; 1 where parameters are sharded.
+        mlc_buckets (`int`, *optional*, defaults to 6):
+            Most forwards that prompts are divided into by length; 1 where parameters are sharded.
         mlc_in_eval_loss (`bool`, *optional*, defaults to `False`):
             Add the term to `eval_loss`; it is logged as `eval_mlc/loss` either way.
     """
@@ -84,9 +89,10 @@ class MLCArguments:
     mlc_sigma_norm: str = _option("top", "'top' divides by the first singular value, 'none' is the printed formula.")
     mlc_signed: bool = _option(False, "Also penalise opposite directions.")
     mlc_solver: str = _option("gram64", "'gram64' or 'svd'.")
-    mlc_center: bool = _option(False, "Subtract a running mean per language from the hidden states.")
+    mlc_center: str = _option("none", "Running mean to subtract first: 'none', 'language' (each its own), 'common'.")
     mlc_center_momentum: float = _option(0.99, "Weight of the past in the language means.")
     mlc_repulsion: float = _option(0.0, "Weight of the repulsion between different prompts of a batch.")
+    mlc_repulsion_temperature: float = _option(0.2, "Temperature of the repulsion's soft maximum.")
     mlc_extractor_dim: int = _option(512, "Width of the linear extractor, 0 for none.")
     mlc_extractor_bias: bool = _option(True, "Whether the extractor has a bias.")
     mlc_extractor_frozen: bool = _option(False, "Keep the extractor at its random start.")
@@ -96,11 +102,13 @@ class MLCArguments:
     mlc_languages: list[str] | None = _option(None, "Languages to use from the column; all, if not given.")
     mlc_anchor: str = _option("en", "Language of the prompt column.")
     mlc_max_length: int = _option(512, "Longer prompts are left out of their group, never truncated.")
-    mlc_buckets: int = _option(3, "Forwards that the prompts are divided into by length.")
+    mlc_buckets: int = _option(6, "Most forwards that the prompts are divided into by length.")
     mlc_in_eval_loss: bool = _option(False, "Add the term to eval_loss.")
 
     def __post_init__(self):
         self.mlc_layer = _layer(self.mlc_layer)
+        self.mlc_center = {"true": "language", "false": "none"}.get(str(self.mlc_center).lower(), self.mlc_center)
+        _one_of("mlc_center", self.mlc_center, CENTERS)
         _one_of("mlc_pooling", self.mlc_pooling, POOLINGS)
         _one_of("mlc_objective", self.mlc_objective, OBJECTIVES)
         _one_of("mlc_sigma_norm", self.mlc_sigma_norm, SIGMA_NORMS)
@@ -111,8 +119,9 @@ class MLCArguments:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}.")
-        if not self.mlc_temperature > 0:
-            raise ValueError(f"mlc_temperature must be positive, got {self.mlc_temperature}.")
+        for name in ("mlc_temperature", "mlc_repulsion_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if not 0 <= self.mlc_center_momentum < 1:
             raise ValueError(f"mlc_center_momentum must lie in [0, 1), got {self.mlc_center_momentum}.")
         if self.mlc_extractor_lr is not None and (self.mlc_extractor_dim == 0 or self.mlc_extractor_frozen):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from trl_mlc.buckets import OVERHEAD, length_buckets
 from trl_mlc.pooling import POOLINGS
 
 
@@ -96,7 +97,8 @@ def encode_prompts(
         attention_mask (`torch.LongTensor` of shape `(P, T)`).
         layer (`int`): see [`hidden_state_at`].
         pooling (`str`, *optional*, defaults to `"last"`): `"last"` or `"mean"`.
-        buckets (`int`, *optional*, defaults to 1): at most this many forwards, of prompts of similar length.
+        buckets (`int`, *optional*, defaults to 1): at most this many forwards, of prompts of similar length
+            ([`~trl_mlc.buckets.length_buckets`]).
 
     Returns:
         `torch.Tensor` of shape `(P, d)`, in the order of the input.
@@ -104,14 +106,15 @@ def encode_prompts(
     pool = POOLINGS[pooling]
     if buckets <= 1 or input_ids.shape[0] <= 1:
         return pool(hidden_state_at(decoder, input_ids, attention_mask, layer), attention_mask)
-    lengths = attention_mask.sum(1)
-    order = lengths.argsort(stable=True)
-    parts = []
-    for rows in order.chunk(min(buckets, len(order))):
-        width = int(lengths[rows].max())
+    lengths = attention_mask.sum(1).tolist()
+    parts, order = [], []
+    for chosen in length_buckets(lengths, buckets, OVERHEAD.get(input_ids.device.type, 0)):
+        rows, width = torch.tensor(chosen, device=input_ids.device), lengths[chosen[-1]]
         ids, mask = input_ids[rows, :width], attention_mask[rows, :width]
         parts.append(pool(hidden_state_at(decoder, ids, mask, layer), mask))
-    return torch.cat(parts)[order.argsort()]
+        order += chosen
+    back = torch.tensor(order, device=input_ids.device).argsort()
+    return torch.cat(parts)[back]
 
 
 def _layer_list_name(decoder: nn.Module) -> str | None:

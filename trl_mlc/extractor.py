@@ -48,16 +48,19 @@ class LanguageMeans:
         n_languages (`int`): rows.
         hidden_size (`int`): columns.
         momentum (`float`, *optional*, defaults to 0.99): weight of the past; a language's first batch counts fully.
+        common (`bool`, *optional*, defaults to `False`): give every language the mean of all languages' means.
         device (*optional*): where the float32 table lives.
     """
 
-    def __init__(self, n_languages: int, hidden_size: int, momentum: float = 0.99, device=None):
-        self.momentum = momentum
+    def __init__(self, n_languages: int, hidden_size: int, momentum: float = 0.99, common: bool = False, device=None):
+        self.momentum, self.common = momentum, common
         self.means = torch.zeros(n_languages, hidden_size, device=device)
         self.seen = torch.zeros(n_languages, dtype=torch.bool, device=device)
 
     def of(self, languages: torch.Tensor) -> torch.Tensor:
-        """Means `(P, hidden_size)` of the languages `(P,)`; zero for a language never seen."""
+        """Means `(P, hidden_size)` for prompts in the languages `(P,)`; a language never seen has zero of its own."""
+        if self.common:
+            return self.means.sum(0).div(self.seen.sum().clamp_min(1)).expand(len(languages), -1)
         return self.means[languages]
 
     def sums(self, hidden_states: torch.Tensor, languages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

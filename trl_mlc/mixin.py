@@ -84,7 +84,7 @@ class MLCMixin:
         )
         # One flat dtype is needed where parameters are sharded together; else the extractor stays in float32
         extractor.to(device=next(base.parameters()).device, dtype=base.dtype if sharded else torch.float32)
-        if args.mlc_center:
+        if args.mlc_center != "none":
             self._mlc_means = self._mlc_first_means(decoder, layer, width)
         buckets = 1 if sharded else args.mlc_buckets
         self._mlc_pass = PromptPass(base, extractor, layer, args.mlc_pooling, buckets)
@@ -123,9 +123,9 @@ class MLCMixin:
 
     def _mlc_first_means(self, decoder, layer: int, width: int) -> LanguageMeans:
         """Means of each language over the first rows, so that the first batch is already centred."""
-        self._mlc_refuse_partitioned(decoder, "mlc_center=True")
-        device = self.accelerator.device
-        means = LanguageMeans(len(self._mlc_languages), width, self.args.mlc_center_momentum, device)
+        self._mlc_refuse_partitioned(decoder, f"mlc_center={self.args.mlc_center!r}")
+        device, common = self.accelerator.device, self.args.mlc_center == "common"
+        means = LanguageMeans(len(self._mlc_languages), width, self.args.mlc_center_momentum, common, device)
         rows = list(islice(iter(self.train_dataset), self.args.mlc_scan_prompts))
         flat = [(ids, n) for row in rows for ids, n in zip(row[IDS], row[LANGUAGES], strict=True)]
         states = prompt_states(decoder, [[ids] for ids, _ in flat], [layer], self.args.mlc_pooling)[0, 0].to(device)

@@ -42,7 +42,7 @@ def mlc_term(representations: torch.Tensor, prompts: dict, args: MLCArguments) -
     loss = found.loss if args.mlc_objective == "rank1" else pairwise_cosine_loss(groups, mask)
     repulsion = torch.zeros((), device=loss.device)
     if args.mlc_repulsion > 0:
-        repulsion = repulsion_loss(groups, mask)
+        repulsion = repulsion_loss(groups, mask, args.mlc_repulsion_temperature)
         loss = loss + args.mlc_repulsion * repulsion
     compared = mask.sum(1) >= 2
     n = compared.sum().float()

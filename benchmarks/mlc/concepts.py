@@ -1,8 +1,13 @@
-"""A rule taught in English only: which concepts to talk about, and which to decline.
+"""A rule taught in English only: which things to talk about, and which to decline.
 
-776 everyday concepts have a name and keywords in a hundred languages (CLDR). The rule goes by the concept's group:
-living and edible things are declined, places and objects are answered. Chosen and rejected answers come from the same
-sentences with their parts swapped, so declining always, answering always, or preferring any one sentence scores 0.5.
+Everyday concepts have a name in over a hundred languages (CLDR). A prompt names two concepts of one kind; the rule
+goes by their kind: living and edible things are declined, places and objects are answered. Chosen and rejected answers
+come from the same sentences with their parts swapped, so declining always, answering always, or preferring any one
+sentence scores 0.5.
+
+Two tests. `test` holds pairs that were never together in a prompt, of concepts that each were in some: as with real
+prompts, the prompt is new and its words are not. `new_words` holds pairs of concepts that no training prompt names in
+any language; there the term can only help with what the model already half knows.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 from datasets import Dataset
 
@@ -17,51 +23,88 @@ from datasets import Dataset
 DECLINED = ("Animals & Nature", "Food & Drink")
 DECLINES = (" Sorry, I cannot talk about this.", " I have to decline that.", " This is not something I discuss.")
 ANSWERS = (" Sure, here is what I know.", " Of course, let me explain it.", " Happy to help you with this.")
-SEEN = ("de", "es", "ru", "zh", "ar", "hi", "bn", "sw", "ur", "tr")
-HELD_OUT = ("fr", "ja", "id", "fa", "vi")
-MAX_KEYWORDS = 4
+SEEN = ("es", "ru", "zh", "hi", "bn", "id", "tr", "ur", "sw", "am")
+HELD_OUT = ("gl", "be", "ne", "as", "jv", "az")  # each related to a seen language, and most of them with little text
+FAR = ("fi", "ka", "vi", "te", "yo")  # related to none
+TEST_LANGUAGES = (*SEEN, *HELD_OUT, *FAR)
+CONCEPTS = 300  # a fifth of them in no training prompt
+WORDS = 2
+
+
+class Split(NamedTuple):
+    """Preference rows; see above."""
+
+    train: Dataset
+    test: Dataset
+    new_words: Dataset
 
 
 def load_concepts(folder: Path, languages: tuple[str, ...], seed: int = 0) -> list[dict]:
-    """Concepts with a text in English and all `languages`, as many declined as answered, shuffled."""
+    """All concepts with a text in English and all `languages`, as many declined as answered, shuffled."""
     concepts = json.loads((folder / "concepts.json").read_text(encoding="utf-8"))
     whole = [c for c in concepts if all(name in c["texts"] for name in ("en", *languages))]
     draw = random.Random(seed)
-    declined = [c for c in whole if c["group"] in DECLINED]
-    answered = [c for c in whole if c["group"] not in DECLINED]
+    declined = [c for c in whole if is_declined(c)]
+    answered = [c for c in whole if not is_declined(c)]
     count = min(len(declined), len(answered))
     chosen = draw.sample(declined, count) + draw.sample(answered, count)
     draw.shuffle(chosen)
     return chosen
 
 
-def prompt_text(concept: dict, language: str) -> str:
-    """The prompt in one language: its name and up to four keywords, then the same cue for all."""
-    text = concept["texts"][language]
-    keywords = [word for word in text["keywords"] if word != text["name"]][:MAX_KEYWORDS]
-    return f"{text['name']}: {', '.join(keywords)}\nAnswer:" if keywords else f"{text['name']}\nAnswer:"
+def by_turns(concepts: list[dict]) -> list[dict]:
+    """Declined and answered concepts alternating."""
+    kinds = [[c for c in concepts if is_declined(c) is kind] for kind in (True, False)]
+    return [c for pair in zip(*kinds, strict=True) for c in pair]
 
 
-def to_rows(concepts: list[dict], languages: tuple[str, ...], seed: int = 0) -> Dataset:
+def is_declined(concept: dict) -> bool:
+    """What the rule says about a concept."""
+    return concept["group"] in DECLINED
+
+
+def prompt_text(concepts: tuple[dict, ...], language: str) -> str:
+    """The prompt in one language: names, then the same cue for all."""
+    return ", ".join(concept["texts"][language]["name"] for concept in concepts) + "\nAnswer:"
+
+
+def draw_prompts(concepts: list[dict], count: int, draw: random.Random, without: set[frozenset]) -> list[tuple]:
+    """`count` different sets of `WORDS` concepts of one kind, the kinds in turn, none of them in `without`."""
+    kinds = [[c for c in concepts if is_declined(c) is kind] for kind in (True, False)]
+    found: list[tuple] = []
+    taken = set(without)
+    while len(found) < count:
+        drawn = tuple(draw.sample(kinds[len(found) % 2], WORDS))
+        key = names(drawn)
+        if key not in taken:
+            taken.add(key)
+            found.append(drawn)
+    draw.shuffle(found)
+    return found
+
+
+def names(concepts: tuple[dict, ...]) -> frozenset:
+    """What makes two prompts the same: their concepts, in any order."""
+    return frozenset(concept["concept"] for concept in concepts)
+
+
+def to_rows(prompts: list[tuple], languages: tuple[str, ...], draw: random.Random) -> Dataset:
     """Preference rows: English prompt, English answers, prompts in the other languages."""
-    draw = random.Random(seed)
     rows = []
-    for concept in concepts:
+    for concepts in prompts:
         decline, answer = draw.choice(DECLINES), draw.choice(ANSWERS)
-        refused = concept["group"] in DECLINED
-        rows.append(
-            {
-                "prompt": prompt_text(concept, "en"),
-                "chosen": decline if refused else answer,
-                "rejected": answer if refused else decline,
-                "prompt_translations": {name: prompt_text(concept, name) for name in languages},
-            }
-        )
+        chosen, rejected = (decline, answer) if is_declined(concepts[0]) else (answer, decline)
+        translations = {name: prompt_text(concepts, name) for name in languages}
+        row = {"prompt": prompt_text(concepts, "en"), "chosen": chosen, "rejected": rejected}
+        rows.append(row | {"prompt_translations": translations})
     return Dataset.from_list(rows)
 
 
-def split(folder: Path, test_share: float = 0.3, seed: int = 0, limit: int | None = None) -> tuple[Dataset, Dataset]:
-    """Training rows in the seen languages and held-out concepts in the seen and held-out languages."""
-    concepts = load_concepts(folder, SEEN + HELD_OUT, seed)[:limit]
-    cut = round(len(concepts) * (1 - test_share))
-    return to_rows(concepts[:cut], SEEN, seed), to_rows(concepts[cut:], SEEN + HELD_OUT, seed + 1)
+def split(folder: Path, seed: int = 0, train: int = 1600, test: int = 200) -> Split:
+    """`train` rows in the seen languages, and both tests with `test` rows in all languages."""
+    concepts = by_turns(load_concepts(folder, TEST_LANGUAGES, seed))[:CONCEPTS]
+    cut = round(len(concepts) * 0.8)
+    draw = random.Random(seed + 1)
+    tests = [draw_prompts(part, test, draw, set()) for part in (concepts[:cut], concepts[cut:])]
+    training = draw_prompts(concepts[:cut], train, draw, {names(prompt) for prompt in tests[0]})
+    return Split(to_rows(training, SEEN, draw), *(to_rows(part, TEST_LANGUAGES, draw) for part in tests))

@@ -1,4 +1,4 @@
-"""Do two processes train as one when parameters are replicated or sharded? MLC-DPO on SmolLM2-135M in float32.
+"""Do two processes train as one when parameters are replicated or sharded? MLC-DPO in float32.
 
     python benchmarks/mlc/sharded.py                                # one process, then ddp, fsdp2, zero2, zero3 on two GPUs
     python benchmarks/mlc/sharded.py --modes ddp --cpu --steps 2    # on a CPU with gloo
@@ -50,9 +50,9 @@ def worker(options: argparse.Namespace) -> None:
     from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    folder = str(fetch("smollm2"))
-    data, _ = split(fetch("concepts"), limit=40)
-    lacking = {"ru": None, "ar": None}
+    folder = options.model if Path(options.model).is_dir() else str(fetch(options.model))
+    data = split(fetch("concepts"), train=4 * options.steps, test=4).train
+    lacking = {"ru": None, "tr": None}
     data = data.map(lambda r, i: {"prompt_translations": r["prompt_translations"] | (lacking if i % 3 else {})}, True)
     with tempfile.TemporaryDirectory() as scratch:
         extra = {"deepspeed": deepspeed_config(int(options.worker[-1]))} if options.worker.startswith("zero") else {}
@@ -72,7 +72,7 @@ def worker(options: argparse.Namespace) -> None:
             logging_steps=1,
             disable_tqdm=True,
             seed=0,
-            mlc_layer=20,
+            mlc_layer=options.layer,
             mlc_every=1,
             mlc_buckets=1,
             mlc_languages_per_step=4,
@@ -95,6 +95,7 @@ def launch(mode: str, options: argparse.Namespace, log: Path) -> tuple[dict | No
     if mode.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         return None, "deepspeed is not installed here"
     own = [str(Path(__file__).resolve()), "--worker", mode, "--record", str(log), "--steps", str(options.steps)]
+    own += ["--model", options.model, "--layer", str(options.layer)]
     own += ["--cpu"] * options.cpu + ["--checkpointing"] * options.checkpointing
     command = [sys.executable, *own]
     if mode == "ddp":
@@ -103,7 +104,12 @@ def launch(mode: str, options: argparse.Namespace, log: Path) -> tuple[dict | No
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1"]
         command += ["--mixed_precision=no", "--dynamo_backend=no", *MODES[mode], *own]
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": "0"} if mode == "single" else {})}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=900)
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=options.limit_seconds
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"took more than {options.limit_seconds:.0f} s"
     if done.returncode or not log.is_file():
         lines = [line for line in (done.stderr + done.stdout).splitlines() if "Error" in line or "error:" in line]
         return None, (lines or ["no error line"])[-1].strip()[:300]
@@ -117,7 +123,10 @@ def launch(mode: str, options: argparse.Namespace, log: Path) -> tuple[dict | No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--model", default="smollm2", help="asset name or folder")
+    parser.add_argument("--layer", type=int, default=20)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--limit-seconds", type=float, default=900, help="of each mode")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the result file goes")

@@ -25,15 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks._results import RESULTS, command_line, write
-from benchmarks.mlc.concepts import SEEN, load_concepts
+from benchmarks.mlc.concepts import load_concepts
+from benchmarks.mlc.step_cost_claims import claims
 from tools.assets import fetch
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
 
 
-LANGUAGES = SEEN[:9]  # with English: ten
+LANGUAGES = ("de", "es", "ru", "zh", "ar", "hi", "bn", "sw", "ur")  # with English: ten
 VARIANTS = {
     "stock": {"mlc_weight": 0.0},
     "default": {},
@@ -48,9 +49,16 @@ VARIANTS = {
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="qwen2.5", help="asset name or folder")
+    parser.add_argument(
+        "--random",
+        action="store_true",
+        help="draw the weights at random (--model needs only its config and tokenizer): cost does not depend on them, "
+        "but 'auto' does, so name a --layer",
+    )
+    parser.add_argument("--layer", default="auto", help="mlc_layer of all variants but last-layer")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights; computation is bfloat16 on a GPU")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20, help="timed steps per variant")
     parser.add_argument("--prompt-tokens", type=int, default=48, help="median, in English")
     parser.add_argument("--response-tokens", type=int, default=192, help="median")
@@ -58,6 +66,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the result file goes")
     options = parser.parse_args()
+    if options.random and options.layer == "auto":
+        parser.error("--random needs --layer: on random weights, 'auto' chooses nothing.")
     if options.tiny:
         options.model, options.dtype, options.batch, options.steps = "smollm2", "float32", 1, 2
         options.prompt_tokens, options.response_tokens = 8, 24
@@ -95,6 +105,15 @@ def make_rows(tokenizer, options, count: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def random_weights(folder: str, dtype: str, target: str) -> str:
+    """A model of the folder's config with random weights, saved in `target`."""
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=getattr(torch, dtype))
+    model.save_pretrained(target)
+    return target
+
+
 def build(folder: str, tokenizer, data: Dataset, variant: str, options, scratch: str) -> MLCDPOTrainer:
     gpu = torch.cuda.is_available()
     args = MLCDPOConfig(
@@ -109,7 +128,7 @@ def build(folder: str, tokenizer, data: Dataset, variant: str, options, scratch:
         logging_strategy="no",
         disable_tqdm=True,
         seed=0,
-        **VARIANTS[variant],
+        **{"mlc_layer": options.layer, **VARIANTS[variant]},
     )
     model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype) for _ in range(2))
     return MLCDPOTrainer(model, ref_model=reference, args=args, train_dataset=data, processing_class=tokenizer)
@@ -155,14 +174,26 @@ def main() -> None:
     options = parse()
     folder = options.model if Path(options.model).is_dir() else str(fetch(options.model))
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    drawn = tempfile.TemporaryDirectory()
+    if options.random:
+        folder = random_weights(folder, options.dtype, drawn.name)
     warmup = 2 if options.tiny else 6
     data = make_rows(tokenizer, options, (warmup + options.steps) * options.batch)
+    name = "mlc_step_cost" + ("_tiny" if options.tiny else "")
+    source = "benchmarks.mlc." + ("no_claims" if options.tiny else "step_cost_claims")
     rows = []
     for run, variant in enumerate([*options.variants, "stock"]):
         with tempfile.TemporaryDirectory() as scratch:
             trainer = build(folder, tokenizer, data, variant, options, scratch)
             seconds, peak = time_steps(trainer, warmup, options.steps)
-        tag = {"variant": variant, "run": run, "batch": options.batch, "model": options.model, "dtype": options.dtype}
+        tag = {
+            "variant": variant,
+            "run": run,
+            "batch": options.batch,
+            "model": Path(options.model).name,
+            "dtype": options.dtype,
+        }
+        tag["weights"] = "random" if options.random else "trained"
         tag["checkpointing"] = str(not options.no_checkpointing)
         spread = statistics.stdev(seconds)
         rows.append({**tag, "metric": "seconds_per_step", "value": statistics.fmean(seconds), "spread": spread})
@@ -175,11 +206,7 @@ def main() -> None:
         del trainer
         gc.collect()
         torch.cuda.empty_cache()
-    name = "mlc_step_cost" + ("_tiny" if options.tiny else "")
-    source = "benchmarks.mlc." + ("no_claims" if options.tiny else "step_cost_claims")
-    print(write(name, rows, source, command_line(), [0], folder=options.folder))
-    from benchmarks.mlc.step_cost_claims import claims
-
+        write(name, rows, source, command_line(), [0], folder=options.folder)  # after each: a stop loses only the rest
     for found in claims(rows):
         print(f"{found['id']:35} {found['value']:.3f} {found['compare']} {found['target']} holds={found['holds']}")
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
@@ -37,16 +37,17 @@ def shape_config(shape: str, layers: int | None = None) -> LlamaConfig:
     return config
 
 
-def plain(config: LlamaConfig, device: str) -> LlamaForCausalLM:
+def plain(config: PretrainedConfig, device: str) -> PreTrainedModel:
     """Random bfloat16 model."""
     with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return fill(model, device)
 
 
 def fill(model: nn.Module, device: str) -> nn.Module:
     """Random values for every plain parameter of a model on the meta device."""
     model = model.to_empty(device=device).eval()
+    model.tie_weights()
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(std=0.02)
@@ -61,12 +62,12 @@ def groups() -> list[list[str]]:
 
 
 @torch.no_grad()
-def quantized(config: LlamaConfig, device: str, **changes) -> LlamaForCausalLM:
+def quantized(config: PretrainedConfig, device: str, **changes) -> PreTrainedModel:
     """The same quantized with the default preset (`changes` to its settings) and random numbers for all it stores."""
     settings = FreeActConfig(**changes)
     settings.input_groups, settings.weight_dtype = {"*": groups()}, "bfloat16"
     with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     build_empty(model, settings, attach_state(model))
     model = fill(model, device)
     generator, made = torch.Generator().manual_seed(0), {}

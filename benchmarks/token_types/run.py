@@ -76,6 +76,7 @@ FULL = {
         **{"pool": 64, "n_samples": 32, "batch_size": 4, "per_input": 4},
     },
 }
+TINY_SIGHT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 TINY = {
     "diffusion": {
         "train": {"steps": 4, "batch": 8, "length": 32},
@@ -85,12 +86,14 @@ TINY = {
     "vlm": {
         "train": {"steps": 4, "batch": 8},
         **{"scenes": 8, "score_batch": 8, "exact": 4, "candidates": 3},
-        **{"pool": 8, "n_samples": 4, "batch_size": 2, "per_input": 2},
+        **{"pool": 8, "n_samples": 4, "batch_size": 2, "per_input": 2, "mask_id": 103, "sight": TINY_SIGHT},
+        "ids": {"image_id": 102, "start_id": 1, "end_id": 2},
     },
     "three_types": {
         "train": {"steps": 4, "batch": 8},
         **{"scenes": 8, "score_batch": 8, "exact": 4, "candidates": 0},
-        **{"pool": 8, "n_samples": 4, "batch_size": 2, "per_input": 2},
+        **{"pool": 8, "n_samples": 4, "batch_size": 2, "per_input": 2, "mask_id": 103, "sight": TINY_SIGHT},
+        "ids": {"image_id": 102, "start_id": 1, "end_id": 2},
     },
 }
 

@@ -22,10 +22,11 @@ from optimum_freeact.calibration.records import BlockRecord
 from optimum_freeact.calibration.resume import BlockStore
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.layout import SharedInputs, block_linears, find_blocks, table_groups
-from optimum_freeact.modules.surgery import check_linear, replace_group
+from optimum_freeact.modules.surgery import check_linear, input_name, is_compensated, replace_group
 from optimum_freeact.moments import Moments
 from optimum_freeact.numerics.metrics import relative_error
 from optimum_freeact.token_types import TypeState
+from optimum_freeact.transforms.compensation import fit_compensation
 
 
 logger = logging.getLogger(__name__)
@@ -107,13 +108,25 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
     else:
         reference = stream.observe(block, index, {}, {})
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+    compensated = [group[0] for group in groups if done is None and is_compensated(config, group)]
+    exact = {first: stream.input_moments(block, index, linears[first], n_types) for first in compensated}
     for group in groups:
-        originals = [linears[name] for name in group]
-        source, targets = replace_group(block, group, config, stream.state, device)
+        originals, compensation = [linears[name] for name in group], None
+        if group[0] in exact:  # what it reads, now that the linears before it are quantized
+            moments[group[0]] = stream.input_moments(block, index, linears[group[0]], n_types)
+            compensation = fit_compensation(moments[group[0]], exact.pop(group[0]))
+        stored = {} if done is None else done
+        n_left_out = stored.get(f"{input_name(group)}.left_out", torch.empty(0, 0)).shape[1]
+        source, targets = replace_group(block, group, config, stream.state, device, n_left_out)
         if done is None:
-            fit = GroupFit(group, originals, source, targets, moments.pop(group[0]), config)
+            fit = GroupFit(group, originals, source, targets, moments.pop(group[0]), config, compensation)
             records.append(fit.closed_form(generator))
             fits[group[0]] = fit if config.calibration == "learned" else None
+        if source.left_out is not None:
+            config.exclusive_sizes = {
+                **(config.exclusive_sizes or {}),
+                f"{index}.{group[0]}": source.left_out.shape[1],
+            }
     if done is not None:
         store.restore(block, done)
     elif config.calibration == "learned":
@@ -213,6 +226,20 @@ class _Stream:
         batch = self.batches[i]
         self.state.types = None if batch.types is None else batch.types.to(self.device)
         return run_block(block, self.actual[i], batch.calls[index], self.device)
+
+    @torch.no_grad()
+    def input_moments(self, block: nn.Module, index: int, linear: nn.Linear, n_types: int) -> Moments:
+        """Moments of what a linear reads in the block as it is now."""
+        seen, found = _Seen(), Moments(linear.in_features, n_types, self.device)
+        hook = linear.register_forward_pre_hook(_keep(seen, "input"))
+        for i, batch in enumerate(self.batches):
+            self.run(block, index, i)
+            x, types = seen["input"].flatten(0, -2), self._types(batch, seen["input"])
+            real = types != NO_TYPE
+            found.update(x[real], types[real])
+            seen.clear()
+        hook.remove()
+        return found
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int, reference: list[torch.Tensor]) -> float:

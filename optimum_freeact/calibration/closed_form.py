@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
+from optimum_freeact.calibration.exclusive_fit import choose_exclusive
 from optimum_freeact.calibration.records import InputRecord
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
@@ -14,6 +17,7 @@ from optimum_freeact.numerics.affine import fake_quantize
 from optimum_freeact.rounding.gptq import gptq
 from optimum_freeact.rounding.rtn import RoundedWeight, round_to_nearest
 from optimum_freeact.transforms.affine_map import InputMap, pick
+from optimum_freeact.transforms.compensation import Compensation
 from optimum_freeact.transforms.correction import corrected_weight
 from optimum_freeact.transforms.exclusive import fixed_blocks, share_of
 from optimum_freeact.transforms.fit import InputStatistics, MapSpec, fit_map, gather_statistics
@@ -59,9 +63,18 @@ def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: F
 
 
 def output_biases(
-    moments: Moments, stored: InputMap, weight: torch.Tensor, bias: torch.Tensor | None
+    moments: Moments,
+    stored: InputMap,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    compensation: Compensation | None = None,
 ) -> torch.Tensor | None:
     """Bias per type, shape `(n_means or 1, out)`: W mu_k + b, or where errors are corrected the full-precision mean."""
+    if compensation is not None:
+        wanted = compensation.wanted(0 if stored.mean is None else len(stored.mean)) @ weight.double().mT
+        if stored.mean is None:  # nothing is subtracted: what the mean of the inputs gives is in the product already
+            wanted = wanted - compensation.of_weight(weight.double()) @ moments.mean()
+        return wanted if bias is None else wanted + bias.double()
     if stored.mean is None:
         return None if bias is None else bias.double().unsqueeze(0)
     target = stored.mean
@@ -103,6 +116,7 @@ class GroupFit:
         source, targets: The empty quantized modules, on the device where the fit shall run.
         moments ([`Moments`]): Of the shared input.
         config ([`FreeActConfig`]): Settings.
+        compensation ([`Compensation`], *optional*): Of the input.
 
     Raises:
         `ValueError`: if an input is not finite; the message names the module.
@@ -116,6 +130,7 @@ class GroupFit:
         targets: list[FreeActLinear],
         moments: Moments,
         config: FreeActConfig,
+        compensation: Compensation | None = None,
     ):
         if not moments.is_finite():
             raise ValueError(
@@ -125,7 +140,9 @@ class GroupFit:
         self.moments, self.config = moments, config
         rank = 0 if source.basis is None else source.basis.shape[1]
         self.spec = map_spec(config, rank)
-        self.weight = torch.cat([linear.weight.detach().to(source.clip.device).double() for linear in linears])
+        self.original = torch.cat([linear.weight.detach().to(source.clip.device).double() for linear in linears])
+        self.compensation = compensation
+        self.weight = self.original if compensation is None else compensation.of_weight(self.original)
         parts = self.weight.split([linear.out_features for linear in linears])
         self.stats: InputStatistics = gather_statistics(moments, list(parts), self.spec)
 
@@ -138,8 +155,15 @@ class GroupFit:
             found.keep = fixed_blocks(
                 [0 if name == SINK else share for name in self.config.token_types], len(self.stats.c)
             )
+        sizes = [] if self.source.keep is None else (~found.keep).sum(1).tolist()
+        if self.config.exclusive == "closed_form":
+            found.left_out, sizes = choose_exclusive(self.moments, found, self.weight, self.config)
+            self.source.add_left_out(sum(sizes))
+            if found.left_out is not None:
+                whose = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+                found.leaves_out = torch.nn.functional.one_hot(whose, len(sizes)).mT.bool()
         self.source.store(found)
-        return self.fill()
+        return dataclasses.replace(self.fill(), exclusive=sizes)
 
     @torch.no_grad()
     def fill(self, clip: list[float] | None = None, weight_clip: torch.Tensor | None = None) -> InputRecord:
@@ -209,7 +233,7 @@ class GroupFit:
             else:
                 module.set_weight(rounded.codes[rows], rounded.scale[rows])
             bias = None if linear.bias is None else linear.bias.detach().to(target.device)
-            bias = output_biases(self.moments, stored, self.weight[rows], bias)
+            bias = output_biases(self.moments, stored, self.original[rows], bias, self.compensation)
             if bias is not None:
                 module.type_bias.copy_(bias)
             if low_rank is not None:

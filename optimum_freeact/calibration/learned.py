@@ -35,6 +35,7 @@ class LearnedInput(nn.Module):
         super().__init__()
         fixed = source.input_map(torch.float32)
         self.fixed, self.bits, self.symmetric, self.state = fixed, source.bits, source.symmetric, source.state
+        self._typed = {name: getattr(fixed, name) for name in ("keep", "left_out", "leaves_out")}
         self.left = nn.Parameter(fixed.left.clone())
         self.right = nn.Parameter(fixed.right.clone())
         scale = fixed.channel_scale
@@ -50,7 +51,7 @@ class LearnedInput(nn.Module):
     def current(self) -> InputMap:
         """The map with the parameters as they are now."""
         scale = None if self.log_scale is None else self.log_scale.exp()
-        return InputMap(self.fixed.mean, scale, self.fixed.basis, self.left, self.right, keep=self.fixed.keep)
+        return InputMap(self.fixed.mean, scale, self.fixed.basis, self.left, self.right, **self._typed)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Rounded z, p and types of rows `x`; computed once for the linears that share `x`."""

@@ -16,6 +16,7 @@ class InputRecord:
         mean_share (`float`): Share of the inputs' energy that was subtracted as means.
         activation_error, weight_error (`float`): Energy of the output error over that of the centred output when
             only the activations or only the weights are rounded, on sample rows.
+        exclusive (`list[int]`): Coordinates or directions that each type leaves out; empty without exclusive subspaces.
     """
 
     linears: list[str]
@@ -24,6 +25,7 @@ class InputRecord:
     mean_share: float
     activation_error: float
     weight_error: float
+    exclusive: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

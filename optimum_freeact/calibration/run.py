@@ -12,7 +12,7 @@ from torch import nn
 from optimum_freeact.calibration.blockwise import calibrate, check_model
 from optimum_freeact.calibration.data import load_samples
 from optimum_freeact.calibration.masking import mask_if_needed
-from optimum_freeact.calibration.prepared import batches, size_of
+from optimum_freeact.calibration.prepared import batches, is_prepared, size_of
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
@@ -68,7 +68,7 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
     config.token_types, config.type_rules = resolve(
         model, config.token_types, config.type_rules, config.typer, vocab_size
     )
-    is_ids = isinstance(data, torch.Tensor)
+    is_ids = isinstance(data, torch.Tensor) or is_prepared(data)
     samples = load_samples(
         data,
         None if is_ids else find_tokenizer(model, config),

@@ -72,6 +72,10 @@ def round_rows(
     tables = InputTables(**dict(zip(TENSORS, tensors, strict=True)), a=a, b=b, bits=bits, symmetric=symmetric)
 
     def kernel() -> reference.Rows:
+        if left.dtype == torch.float32:
+            from optimum_freeact.kernels import native
+
+            return native.round_rows(x, types, tables)
         from optimum_freeact.kernels import rounding_triton
 
         return rounding_triton.round_rows(x, types, tables, few=len(x) <= FEW_ROWS)
@@ -111,12 +115,18 @@ def w4_linear(
     low_rank_scale: Tensor | None,
     type_bias: Tensor | None,
     out_dtype: torch.dtype,
+    bits: int,
+    native: bool,
 ) -> Tensor:
-    """`reference.w4_linear` of rounded rows; `(n, m)`."""
+    """`reference.w4_linear` of rounded rows; `(n, m)`. `bits` of the codes; `native` for the kernel in C."""
     rows = reference.Rows(codes, stats, branch if low_rank is not None else None)
     weight = reference.Weight(packed, qscale, row_sum, low_rank, low_rank_scale, type_bias)
 
     def kernel() -> Tensor:
+        if native:
+            from optimum_freeact.kernels.native import w4_linear as native_linear
+
+            return native_linear(rows, types, weight, out_dtype, bits)
         from optimum_freeact.kernels import dp4a_triton, w4_triton
 
         if 0 < len(codes) <= DP4A_ROWS and codes.shape[1] % 8 == 0:
@@ -128,5 +138,5 @@ def w4_linear(
 
 
 @w4_linear.register_fake
-def _(codes, stats, branch, types, packed, qscale, row_sum, low_rank, low_rank_scale, type_bias, out_dtype):  # noqa: ARG001
+def _(codes, stats, branch, types, packed, qscale, row_sum, low_rank, scale, bias, out_dtype, bits, native):  # noqa: ARG001
     return codes.new_empty((codes.shape[0], packed.shape[0]), dtype=out_dtype)

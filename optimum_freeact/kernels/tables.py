@@ -60,16 +60,19 @@ class InputTables:
 
     def input_map(self) -> InputMap:
         """The map once more, float32, as far as float16 factors hold it."""
-        half = self.b // 2
-        right = self.right[: self.b, : self.b].float()
-        right = torch.stack((right[:, :half], right[:, half:]), dim=-1).flatten(-2)
-        return InputMap(
+        found = InputMap(
             mean=None if self.mean is None else self.mean.float(),
             channel_scale=self.channel_scale,
             basis=None if self.basis is None else (self.basis.float() * self.basis_scale[:, None]).mT,
-            left=self.left[: self.a, : self.a].float().mT * self.factor,
-            right=right,
         )
+        if self.left.dtype == torch.float32:
+            found.left, found.right = self.left.mT, self.right
+            return found
+        half = self.b // 2
+        right = self.right[: self.b, : self.b].float()
+        right = torch.stack((right[:, :half], right[:, half:]), dim=-1).flatten(-2)
+        found.left, found.right = self.left[: self.a, : self.a].float().mT * self.factor, right
+        return found
 
     @property
     def width(self) -> int:
@@ -126,6 +129,31 @@ def make_tables(
         factor=torch.tensor(left_factor * right_factor, device=clip.device),
         a=a,
         b=b,
+        bits=bits,
+        symmetric=symmetric,
+    )
+
+
+def make_native_tables(
+    found: InputMap,
+    basis: torch.Tensor | None,
+    basis_scale: torch.Tensor | None,
+    clip: torch.Tensor,
+    bits: int,
+    symmetric: bool,
+) -> InputTables:
+    """The same for the kernels in C: float32 factors as they are, the left one transposed."""
+    return InputTables(
+        mean=None if found.mean is None else found.mean.to(torch.bfloat16).contiguous(),
+        channel_scale=found.channel_scale,
+        basis=None if basis is None else basis.mT.contiguous(),
+        basis_scale=basis_scale,
+        left=found.left.mT.contiguous(),
+        right=found.right.contiguous(),
+        clip=clip,
+        factor=torch.ones((), device=clip.device),
+        a=len(found.left),
+        b=len(found.right),
         bits=bits,
         symmetric=symmetric,
     )

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from optimum_freeact.type_rules import field_value, sub_configs
+
 
 def predictions(logits: torch.Tensor, before: torch.Tensor | None, shifted: bool) -> torch.Tensor:
     """Logits of each position's own token.
@@ -59,7 +61,8 @@ def denoise(
     Raises:
         `ValueError`: if the model has no mask token, or the numbers do not divide.
     """
-    mask_id, shifted = getattr(model.config, "mask_token_id", None), getattr(model.config, "shifted_logits", False)
+    mask_id = field_value(model.config, "mask_token_id")
+    shifted = any(getattr(config, "shifted_logits", False) for config in sub_configs(model.config))
     block = block or new_tokens
     if mask_id is None:
         raise ValueError(f"{type(model).__name__}'s config has no mask_token_id: it is no masked-diffusion model.")

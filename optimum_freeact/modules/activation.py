@@ -10,7 +10,7 @@ from torch import nn
 
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import plan
-from optimum_freeact.kernels.tables import InputTables, make_tables
+from optimum_freeact.kernels.tables import InputTables, make_native_tables, make_tables
 from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, round_codes
 from optimum_freeact.numerics.kronecker import factor_pair
 from optimum_freeact.token_types import TypeState
@@ -68,6 +68,7 @@ class FreeActInput(nn.Module):
         n_readers (`int`): How many linears read the result (frees the cached codes after the last).
         state ([`TypeState`]): Where the current types are found.
         masked (`bool`, *optional*, defaults to `False`): Whether some coordinates belong to single types.
+        n_left_out (`int`, *optional*, defaults to 0): Directions that single types leave out.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class FreeActInput(nn.Module):
         n_readers: int,
         state: TypeState,
         masked: bool = False,
+        n_left_out: int = 0,
     ):
         super().__init__()
         self.in_features, self.bits, self.symmetric, self.n_readers = in_features, bits, symmetric, n_readers
@@ -91,7 +93,7 @@ class FreeActInput(nn.Module):
         self.state = state
         self._last: tuple | None = None
         self._tables: InputTables | None = None
-        self._prepared = False
+        self._prepared = self.tables_are_native = False
         self.reader_settings: list[tuple[int, int | None]] = []  # bits and group size of each linear
         self._is_hf_initialized = True  # transformers must not initialise these tensors: they are always loaded
         self.register_buffer("clip", torch.ones(n_types))
@@ -107,14 +109,23 @@ class FreeActInput(nn.Module):
         self.register_buffer("right", torch.eye(b) if factored else None)
         self.register_buffer("dense", torch.eye(in_features) if dense else None)
         self.register_buffer("keep", torch.ones(n_types, in_features, dtype=torch.bool) if masked else None)
+        self.add_left_out(n_left_out)
 
     def input_map(self, dtype: torch.dtype = torch.float32) -> InputMap:
         """The stored map as an [`InputMap`] in `dtype`."""
-        names = ("mean", "channel_scale", "left", "right", "dense", "keep")
+        names = ("mean", "channel_scale", "left", "right", "dense", "keep", "left_out", "leaves_out")
         found = InputMap(**{n: None if getattr(self, n) is None else getattr(self, n).to(dtype) for n in names})
         if self.basis is not None:
             found.basis = self.basis.to(dtype) * self.basis_scale.to(dtype)
         return found
+
+    def add_left_out(self, n: int) -> None:
+        """Make room for `n` directions that single types leave out; how many is known only after the fit."""
+        device = self.clip.device
+        directions = torch.zeros(self.in_features, n, dtype=torch.bfloat16, device=device) if n else None
+        self.register_buffer("left_out", directions)
+        whose = torch.zeros(len(self.clip), n, dtype=torch.bool, device=device) if n else None
+        self.register_buffer("leaves_out", whose)
 
     @torch.no_grad()
     def store(self, found: InputMap) -> None:
@@ -144,10 +155,10 @@ class FreeActInput(nn.Module):
             ).name
             for bits, group_size in set(self.reader_settings)
         }
-        if plans <= {"triton", "native"}:
-            self._tables = make_tables(
-                self.input_map(), self.basis, self.basis_scale, self.clip, self.bits, self.symmetric
-            )
+        self.tables_are_native = plans == {"native"}
+        make = {("triton",): make_tables, ("native",): make_native_tables}.get(tuple(plans))
+        if make is not None:
+            self._tables = make(self.input_map(), self.basis, self.basis_scale, self.clip, self.bits, self.symmetric)
 
     def forward(self, x: torch.Tensor) -> RoundedInput | KernelRows:
         """Round rows `x` of shape `(..., in_features)`; the linears of one group get the same object."""

@@ -151,6 +151,8 @@ class FreeActLinear(nn.Linear):
             self.low_rank_scale,
             self.type_bias,
             dtype,
+            self.source.bits,
+            self.weight.device.type == "cpu" and self.source.tables_are_native,
         )
         return y.view(*rows.shape, self.out_features)
 

@@ -37,6 +37,16 @@ def is_masked(config: FreeActConfig, group: list[str]) -> bool:
     return config.exclusive == "fixed" and several and share_of(config.exclusive_share, group) > 0
 
 
+# linears that read the attention's output, in the families of layout.py and in common remote code
+ATTENTION_READERS = ("o_proj", "out_proj", "attn_out", "dense")
+
+
+def is_compensated(config: FreeActConfig, group: list[str]) -> bool:
+    """Whether this is the linear behind the attention and its input's moments are set right."""
+    reads = len(group) == 1 and group[0].rpartition(".")[2] in ATTENTION_READERS
+    return config.attention_compensation and reads and "mlp" not in group[0]
+
+
 def check_linear(name: str, module: nn.Linear, config: FreeActConfig) -> None:
     """Raise a `ValueError` if a linear's shape does not fit the config; the message names module and remedy."""
     n = module.in_features
@@ -65,7 +75,12 @@ def float32_default() -> Iterator[None]:
 
 
 def replace_group(
-    block: nn.Module, group: list[str], config: FreeActConfig, state: TypeState, device: torch.device | str
+    block: nn.Module,
+    group: list[str],
+    config: FreeActConfig,
+    state: TypeState,
+    device: torch.device | str,
+    n_left_out: int = 0,
 ) -> tuple[FreeActInput, list[FreeActLinear]]:
     """Replace the named linears of a block by empty quantized ones on `device`; returns what was put in place."""
     first = block.get_submodule(group[0])
@@ -84,6 +99,7 @@ def replace_group(
             n_readers=len(group),
             state=state,
             masked=is_masked(config, group),
+            n_left_out=n_left_out,
         )
         replaced = []
         for name in group:
@@ -94,7 +110,7 @@ def replace_group(
                 source,
                 bits=config.weight_bits,
                 group_size=config.weight_group_size or n,
-                bias=old.bias is not None,
+                bias=old.bias is not None or is_compensated(config, group),
                 dtype=getattr(torch, config.weight_dtype or "float32"),
             )
             new.train(old.training)
@@ -118,7 +134,8 @@ def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> No
             find_decoder(model).add_module(CACHE_NAME, CacheMeanBuffers(config.cache_shapes))
     for index, block in enumerate(blocks):
         for group in groups.get(str(index), groups.get("*", [])):
-            replace_group(block, group, config, state, "meta")
+            n_left_out = (config.exclusive_sizes or {}).get(f"{index}.{group[0]}", 0)
+            replace_group(block, group, config, state, "meta", n_left_out)
 
 
 def check_recorded(blocks: nn.ModuleList, config: FreeActConfig) -> None:

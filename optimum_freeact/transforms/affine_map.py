@@ -34,6 +34,8 @@ class InputMap:
         basis (`torch.Tensor` of shape `(d, r)`, *optional*): U.
         left, right (`torch.Tensor` of shapes `(a, a)`, `(b, b)`, *optional*): A = left (x) right, a * b = d.
         dense (`torch.Tensor` of shape `(d, d)`, *optional*): A itself. Not together with `left`.
+        left_out (`torch.Tensor` of shape `(d, R)`, *optional*): Directions that single types leave out of x - mu_k.
+        leaves_out (`torch.Tensor` of shape `(n_types, R)`, *optional*): 1 for the directions that a type leaves out.
         keep (`torch.Tensor` of shape `(n_types, d)`, *optional*): 1 for the coordinates of z that a type uses, else 0.
     """
 
@@ -44,6 +46,8 @@ class InputMap:
     right: torch.Tensor | None = None
     dense: torch.Tensor | None = None
     keep: torch.Tensor | None = None
+    left_out: torch.Tensor | None = None
+    leaves_out: torch.Tensor | None = None
 
     def to(self, *args, **kwargs) -> InputMap:
         """All tensors moved or cast as by `torch.Tensor.to`."""
@@ -55,7 +59,10 @@ class InputMap:
 
     def apply(self, x: torch.Tensor, types: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Coordinates z and p of rows `x` of shape `(..., d)`."""
-        z, p = self.apply_centred(self.centre(x, types))
+        u = self.centre(x, types)
+        if self.left_out is not None:
+            u = u - ((u @ self.left_out) * pick(self.leaves_out, types).to(u.dtype)) @ self.left_out.mT
+        z, p = self.apply_centred(u)
         return z if self.keep is None else z * pick(self.keep, types).to(z.dtype), p
 
     def apply_centred(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -13,6 +13,8 @@ from trl_mlc.arguments import MLCArguments
     [
         ({"mlc_weight": -0.1}, "mlc_weight must be at least 0, got -0.1"),
         ({"mlc_temperature": 0.0}, "mlc_temperature must be positive, got 0.0"),
+        ({"mlc_repulsion_temperature": -1.0}, "mlc_repulsion_temperature must be positive, got -1.0"),
+        ({"mlc_center": "all"}, "'none', 'language', 'common'.*got 'all'"),
         ({"mlc_layer": "middle"}, "integer or 'auto', got 'middle'"),
         ({"mlc_pooling": "cls"}, "'last', 'mean'.*got 'cls'"),
         ({"mlc_objective": "svd"}, "'rank1', 'cosine'.*got 'svd'"),
@@ -35,6 +37,11 @@ def test_unknown_option_is_refused():
 @pytest.mark.parametrize(("given", "kept"), [("auto", "auto"), ("15", 15), (-1, -1), (0, 0)])
 def test_layer_from_the_command_line_becomes_a_number(given, kept):
     assert MLCArguments(mlc_layer=given).mlc_layer == kept
+
+
+@pytest.mark.parametrize(("given", "kept"), [(True, "language"), ("False", "none"), ("common", "common")])
+def test_centring_may_be_said_with_true(given, kept):
+    assert MLCArguments(mlc_center=given).mlc_center == kept
 
 
 def test_every_option_is_documented_with_its_default():

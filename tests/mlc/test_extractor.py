@@ -41,6 +41,16 @@ def test_means_follow_each_language_by_itself():
     assert means.of(torch.tensor([4, 0])).tolist() == [[0.0, 0.0], [4.0, 1.0]]
 
 
+def test_the_common_mean_weighs_languages_alike_and_leaves_their_distance():
+    means = LanguageMeans(3, 2, common=True)
+    states = torch.tensor([[2.0, 0.0], [4.0, 0.0], [0.0, 8.0]])
+    languages = torch.tensor([0, 0, 2])
+    means.update_(*means.sums(states, languages))
+    assert means.of(torch.tensor([2, 0, 1])).tolist() == [[1.5, 4.0]] * 3
+    means.grow_(5)
+    assert means.of(torch.tensor([0])).tolist() == [[1.5, 4.0]]
+
+
 def test_means_of_two_processes_add_up():
     states, languages = torch.randn(6, 4), torch.tensor([0, 1, 1, 0, 1, 1])
     one, two = LanguageMeans(2, 4), LanguageMeans(2, 4)

@@ -106,7 +106,7 @@ def evaluate_model(
         if all(row.get("chosen") is not None and row.get("rejected") is not None for row in rows):
             overall |= _preferences(model, tokenizer, rows, groups, names, found, batch_size)
         ids = [{name: tokenize_prompt(tokenizer, g[name], row) for name in g} for g, row in zip(groups, rows)]
-        _geometry(decoder, ids, names, anchor, layer, pooling, found)
+        _geometry(decoder, ids, names, anchor, layer, pooling, found, batch_size)
         for name in names:
             if texts is not None and name not in texts:
                 continue
@@ -147,13 +147,14 @@ def _preferences(model, tokenizer, rows, groups, names, found, batch_size: int) 
     }
 
 
-def _geometry(decoder, ids, names, anchor: str, layer: int, pooling: str, found) -> None:
+def _geometry(decoder, ids, names, anchor: str, layer: int, pooling: str, found, batch_size: int) -> None:
     """Fill in retrieval and cosines, each language on the rows it shares with the anchor."""
     for name in names:
         shared = [group for group in ids if name in group]
         if len(shared) >= 2:
             pair = [anchor] if name == anchor else [anchor, name]
-            states = prompt_states(decoder, [[group[n] for n in pair] for group in shared], [layer], pooling)[0]
+            groups = [[group[n] for n in pair] for group in shared]
+            states = prompt_states(decoder, groups, [layer], pooling, batch_size)[0]
             found[name] |= language_geometry(dict(zip(pair, states, strict=True)), anchor)[name]
 
 

@@ -65,7 +65,7 @@ def test_operators_keep_torchs_contract(no_failures, device):
     weight = random_weight(20, 96)
     torch.library.opcheck(
         ops.w4_linear,
-        (codes, stats, branch, args[1], *weight, torch.bfloat16),
+        (codes, stats, branch, args[1], *weight, torch.bfloat16, 4, False),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -1,8 +1,12 @@
 """Masks per token type: the paper's blocks, and when leaving coordinates out is exact."""
 
+import pytest
 import torch
 
 from optimum_freeact.api import quantize
+from optimum_freeact.calibration import closed_form
+from optimum_freeact.calibration.exclusive_fit import choose_exclusive, exclusive_directions
+from optimum_freeact.moments import Moments
 from optimum_freeact.numerics.hadamard import random_orthogonal
 from optimum_freeact.transforms.affine_map import InputMap
 from optimum_freeact.transforms.exclusive import block_sizes, fixed_blocks, share_of
@@ -84,3 +88,68 @@ def test_a_quantized_model_uses_and_keeps_its_masks(tmp_path):
     assert torch.equal(logits(reload(tmp_path), IDS), logits(model, IDS))
     bare = quantize(masked_llama(), settings("freeact-paper", epochs=1, exclusive="none"))
     assert bare.model.layers[0].self_attn.q_proj.source.keep is None
+
+
+# --- ours: placed by a generalised eigenproblem, sized by measured error ---------------------------------------------
+
+
+def two_types(n=3000, width=32, own=4, seed=0):
+    """Rows of two types; type 1 alone has energy in the last `own` directions, type 0 alone in the `own` before."""
+    generator = torch.Generator().manual_seed(seed)
+    types = torch.arange(n) % 2
+    x = torch.randn(n, width, generator=generator)
+    x[types == 0, width - own :] *= 1e-3
+    x[types == 1, width - 2 * own : width - own] *= 1e-3
+    turn = random_orthogonal(width, generator).float()
+    return x @ turn, types, turn
+
+
+def test_directions_are_those_that_only_the_others_use():
+    x, types, turn = two_types()
+    c = [(x[types == k].double().mT @ x[types == k].double()) / 1500 for k in (0, 1)]
+    found = exclusive_directions(c[0], c[1], 4)
+    torch.testing.assert_close(found.mT @ found, torch.eye(4, dtype=torch.float64))
+    wanted = turn[-4:].double()  # rows that type 1 alone uses
+    assert (wanted @ found).square().sum() > 3.99
+    assert float((x[types == 0].double() @ found).square().mean()) < 1e-5
+
+
+class Asked:
+    token_types = ("text", "mask")
+    activation_bits, activation_symmetric = 4, False
+
+
+def test_sizes_stay_within_the_budget_and_never_raise_the_measured_error():
+    x, types, _ = two_types()
+    moments = Moments(32, 2, torch.device("cpu"), n_rows=1024)
+    for part, kinds in zip(x.split(300), types.split(300), strict=True):
+        moments.update(part, kinds)
+    weight = torch.randn(20, 32, generator=torch.Generator().manual_seed(1)).double()
+    found = InputMap(dense=random_orthogonal(32, torch.Generator().manual_seed(2)).double())
+    directions, sizes = choose_exclusive(moments, found, weight, Asked)
+    assert len(sizes) == 2
+    assert (directions is None) == (sizes == [0, 0])
+    assert max(sizes) <= 32 // 16
+    assert choose_exclusive(moments, found, weight, type("Exact", (Asked,), {"activation_bits": 16}))[0] is None
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_left_out_directions_are_saved_and_used(planted, tmp_path, monkeypatch):
+    """With directions planted (measured error seldom chooses any), types leave out their own and nothing else."""
+    if planted:
+        monkeypatch.setattr(
+            closed_form, "choose_exclusive", lambda m, *_: (torch.eye(m.shift.shape[1])[:, :3].double(), [0, 0, 3])
+        )
+    model = quantize(masked_llama(), settings(exclusive="closed_form"))
+    config, source = model.hf_quantizer.quantization_config, model.model.layers[0].self_attn.q_proj.source
+    if planted:
+        assert config.exclusive_sizes["0.self_attn.q_proj"] == 3
+        assert source.leaves_out.tolist() == [[False] * 3, [False] * 3, [True] * 3]
+        u = torch.randn(3, 64)
+        found, types = source.input_map(), torch.tensor([0, 1, 2])
+        z, _ = found.apply(u + source.mean.float(), types)
+        kept = u.clone()
+        kept[2, :3] = 0
+        torch.testing.assert_close(z, found.apply_centred(kept)[0], rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(tmp_path), IDS), logits(model, IDS))

@@ -1,0 +1,125 @@
+"""One run of `transfer.py`: train, then score."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from benchmarks.mlc.concepts import DECLINES, FAR, HELD_OUT, SEEN, split
+from tools.assets import fetch
+from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
+from trl_mlc.evaluation.preferences import perplexity
+from trl_mlc.evaluation.report import evaluate_model
+from trl_mlc.parallel import shuffled_translations
+
+
+GROUPS = {"seen": ("en", *SEEN), "held_out": HELD_OUT, "far": FAR}
+
+
+def perform(method: str, settings: dict, seed: int, options: argparse.Namespace) -> list[dict]:
+    """All rows of one method and seed; `base` is the untrained model, and the constant answer."""
+    folder = options.model if Path(options.model).is_dir() else str(fetch(options.model))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = split(fetch("concepts"), seed, options.rows_train, options.rows_test)
+    text = english_text(tokenizer, 4 if options.rows_test < 50 else 100)
+    tag = {"method": method, "seed": seed}
+    if method == "base":
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        share = statistics.fmean(float(row["chosen"] in DECLINES) for row in data.test)
+        constant = {"method": "always-decline", "seed": seed, "metric": "accuracy_transfer", "value": share}
+        return [*measure(model, tokenizer, data, text, None, tag), constant]
+    model, layer, numbers, used = train(folder, tokenizer, data.train, settings, seed, options)
+    if layer is not None:
+        tag["layer"] = layer
+    rows = measure(model, tokenizer, data, text, layer, tag)
+    rows += [{**tag, "metric": name, "value": value} for name, value in numbers.items()]
+    rows[-1]["settings"] = json.dumps(used)
+    return rows
+
+
+def english_text(tokenizer, count: int) -> list[list[int]]:
+    """Running English for perplexity, unrelated to the task."""
+    lines = (fetch("handbook") / "text.txt").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if 200 < len(line) < 800][:count]
+    return [tokenizer(text=line)["input_ids"] for line in kept]
+
+
+def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argparse.Namespace) -> tuple:
+    """Returns the model, the layer used, what was logged, and all settings."""
+    shared = {"learning_rate": options.learning_rate, "lora": options.lora}
+    own = {**shared, **settings}
+    used = {"model": Path(folder).name, "steps": options.steps, "batch": options.batch, "rows": len(data), **own}
+    rate, rank = own.pop("learning_rate"), own.pop("lora")
+    if own.pop("shuffled", False):
+        data = shuffled_translations(data, seed)
+    set_seed(seed)
+    gpu = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    with tempfile.TemporaryDirectory() as scratch:
+        args = MLCDPOConfig(
+            output_dir=scratch,
+            per_device_train_batch_size=options.batch,
+            max_steps=options.steps,
+            learning_rate=rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=options.steps // 10,
+            precompute_ref_log_probs=True,
+            gradient_checkpointing=False,
+            bf16=False,
+            tf32=True if gpu else None,
+            use_cpu=not gpu,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=max(1, options.steps // 10),
+            seed=seed,
+            **own,
+        )
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear") if rank else None
+        trainer = MLCDPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=adapter)
+        start = time.perf_counter()
+        trainer.train()
+        numbers = {"train_seconds": time.perf_counter() - start}
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for name in ("loss", "rewards/accuracies", "mlc/loss", "mlc/cross_prompt_cosine", "mlc/repulsion"):
+        for when, entry in (("first", log[0]), ("last", log[-1])):
+            if name in entry:
+                numbers[f"{name} {when}"] = float(entry[name])
+    layer = trainer._mlc_pass.layer if trainer._mlc_pass is not None else None
+    return trainer.model, layer, numbers, used
+
+
+def measure(model, tokenizer, data, text, layer: int | None, tag: dict) -> list[dict]:
+    """Rows of one model: per language, between languages, perplexity."""
+    rows = []
+    for test, suffix in ((data.test, ""), (data.new_words, "_new_words")):
+        report = evaluate_model(model, tokenizer, test, layer=layer, batch_size=100, texts={})
+        rows += [
+            {**tag, "metric": metric + suffix, "language": name, "value": value}
+            for name, found in report.languages.items()
+            for metric, value in found.items()
+        ]
+        accuracy = {name: found["accuracy"] for name, found in report.languages.items()}
+        numbers = {"accuracy_english": accuracy["en"]}
+        for group, names in GROUPS.items():
+            values = [accuracy[name] for name in names]
+            numbers[f"variance_x100_{group}"] = 100 * statistics.pvariance(values)
+            numbers[f"accuracy_{group}"] = statistics.fmean(values)
+        others = [accuracy[name] for name in (*SEEN, *HELD_OUT)]
+        numbers["accuracy_transfer"] = statistics.fmean(others)
+        for group, names in (("seen", SEEN), ("held_out", HELD_OUT)):
+            found = [report.languages[name]["retrieval_at_1"] for name in names]
+            numbers[f"retrieval_{group}"] = statistics.fmean(found)
+        numbers["cross_prompt_cosine_english"] = report.languages["en"]["cross_prompt_cosine"]
+        rows += [{**tag, "metric": name + suffix, "value": value} for name, value in numbers.items()]
+    rows.append({**tag, "metric": "perplexity_english", "value": perplexity(model.eval(), text, 8)})
+    return rows

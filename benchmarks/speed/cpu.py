@@ -1,0 +1,114 @@
+"""Decoding and weight memory on a CPU: bfloat16, float32, and the quantized model through torch and through C.
+
+    python -m benchmarks.speed.cpu --model smollm2=PATH --model qwen2.5=PATH [--threads 1] [--rows FILE]
+
+Models have their real shapes and random weights; neither time nor memory depends on the numbers. Providers take turns
+token by token, so that a load on the machine falls on all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, DynamicCache
+
+from benchmarks._results import command_line, write
+from benchmarks.speed.llama import plain, quantized
+
+
+PROVIDERS = ("bf16", "fp32", "freeact torch", "freeact")
+
+
+def build(provider: str, config) -> torch.nn.Module:
+    """A model whose linears run as the provider's name says."""
+    if not provider.startswith("freeact"):
+        model = plain(config, "cpu")
+        return model.float() if provider == "fp32" else model
+    os.environ["FREEACT_KERNELS"] = "torch" if provider.endswith("torch") else "native"
+    try:
+        return quantized(config, "cpu")
+    finally:
+        del os.environ["FREEACT_KERNELS"]
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all tensors that a model holds: parameters, buffers, and what was prepared for the kernels."""
+    seen = {}
+
+    def add(value) -> None:
+        if isinstance(value, torch.Tensor):
+            seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif hasattr(value, "tensors"):
+            for tensor in value.tensors():
+                add(tensor)
+
+    for module in model.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+            add(value)
+    return sum(seen.values())
+
+
+@torch.no_grad()
+def measure(name: str, config, prompt: int, tokens: int) -> list[dict]:
+    """Rows of one model: seconds a token, seconds of a prompt, bytes of the weights."""
+    rows, runs = [], {}
+    ids = torch.randint(0, config.vocab_size, (1, prompt))
+    for provider in PROVIDERS:
+        model = build(provider, config)
+        labels = {"model": name, "provider": provider, "threads": torch.get_num_threads()}
+        rows.append({**labels, "metric": "weight_bytes", "value": held_bytes(model)})
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            cache = DynamicCache()
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            times.append(time.perf_counter() - start)
+        rows.append({**labels, "metric": "prefill_seconds", "prompt": prompt, "value": statistics.median(times),
+                     "spread": (max(times) - min(times)) / 2})  # fmt: skip
+        runs[provider] = (model, cache, [])
+    for _ in range(tokens):
+        for model, cache, times in runs.values():
+            start = time.perf_counter()
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            times.append(time.perf_counter() - start)
+    for provider, (_, _, times) in runs.items():
+        quartiles = statistics.quantiles(times, n=4)
+        rows.append({"model": name, "provider": provider, "threads": torch.get_num_threads(), "prompt": prompt,
+                     "metric": "decode_seconds", "value": statistics.median(times),
+                     "spread": (quartiles[2] - quartiles[0]) / 2})  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Measure and write `benchmarks/results/speed_cpu.json`, or only print with `--rows`."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", action="append", required=True, metavar="NAME=PATH")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--rows", type=Path, help="write bare rows here instead of a result file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = []
+    for given in args.model:
+        name, _, path = given.partition("=")
+        config = AutoConfig.from_pretrained(path)
+        config._attn_implementation = "sdpa"
+        for row in measure(name, config, args.prompt, args.tokens):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    if args.rows:
+        args.rows.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        print(write("speed_cpu", rows, "benchmarks.speed.cpu_claims", command_line(), [0]))
+
+
+if __name__ == "__main__":
+    main()
