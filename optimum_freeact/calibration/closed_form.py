@@ -38,6 +38,13 @@ def map_spec(config: FreeActConfig, rank: int) -> MapSpec:
     )
 
 
+def _fake(z: torch.Tensor, config: FreeActConfig, clip: torch.Tensor | float) -> torch.Tensor:
+    """Rows as the config rounds them."""
+    return fake_quantize(
+        z, config.activation_bits, config.activation_symmetric, clip, group_size=config.activation_group_size
+    )
+
+
 def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: FreeActConfig) -> list[float]:
     """Clip ratio per type with the least output error ||(Q(z) - z) V^T||^2 over sample rows."""
     n = config.n_types
@@ -48,7 +55,7 @@ def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: F
     errors, z, v = [], z.float(), v.float()
     gram = v.mT @ v  # |n V^T|^2 = n (V^T V) n^T: a product of the inputs' width for each ratio, not of the outputs'
     for ratio in ACTIVATION_CLIP_GRID:
-        noise = fake_quantize(z, config.activation_bits, config.activation_symmetric, ratio) - z
+        noise = _fake(z, config, ratio) - z
         errors.append((noise @ gram).mul_(noise).sum(-1))
     errors = torch.stack(errors)  # (ratios, rows)
     total = ACTIVATION_CLIP_GRID[int(errors.sum(1).argmin())] if n == 1 else None
@@ -179,7 +186,7 @@ class GroupFit:
             clip = [clip[kind] for kind in pooled]
         source.clip.copy_(torch.tensor(clip))
         ratios = pick(source.clip.double().unsqueeze(-1), types)
-        noise = fake_quantize(z, config.activation_bits, config.activation_symmetric, ratios) - z
+        noise = _fake(z, config, ratios) - z
         moments_z = stored.transform_moments(self.stats.c)
         eye = torch.eye(len(moments_z), dtype=moments_z.dtype, device=moments_z.device)
         # the rounding noise of z itself reaches the weights too

@@ -7,6 +7,8 @@ from torch import nn
 
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import int_linear, plan
+from optimum_freeact.kernels.native import NativeWeight
+from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.modules.activation import (
     PICKLE_REFUSED,
     FreeActInput,
@@ -75,6 +77,7 @@ class FreeActLinear(nn.Linear):
         self._codes: torch.Tensor | None = None
         self._row_sum: torch.Tensor | None = None
         self._bias_rows: torch.Tensor | None = None
+        self._native: NativeWeight | None = None
 
     @torch.no_grad()
     def set_weight(self, codes: torch.Tensor, scale: torch.Tensor | None) -> None:
@@ -83,7 +86,7 @@ class FreeActLinear(nn.Linear):
         self.weight.data.copy_(pack(values, self.bits))
         if scale is not None:
             self.qscale.copy_(scale.squeeze(-1))
-        self._codes = self._row_sum = None
+        self._codes = self._row_sum = self._native = None
 
     @torch.no_grad()
     def set_low_rank(self, branch: torch.Tensor) -> None:
@@ -123,7 +126,7 @@ class FreeActLinear(nn.Linear):
         """Make what the product on this device needs: sums of rows for kernels, which read the packed codes; for torch
         codes as `int8` rows (one byte a weight), so that a forward need not unpack nibbles.
         """
-        self._codes = self._row_sum = self._bias_rows = None
+        self._codes = self._row_sum = self._native = self._bias_rows = None
         if self.weight.device.type != "meta":
             self._bias_rows = self.bias_rows()
         if self.bits == 16 or self.group_size != self.in_features or self.weight.device.type == "meta":
@@ -137,9 +140,24 @@ class FreeActLinear(nn.Linear):
             group_size=None,
             transform=self.source.transform,
             width=self.in_features,
+            masked=self.source.masked,
         )
         if chosen.name == "torch":
             self._codes = codes
+        elif chosen.name == "native":
+            self._native = NativeWeight(self.kernel_weight())
+
+    def kernel_weight(self) -> Weight:
+        """What is stored, as kernels read it; the packed codes are not copied."""
+        row_sum = self.codes().sum(1, dtype=torch.int32) if self._row_sum is None else self._row_sum
+        return Weight(
+            self.weight.data.flatten(1),
+            self.qscale.flatten(),
+            row_sum,
+            self.low_rank,
+            self.low_rank_scale,
+            self.bias_rows(),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` of shape `(..., in_features)`, any floating dtype; returns `(..., out_features)` in the same dtype."""
@@ -160,22 +178,10 @@ class FreeActLinear(nn.Linear):
         return y.to(x.dtype)
 
     def _kernel_product(self, rows: KernelRows, dtype: torch.dtype) -> torch.Tensor:
-        row_sum = self.codes().sum(1, dtype=torch.int32) if self._row_sum is None else self._row_sum
-        y = ops.w4_linear(
-            rows.codes,
-            rows.stats,
-            rows.branch,
-            rows.types,
-            self.weight.flatten(1),
-            self.qscale.flatten(),
-            row_sum,
-            self.low_rank,
-            self.low_rank_scale,
-            self.bias_rows(),
-            dtype,
-            self.source.bits,
-            self.weight.device.type == "cpu" and self.source.tables_are_native,
-        )
+        if self._native is not None and not torch.compiler.is_compiling():
+            y = self._native.linear(Rows(rows.codes, rows.stats, rows.branch), rows.types, dtype, self.source.bits)
+        else:
+            y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, self._native is not None)
         return y.view(*rows.shape, self.out_features)
 
     def _integer_product(self, rounded, dtype: torch.dtype) -> torch.Tensor:
@@ -215,7 +221,7 @@ class FreeActLinear(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True) -> FreeActLinear:
         prepared = self._row_sum is not None or self._bias_rows is not None
-        self._codes = self._row_sum = self._bias_rows = None
+        self._codes = self._row_sum = self._native = self._bias_rows = None
         result = keep_dtypes(self, super()._apply, fn, recurse)
         if prepared:
             self.prepare()
