@@ -76,8 +76,8 @@ class FreeActLinear(nn.Linear):
         self.register_buffer("low_rank_scale", torch.ones(rank) if rank else None)
         self._codes: torch.Tensor | None = None
         self._row_sum: torch.Tensor | None = None
-        self._bias_rows: torch.Tensor | None = None
         self._native: NativeWeight | None = None
+        self._bias_rows: torch.Tensor | None = None
 
     @torch.no_grad()
     def set_weight(self, codes: torch.Tensor, scale: torch.Tensor | None) -> None:
@@ -139,6 +139,7 @@ class FreeActLinear(nn.Linear):
             activation_bits=self.source.bits,
             group_size=None,
             transform=self.source.transform,
+            activation_group_size=self.source.group_size,
             width=self.in_features,
             masked=self.source.masked,
         )
