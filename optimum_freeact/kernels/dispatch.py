@@ -104,6 +104,7 @@ def layer_obstacle(
     activation_bits: int,
     group_size: int | None,
     transform: str,
+    activation_group_size: int | None = None,
     width: int | None = None,
     masked: bool = False,
 ) -> str | None:
@@ -114,6 +115,8 @@ def layer_obstacle(
         return f"activation_bits={activation_bits}: the kernels multiply integers"
     if group_size is not None:
         return f"weight_group_size={group_size}: integer products need one scale per output channel"
+    if activation_group_size is not None:
+        return f"activation_group_size={activation_group_size}: integer products need one grid per token"
     if transform not in ("hadamard", "kronecker"):
         return f"transform={transform!r}: the kernels rotate by two factors"
     if masked:
@@ -172,6 +175,8 @@ def _torch_product(device: torch.device, layer: dict) -> tuple[str, str]:
         return "product of dequantized values", "one side has 16 bits, so it is no integer"
     if layer.get("group_size") is not None:
         return "product of dequantized values", "integer products need one scale per output channel"
+    if layer.get("activation_group_size") is not None:
+        return "product of dequantized values", "integer products need one grid per token"
     return describe(device)
 
 

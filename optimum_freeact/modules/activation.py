@@ -68,6 +68,7 @@ class FreeActInput(nn.Module):
         symmetric (`bool`): Symmetric or asymmetric grid per token.
         n_readers (`int`): How many linears read the result (frees the cached codes after the last).
         state ([`TypeState`]): Where the current types are found.
+        group_size (`int`, *optional*): Entries per grid; one grid per token by default.
         masked (`bool`, *optional*, defaults to `False`): Whether some coordinates belong to single types.
         n_left_out (`int`, *optional*, defaults to 0): Directions that single types leave out.
     """
@@ -85,12 +86,13 @@ class FreeActInput(nn.Module):
         symmetric: bool,
         n_readers: int,
         state: TypeState,
+        group_size: int | None = None,
         masked: bool = False,
         n_left_out: int = 0,
     ):
         super().__init__()
         self.in_features, self.bits, self.symmetric, self.n_readers = in_features, bits, symmetric, n_readers
-        self.transform = transform
+        self.transform, self.group_size = transform, group_size
         self.state = state
         self._last: tuple | None = None
         self._tables: InputTables | None = None
@@ -151,6 +153,8 @@ class FreeActInput(nn.Module):
         self._prepared, self._tables, self._native, self._last = True, None, None, None
         if self.clip.device.type == "meta" or not self.reader_settings:
             return
+        if self.keep is not None or self.left_out is not None:  # no kernel knows masks: the reference path does
+            return
         plans = {
             plan(
                 self.clip.device,
@@ -158,6 +162,7 @@ class FreeActInput(nn.Module):
                 activation_bits=self.bits,
                 group_size=group_size,
                 transform=self.transform,
+                activation_group_size=self.group_size,
                 width=self.in_features,
                 masked=self.masked,
             ).name
@@ -192,10 +197,18 @@ class FreeActInput(nn.Module):
         if self.bits >= 16:
             return RoundedInput(z, None, low_rank, types)
         clip = pick(self.clip.to(dtype).unsqueeze(-1), types)
+        if self.group_size is not None:
+            return RoundedInput(self._round_groups(z, clip), None, low_rank, types)
         qparams = choose_qparams(z, self.bits, self.symmetric, clip)
         if torch.is_grad_enabled() and z.requires_grad:
             return RoundedInput(fake_quantize_ste(z, qparams, self.bits), None, low_rank, types)
         return RoundedInput(round_codes(z, qparams, self.bits).to(torch.int8), qparams, low_rank, types)
+
+    def _round_groups(self, z: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:
+        """Values of the codes: a product over groups with grids of their own is one in floating point."""
+        groups, clip = z.unflatten(-1, (-1, self.group_size)), clip.unsqueeze(-2) if clip.dim() > 1 else clip
+        qparams = choose_qparams(groups, self.bits, self.symmetric, clip)
+        return fake_quantize_ste(groups, qparams, self.bits).flatten(-2)
 
     def _kernel_serves(self, x: torch.Tensor) -> bool:
         """Whether a kernel takes these rows: of the device's types, and no gradient wanted."""

@@ -125,6 +125,7 @@ def test_the_environment_decides(monkeypatch):
         ({"weight_bits": 8}, "weight_bits=8"),
         ({"activation_bits": 16}, "activation_bits=16"),
         ({"group_size": 32}, "weight_group_size=32"),
+        ({"activation_group_size": 32}, "activation_group_size=32"),
         ({"transform": "orthogonal"}, "transform='orthogonal'"),
         ({"width": 72}, "in_features=72"),
         ({"width": 1184}, "32 x 37"),
