@@ -8,55 +8,30 @@ objects. Translations of the prompts (no translated answers) come from Unicode C
 not trained on, how often the right answer is the likelier one in each language, before and after.
 """
 
-import argparse
-import json
-import sys
 import tempfile
-from pathlib import Path
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools.assets, from a checkout
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from mlc_setup import SETTINGS, adapter, fetch, options, pick, show, with_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tools.assets import fetch
-from trl_mlc import MLCDPOConfig, MLCDPOTrainer, evaluate_model, join_translations
+from trl_mlc import MLCDPOConfig, MLCDPOTrainer, evaluate_model
 
 
-LANGUAGES = ["de", "es", "fr", "it"]
-DECLINED = ("Animals & Nature", "Food & Drink")
+DECLINED, ANSWERED = ("Animals & Nature", "Food & Drink"), ("Travel & Places", "Objects")
 DECLINE, ANSWER = " Sorry, I cannot talk about this.", " Sure, here is what I know."
-
-
-def prompt(concept: dict, language: str) -> str:
-    text = concept["texts"][language]
-    return f"{text['name']}: {', '.join(text['keywords'][:3])}\nAnswer:"
 
 
 def load(count: int, skip: int) -> Dataset:
     """`count` concepts of each kind after the first `skip`, as preference rows with parallel prompts."""
-    concepts = json.loads((fetch("concepts") / "concepts.json").read_text(encoding="utf-8"))
-    kinds = [[c for c in concepts if (c["group"] in DECLINED) is kind] for kind in (True, False)]
-    picked = [c for pair in zip(*(kind[skip::7][:count] for kind in kinds), strict=True) for c in pair]
+    picked = pick([DECLINED, ANSWERED], count, skip, step=7)
     sides = [(DECLINE, ANSWER) if c["group"] in DECLINED else (ANSWER, DECLINE) for c in picked]
-    rows = Dataset.from_dict(
-        {
-            "prompt": [prompt(c, "en") for c in picked],
-            "chosen": [chosen for chosen, _ in sides],
-            "rejected": [rejected for _, rejected in sides],
-        }
-    )
-    return join_translations(rows, {name: [prompt(c, name) for c in picked] for name in LANGUAGES})
+    columns = {"chosen": [chosen for chosen, _ in sides], "rejected": [rejected for _, rejected in sides]}
+    return with_prompts(picked, "Answer:", columns)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--plain", action="store_true", help="mlc_weight=0: stock DPO on the same rows")
-    options = parser.parse_args()
+    given = options(__doc__)
     folder = fetch("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -64,46 +39,13 @@ def main() -> None:
     before = evaluate_model(model, tokenizer, test)
     with tempfile.TemporaryDirectory() as scratch:
         args = MLCDPOConfig(
-            output_dir=scratch,
-            mlc_weight=0.0 if options.plain else 1.0,
-            mlc_layer="auto",
-            mlc_center=True,
-            mlc_repulsion=1.0,
-            mlc_extractor_dim=0,
-            mlc_every=1,
-            mlc_languages_per_step=3,
-            mlc_scan_prompts=24,
-            max_steps=options.steps,
-            per_device_train_batch_size=8,
-            learning_rate=5e-4,
-            warmup_steps=3,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=5,
-            disable_tqdm=True,
-            seed=0,
+            output_dir=scratch, max_steps=given.steps, mlc_weight=0.0 if given.plain else 1.0, **SETTINGS
         )
         trainer = MLCDPOTrainer(
-            model,
-            args=args,
-            train_dataset=train,
-            processing_class=tokenizer,
-            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+            model, args=args, train_dataset=train, processing_class=tokenizer, peft_config=adapter()
         )
         trainer.train()
-    after = evaluate_model(trainer.model, tokenizer, test)
-    print(f"\n{'language':10}{'accuracy':>20}{'retrieval at 1':>20}{'perplexity':>20}")
-    for name in before.languages:
-        cells = ""
-        for metric in ("accuracy", "retrieval_at_1", "perplexity"):
-            pair = [report.languages[name].get(metric) for report in (before, after)]
-            cells += ("-" if None in pair else f"{pair[0]:.2f} -> {pair[1]:.2f}").rjust(20)
-        print(f"{name:10}{cells}")
-    for metric in ("mean_accuracy", "accuracy_variance_x100", "pairwise_agreement"):
-        print(f"{metric}: {before.overall[metric]:.3f} -> {after.overall[metric]:.3f}")
+    show(before, evaluate_model(trainer.model, tokenizer, test))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "activation_bits": 4,
     "kv_bits": 16,
     "weight_group_size": None,
+    "activation_group_size": None,
     "smooth_alpha": 0.5,
     "learned_start": "closed_form",
     "learning_rate": 2e-3,
@@ -52,7 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "exclusive_share": 1 / 32,
 }
 # known only while calibrating; never written
-RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress", "typer")
+RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress", "typer", "across_processes")
 # may be given anew when a saved model is loaded
 LOADING = ("kv_bits", "typer")
 # written by the quantizer for those who load
@@ -71,6 +72,9 @@ class FreeActConfig(QuantizationConfigMixin):
         kv_bits (`int`, *optional*, defaults to 16): 4, 8 or 16, for the KV cache of every forward that uses one.
         weight_group_size (`int`, *optional*): Columns per weight scale; must divide every linear's input size. The
             default is one scale per output channel, which integer kernels need.
+        activation_group_size (`int`, *optional*): Entries per grid of an activation; must divide every linear's input
+            size. The default is one grid per token, which integer kernels need: with groups the product runs in
+            floating point. For `calibration="closed_form"` only.
         activation_symmetric (`bool`, *optional*): Symmetric or asymmetric grid per token.
         transform (`str`, *optional*): `"none"`, `"hadamard"`, `"kronecker"` (closed form or learned) or `"orthogonal"`
             (dense random; for comparison, d^2 numbers per input).
@@ -122,6 +126,9 @@ class FreeActConfig(QuantizationConfigMixin):
         calibration_device (`str`, *optional*): Where blocks are calibrated; the default is `cuda` if there is one.
         resume_dir (`str`, *optional*): Folder for finished blocks, so that an interrupted calibration resumes.
         progress (`bool`, *optional*, defaults to `True`): Show progress bars.
+        across_processes (`bool`, *optional*, defaults to `False`): Share the calibration among all processes of an
+            `accelerate launch` or `torchrun`, each on its own GPU; every one must quantize the same model on the same data
+            and ends with the same result. Not saved.
 
     Raises:
         `TypeError`: for an argument that is not known.
@@ -169,8 +176,14 @@ class FreeActConfig(QuantizationConfigMixin):
         self._check_int("low_rank", minimum=0)
         self._check_int("rounding_passes", minimum=0)
         self._check_int("seed", minimum=0)
-        if self.weight_group_size is not None:
-            self._check_int("weight_group_size", minimum=2)
+        for name in ("weight_group_size", "activation_group_size"):
+            if getattr(self, name) is not None:
+                self._check_int(name, minimum=2)
+        if self.activation_group_size is not None and self.calibration == "learned":
+            raise ValueError(
+                "calibration='learned' has one grid per token: leave activation_group_size out, or use "
+                f"calibration='closed_form'; got activation_group_size={self.activation_group_size!r}."
+            )
         for name in ("activation_clip", "weight_clip"):
             value = getattr(self, name)
             is_ratio = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1

@@ -146,10 +146,8 @@ def given_types(model: nn.Module, types: torch.Tensor) -> Iterator[None]:
 
 def tokens_of(arguments: dict[str, Any]) -> torch.Tensor | None:
     """Ids or embeddings of the current tokens."""
-    for name in ("input_ids", "decoder_input_ids", "inputs_embeds"):
-        if arguments.get(name) is not None:
-            return arguments[name]
-    return None
+    ids = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if ids is None else ids
 
 
 def rule_hits(rule: dict, arguments: dict[str, Any], shape: tuple[int, int]) -> torch.Tensor | None:
@@ -186,14 +184,9 @@ class TokenTyper:
             raise ValueError(f"token_types has {unruled}, but nothing says which tokens these are: pass type_rules.")
 
     @property
-    def by_module(self) -> dict[str, int]:
-        """Submodule -> the type of all its tokens."""
-        return {rule["module"]: kind for kind, rule in self.rules.items() if "module" in rule}
-
-    @property
     def asks(self) -> bool:
         """Whether ids, columns or a callable decide about any type."""
-        return self.call is not None or any("module" not in rule for rule in self.rules.values())
+        return self.call is not None or bool(self.rules)
 
     def marks(self, arguments: dict[str, Any]) -> torch.Tensor | None:
         """Types by rules, without the sink, `int64` of shape `(batch, sequence)`; `None` if the arguments say nothing."""

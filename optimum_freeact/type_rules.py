@@ -4,7 +4,6 @@ A rule says by which ids, or by which values of another argument of the model's 
 
     {"ids": [126336], "field": "mask_token_id"}
     {"ids": [151655], "field": "image_token_id", "column": "mm_token_type_ids", "values": [1]}
-    {"module": "decoder"}           every token of that submodule (diffusion models without a mask token)
     {"call": "package.function"}    a callable of the user's, given again when the model is loaded
 
 `field` names the configuration field that the ids were read from, so that a checkpoint whose configuration says
@@ -29,9 +28,7 @@ ID_FIELDS = {
 # values of transformers' `mm_token_type_ids` (0 is text); Gemma 3 calls the same thing `token_type_ids`
 COLUMNS = ("mm_token_type_ids", "token_type_ids")
 COLUMN_VALUES = {"image": 1, "video": 2, "audio": 3}
-# model_type -> types known by the submodule that computes them
-MODULE_TYPES = {"diffusion_gemma": {"canvas": "decoder"}}
-RULE_FIELDS = ("ids", "field", "column", "values", "module", "call")
+RULE_FIELDS = ("ids", "field", "column", "values", "call")
 
 
 def sub_configs(config: Any) -> Iterable[Any]:
@@ -68,8 +65,6 @@ def known_rules(model: Any) -> dict[str, dict]:
         found[name] = {"ids": [field_value(model.config, field)], "field": field}
         if name in COLUMN_VALUES and column is not None:
             found[name] |= {"column": column, "values": [COLUMN_VALUES[name]]}
-    for name, module in MODULE_TYPES.get(getattr(model.config, "model_type", ""), {}).items():
-        found[name] = {"module": module}
     return found
 
 
@@ -81,9 +76,9 @@ def check_rule(name: str, rule: Any) -> dict:
     """
     if isinstance(rule, (list, tuple)):
         rule = {"ids": list(rule)}
-    forms = "a list of token ids, {'column': argument, 'values': [integers]} or {'module': name}"
+    forms = "a list of token ids, or {'column': argument, 'values': [integers]}"
     known = isinstance(rule, dict) and set(rule) <= set(RULE_FIELDS)
-    if not known or not ({"ids", "module", "call"} & set(rule) or {"column", "values"} <= set(rule)):
+    if not known or not ({"ids", "call"} & set(rule) or {"column", "values"} <= set(rule)):
         raise ValueError(f"type_rules[{name!r}] must be {forms}, got {rule!r}.")
     for key in ("ids", "values"):
         value = rule.get(key, [0])
@@ -110,7 +105,6 @@ def check_names(names: Any, rules: dict | None, has_call: bool) -> list[str]:
         SINK,
         AUTO,
         *ID_FIELDS,
-        *(name for table in MODULE_TYPES.values() for name in table),
         *(rules or {}),
     }
     unknown = [] if has_call else [name for name in names if name not in known]

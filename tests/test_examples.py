@@ -48,3 +48,42 @@ def test_quantize_and_chat_on_a_tiny_model(tiny_chat_model, tmp_path, capsys):
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert saved["quantization_config"]["preset"] == "freeact"
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_quantize_diffusion_lm_on_a_tiny_model(tiny_chat_model, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    options = ["--source", str(tiny_chat_model), "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
+    options += ["--train-seconds", "1", "--mask-id", "103", "--seq-len", "32", "--samples", "4", "--new-tokens", "8"]
+    rows = example("quantize_diffusion_lm").main(options)
+    assert list(rows) == ["full precision", "W4A4KV4"]
+    assert all(0 < value < 20 for row in rows.values() for value in row.values())
+    shown = capsys.readouterr().out
+    assert "Token types: text, sink, mask" in shown
+    assert f"{rows['W4A4KV4']['50% masked']:.3f}" in shown
+    assert "| mask |" in (tmp_path / "out" / "page" / "token_types.md").read_text()
+    assert json.loads((tmp_path / "out" / "w4a4kv4" / "config.json").read_text())["mask_token_id"] == 103
+
+
+def test_quantize_vlm_on_a_tiny_model(tiny_chat_model, tmp_path, capsys):
+    import numpy
+
+    (tmp_path / "pictures").mkdir()
+    numpy.save(tmp_path / "pictures" / "pictures.npy", numpy.zeros((4, 32, 32, 3), numpy.uint8))
+    (tmp_path / "pictures" / "names.json").write_text(json.dumps(["sun", "cat", "key", "owl"]))
+    options = [
+        "--source",
+        str(tiny_chat_model),
+        "--pictures",
+        str(tmp_path / "pictures"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    rows = example("quantize_vlm").main(
+        [*options, "--train-seconds", "1", "--image-id", "102", "--samples", "2", "--small"]
+    )
+    assert list(rows) == ["full precision", "W4A4KV4"]
+    shown = capsys.readouterr().out
+    assert "Token types: text, sink, image" in shown
+    assert "top" in shown or "bottom" in shown
+    assert f"{rows['W4A4KV4']['caption_nll']:.3f}" in shown
+    assert "| image |" in (tmp_path / "out" / "page" / "token_types.md").read_text()

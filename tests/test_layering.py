@@ -31,7 +31,7 @@ ALWAYS = ("torch", "transformers", "accelerate", "safetensors", "tqdm", "rich") 
 OPTIONAL = {
     "optimum_freeact": {
         "triton": ["kernels/*.py"],
-        "matplotlib": ["report/plots.py"],
+        "matplotlib": ["report/plots.py", "report/type_plots.py"],
         "datasets": ["calibration/data.py"],
         "peft": ["hf/lora.py", "hf/peft.py"],
         "gguf": [],

@@ -93,6 +93,8 @@ def test_the_miniature_runs_whole(tmp_path, capsys):
     rows = document["rows"]
     assert {row["method"] for row in rows} == {"fp", "train", *METHODS_TRIED}
     assert all(row["value"] is not None for row in rows)
+    timed = {row["metric"]: row["value"] for row in rows if row["model"] == "layers"}
+    assert timed["three_types_time_ratio"] == timed["seconds_3_types"] / timed["seconds_1_types"] > 0
     scored = [r for r in rows if r["method"] == "freeact" and r["metric"] == "masked_nll"]
     assert {(r["setting"], r["mode"], r["ratio"]) for r in scored} == {
         (setting, mode, ratio)
@@ -113,7 +115,7 @@ def test_the_miniature_runs_whole(tmp_path, capsys):
 
 
 def test_the_miniature_of_the_others_runs_whole(tmp_path):
-    arguments = ["--tiny", "--models", "vlm,three_types", "--seeds", "0", "--methods", "freeact"]
+    arguments = ["--tiny", "--models", "vlm,three_types", "--seeds", "0", "--methods", "freeact", "--no-timing"]
     assert run.main([*arguments, "--work", str(tmp_path / "work"), "--out", str(tmp_path)]) == 0
     rows = read(tmp_path / "token_types.json")["rows"]
     assert all(row["value"] is not None for row in rows)
@@ -150,3 +152,25 @@ def test_scenes_show_what_their_captions_say(tmp_path):
             corner = inputs["pixel_values"][i, 0, y, x].item()
             assert (f" {name}:" in told) == (row[place] != NOTHING)
             assert corner == (1.0 if row[place] == NOTHING else scenes.pictures[row[place], 0, 0, 0].item())
+
+
+def test_directions_never_leave_more_than_as_many_cluster_means():
+    """Eckart and Young: on the rows they are fitted to, K - 1 principal directions beat any K cluster means."""
+    from benchmarks.token_types.discovered import energies, kmeans
+
+    x = torch.randn(600, 40, generator=torch.Generator().manual_seed(0)) + 2 * torch.eye(40)[torch.arange(600) % 5]
+    for kinds in (torch.arange(600) % 5, kmeans(x, torch.ones(600), 5)):
+        found = energies(x, x, kinds, kinds, 5)
+        assert found["rank 4"] <= found["5 cluster means"] + 1e-12
+        assert found["rank 28"] <= found["5 cluster means and rank 24"] + 1e-12
+    assert found["5 cluster means"] < 0.95
+
+
+def test_kmeans_finds_what_is_apart():
+    from benchmarks.token_types.discovered import kmeans
+
+    kinds = torch.arange(90) % 3
+    points = 10 * torch.eye(3)[kinds] + 0.1 * torch.randn(90, 3, generator=torch.Generator().manual_seed(0))
+    found = kmeans(points, torch.ones(90), 3)
+    assert all(len(found[kinds == k].unique()) == 1 for k in range(3))
+    assert len(found.unique()) == 3

@@ -42,6 +42,8 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("activation_clip", 1.0),
     ("weight_group_size", 64),
     ("weight_group_size", 32),
+    ("activation_group_size", 64),
+    ("activation_group_size", 32),
 )
 
 
@@ -190,13 +192,18 @@ class Plan:
         """`freeact` at W4A4 with one field changed; what is the preset's own value or does not divide is left out."""
         if "w4a4" not in self.schemes:
             return
-        default = {"weight_group_size": None, **PRESETS["freeact"]}
+        default = {"weight_group_size": None, "activation_group_size": None, **PRESETS["freeact"]}
         for name, value in ABLATIONS:
-            fits = name != "weight_group_size" or all(width % value == 0 for width in widths)
+            fits = not name.endswith("group_size") or all(width % value == 0 for width in widths)
             if value != default[name] and fits:
                 shown = "+".join(value) if isinstance(value, list) else value
                 quantize = {"preset": "freeact", name: value}
                 self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=4)
+        if all(width % 32 == 0 for width in widths):
+            for preset in ("freeact", "quarot"):  # the same finer grids for both
+                finer = {"preset": preset, "weight_group_size": 32, "activation_group_size": 32}
+                finer |= {} if preset == "freeact" else {"activation_symmetric": False, "activation_clip": "search"}
+                self.add("ablation", f"{preset} groups=32", ("w4a4",), self.seeds[0], finer, rank=4)
 
     def default_samples(self) -> None:
         """`freeact` at W4A4 on as few samples as the library takes by default (those of the time on a CPU)."""

@@ -38,18 +38,18 @@ from mergekit_ot.teacher import Lesson, distribution_loss, stream_loss  # noqa: 
 from tools.assets import fetch  # noqa: E402
 
 
-#: Arms: whose weights are frozen in, whose predictions are taught, whose stream.
+#: Arms, most telling first: whose weights are frozen in, whose predictions are taught, whose stream.
 ARMS = {
     "none": (None, None, None),
-    "shrink": ("zero", None, None),
-    "merge, random donor": ("random", None, None),
-    "merge": ("real", None, None),
-    "stream, random donor": (None, None, "random"),
-    "stream": (None, None, "real"),
-    "teacher, random donor": (None, "random", None),
     "teacher": (None, "real", None),
-    "merge and teacher, random donor": ("random", "random", None),
+    "teacher, random donor": (None, "random", None),
+    "merge": ("real", None, None),
+    "merge, random donor": ("random", None, None),
+    "shrink": ("zero", None, None),
     "merge and teacher": ("real", "real", None),
+    "merge and teacher, random donor": ("random", "random", None),
+    "stream": (None, None, "real"),
+    "stream, random donor": (None, None, "random"),
 }
 #: Learning rates tried on `none`; shares of the donor's distribution tried on both donors' `teacher` arms.
 RATES, SHARES = (5e-5, 1e-4, 2e-4, 4e-4), (0.5, 0.9)
@@ -127,7 +127,7 @@ class Bench:
             attach_residuals(model, lambda name, _: weights.get(name), options.alpha)
         lessons = self.lessons(teacher or stream or "real")  # without a teacher only their texts are used
         curve = [self._measure(model, 0)]
-        optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.95))
+        optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
         ramp = max(1, options.steps // 10)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda step: min((step + 1) / ramp, (options.steps - step) / (options.steps - ramp))

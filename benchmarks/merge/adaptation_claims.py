@@ -11,7 +11,10 @@ CONTROLS = ("none", "shrink")
 
 
 def table(rows: list[dict], task: str, metric: str) -> dict[str, float]:
-    """Mean over seeds of every arm's loss after adaptation; of several settings of an arm the best on validation text."""
+    """Mean over seeds of every arm's loss after adaptation; of several settings of an arm the best on validation text.
+
+    A setting that some seed lacks (its process was cut off) is left out: means over unlike seeds don't compare.
+    """
     settings: dict[tuple, dict[str, list[float]]] = {}
     for row in rows:
         if row.get("task") == task and row["when"] == "after":
@@ -23,9 +26,11 @@ def table(rows: list[dict], task: str, metric: str) -> dict[str, float]:
         if kept is None or values["valid"] < kept["valid"]:
             by_seed[arm, share, seed] = values
     means: dict[tuple, dict[str, float]] = {}
+    seeds = len({seed for _, _, seed in by_seed})
     for arm, share in {(arm, share) for arm, share, _ in by_seed}:
         found = [values for (a, s, _), values in by_seed.items() if (a, s) == (arm, share)]
-        means[arm, share] = {name: statistics.fmean(values[name] for values in found) for name in ("valid", "nll")}
+        if len(found) == seeds:
+            means[arm, share] = {name: statistics.fmean(values[name] for values in found) for name in ("valid", "nll")}
     best: dict[str, dict[str, float]] = {}
     for (arm, _), values in sorted(means.items(), key=lambda item: str(item[0])):
         if arm not in best or values["valid"] < best[arm]["valid"]:

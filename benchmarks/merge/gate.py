@@ -51,16 +51,21 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     rows = []
-    for task in options.tasks:
-        for seed in options.seeds if (options.kit / task / "texts.json").is_file() else ():
-            rows += confidences(task, seed, options)
-            found = [row["value"] for row in rows if (row["task"], row["seed"]) == (task, seed)]
-            print(f"{task}, seed {seed}: largest confidence {max(found):.3f} of {len(found)}", flush=True)
-    rows += [
+    settings = [
         {"metric": "recipe alpha", "value": ALPHA},
         {"metric": "confidence below which the gate closes", "value": DEFAULT_MIN_CONFIDENCE},
     ]
-    print(write("merge_gate", rows, "benchmarks.merge.gate_claims", command_line(), options.seeds))
+    tasks = [task for task in options.tasks if (options.kit / task / "texts.json").is_file()]
+    for i, seed in enumerate(options.seeds):
+        for task in tasks:
+            rows += confidences(task, seed, options)
+            found = [row["value"] for row in rows if (row["task"], row["seed"]) == (task, seed)]
+            print(f"{task}, seed {seed}: largest confidence {max(found):.3f} of {len(found)}", flush=True)
+        # after every seed, so that a run that is cut off leaves what it has
+        path = write(
+            "merge_gate", [*rows, *settings], "benchmarks.merge.gate_claims", command_line(), options.seeds[: i + 1]
+        )
+    print(path)
 
 
 if __name__ == "__main__":

@@ -206,7 +206,8 @@ def main() -> None:
     options = parser.parse_args()
     for task in options.tasks:
         start, folder, donor = time.perf_counter(), options.out / task, fetch(TASKS[task].donor)
-        save_kit(match_all(task, options), folder, donor)
+        if not (folder / "texts.json").is_file():  # texts that are there are kept: the donor alone may be elsewhere
+            save_kit(match_all(task, options), folder, donor)
         save_gift(take(load_kit(folder), fetch(TARGET), donor, options.device), folder / "real.safetensors")
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         print(f"{folder}: {size / 2**20:.1f} MiB, {time.perf_counter() - start:.0f} s", flush=True)

@@ -111,7 +111,8 @@ def launch(mode: str, options: argparse.Namespace, log: Path) -> tuple[dict | No
     except subprocess.TimeoutExpired:
         return None, f"took more than {options.limit_seconds:.0f} s"
     if done.returncode or not log.is_file():
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if "Error" in line or "error:" in line]
+        said = (done.stderr + done.stdout).splitlines()
+        lines = [line for line in said if "Error" in line and "ChildFailedError" not in line]
         return None, (lines or ["no error line"])[-1].strip()[:300]
     found = json.loads(log.read_text(encoding="utf-8"))
     wanted = 1 if mode == "single" else 2

@@ -30,7 +30,7 @@ from benchmarks.mlc.transfer_methods import CANDIDATES, DEFAULT, map_points, met
 
 
 MAP_SEED = 100  # never one of the table's: what is chosen on it is measured on others
-MAP_RATES = (5e-5, 1e-5)
+MAP_RATES = (5e-5, 1e-4)
 
 
 def parse() -> argparse.Namespace:
@@ -40,12 +40,12 @@ def parse() -> argparse.Namespace:
     add("--methods", nargs="+", help="of the table, or of the map; all if not given")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--ours", default=DEFAULT, help=f"one of {', '.join(CANDIDATES)}, or 'chosen' by the map beside --rows")
-    add("--steps", type=int, default=300)
+    add("--steps", type=int, default=150)
     add("--batch", type=int, default=32)
     add("--learning-rate", type=float, default=2e-5)
     add("--lora", type=int, default=0, help="rank; 0 trains all weights")
     add("--rows-train", type=int, default=1600)
-    add("--rows-test", type=int, default=200)
+    add("--rows-test", type=int, default=150)
     add("--map", action="store_true")
     add("--tiny", action="store_true", help="2 steps on few rows, for a CPU")
     add("--jobs", type=int, default=1, help="runs at a time")
@@ -75,7 +75,12 @@ def table(options: argparse.Namespace) -> dict[str, dict]:
 def take_the_chosen(options: argparse.Namespace) -> None:
     """Replace `--ours chosen` by the map's best candidate, and the learning rate by its own."""
     found = read_rows(options.rows.with_name("mlc_transfer_map" + "_tiny" * options.tiny + ".jsonl"))
-    name = choose(found, list(map_points(MAP_RATES)))
+    try:
+        name = choose(found, list(map_points(MAP_RATES)))
+    except ValueError as error:
+        print(f"{error} Ours is the default, {DEFAULT}.", flush=True)
+        options.ours = DEFAULT
+        return
     settings = map_points(MAP_RATES)[name]
     options.ours = name.split(",rate=")[0]
     options.learning_rate = settings.get("learning_rate", options.learning_rate)

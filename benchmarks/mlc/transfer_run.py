@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -39,11 +40,10 @@ def perform(method: str, settings: dict, seed: int, options: argparse.Namespace)
         return [*measure(model, tokenizer, data, text, None, tag), constant]
     model, layer, numbers, used = train(folder, tokenizer, data.train, settings, seed, options)
     if layer is not None:
-        tag["layer"] = layer
+        numbers["layer"] = layer
     rows = measure(model, tokenizer, data, text, layer, tag)
     rows += [{**tag, "metric": name, "value": value} for name, value in numbers.items()]
-    rows[-1]["settings"] = json.dumps(used)
-    return rows
+    return [*rows, {**tag, "metric": "steps", "value": options.steps, "settings": json.dumps(used)}]
 
 
 def english_text(tokenizer, count: int) -> list[list[int]]:
@@ -73,7 +73,8 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
             lr_scheduler_type="cosine",
             warmup_steps=options.steps // 10,
             precompute_ref_log_probs=True,
-            gradient_checkpointing=False,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
             bf16=False,
             tf32=True if gpu else None,
             use_cpu=not gpu,
@@ -95,14 +96,18 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
             if name in entry:
                 numbers[f"{name} {when}"] = float(entry[name])
     layer = trainer._mlc_pass.layer if trainer._mlc_pass is not None else None
-    return trainer.model, layer, numbers, used
+    trained = trainer.model
+    del trainer  # its optimizer takes twice the model's memory
+    gc.collect()
+    torch.cuda.empty_cache()
+    return trained, layer, numbers, used
 
 
 def measure(model, tokenizer, data, text, layer: int | None, tag: dict) -> list[dict]:
     """Rows of one model: per language, between languages, perplexity."""
     rows = []
     for test, suffix in ((data.test, ""), (data.new_words, "_new_words")):
-        report = evaluate_model(model, tokenizer, test, layer=layer, batch_size=100, texts={})
+        report = evaluate_model(model, tokenizer, test, layer=layer, batch_size=50, texts={})
         rows += [
             {**tag, "metric": metric + suffix, "language": name, "value": value}
             for name, found in report.languages.items()

@@ -44,7 +44,7 @@ def held_bytes(model: torch.nn.Module) -> int:
     def add(value) -> None:
         if isinstance(value, torch.Tensor):
             seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif hasattr(value, "tensors"):
+        elif hasattr(value, "tensors"):  # tables of kernels
             for tensor in value.tensors():
                 add(tensor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -50,3 +51,16 @@ def graph_microseconds(
 def copies_for(n_bytes: int, cache: int = 300_000_000, most: int = 48) -> int:
     """How many different buffers of `n_bytes` to go through so that none is found in a cache."""
     return max(1, min(most, -(-cache // max(n_bytes, 1))))
+
+
+def kept(method):
+    """A method's results kept in its object, by arguments, so that they go when it goes."""
+
+    @functools.wraps(method)
+    def once(self, *args):
+        store = self.__dict__.setdefault("_kept", {})
+        if (method.__name__, args) not in store:
+            store[method.__name__, args] = method(self, *args)
+        return store[method.__name__, args]
+
+    return once

@@ -84,6 +84,10 @@ def perform(job: Job) -> list[dict]:
 
     if job.threads:
         torch.set_num_threads(job.threads)
+    if job.group == "time":
+        from benchmarks.token_types.timing import measure
+
+        return [row(job, job.settings[0], **told) for told in measure(job.device, **job.measure)]
     home = world(job.model)
     if job.method == "train":
         start = time.perf_counter()
@@ -131,9 +135,7 @@ def _quantize(job: Job, home: Any, data: dict):
     for metric, value in sizes(model).items():
         rows.append(row(job, job.settings[0], metric, value))
     for record in model.__dict__.get("_freeact_records", []):
-        rows += [
-            row(job, job.settings[0], "output_error", record.output_error, block=record.block),
-        ]
+        rows.append(row(job, job.settings[0], "output_error", record.output_error, block=record.block))
     return model, rows
 
 
@@ -155,10 +157,11 @@ def sizes(model: Any) -> dict[str, float]:
             inner |= {id(t) for t in tensors}
         if isinstance(module, FreeActLinear):
             plain += 2 * module.in_features * module.out_features
-        for name in ("mean", "clip", "keep", "type_bias"):
+        for name in ("mean", "clip", "keep", "type_shift"):
             table = module._buffers.get(name) if isinstance(module, (FreeActInput, FreeActLinear)) else None
-            if table is not None and len(table) > 1:
-                typed += table[1:].numel() * table.element_size()
+            if table is not None:
+                further = table if name == "type_shift" else table[1:]
+                typed += further.numel() * further.element_size()
     others = {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in inner}
     whole = packed + sum(2 * t.numel() for t in others.values())
     return {"size_ratio": packed / plain, "per_type_parameter_share": typed / whole}

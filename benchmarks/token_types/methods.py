@@ -13,6 +13,13 @@ PUBLISHED: dict[str, dict] = {
     "quarot": {"preset": "quarot"},
     "flatquant": {"preset": "flatquant"},
     "freeact-paper": {"preset": "freeact-paper"},
+    # STaR-Quant's two parts on the rotation that its ablation starts from; its own code was not found
+    "star-style": {
+        "preset": "quarot",
+        "token_types": ["text", "auto"],
+        "exclusive": "closed_form",
+        "attention_compensation": True,
+    },
 }
 OURS: dict[str, dict] = {"freeact": {"preset": "freeact"}}
 ABLATIONS: dict[str, dict] = {
@@ -22,6 +29,9 @@ ABLATIONS: dict[str, dict] = {
     "freeact centring=none": {"preset": "freeact", "centring": "none"},
     "freeact low_rank=0": {"preset": "freeact", "low_rank": 0},
     "freeact exclusive=fixed": {"preset": "freeact", "exclusive": "fixed"},
+    "freeact exclusive=closed_form": {"preset": "freeact", "exclusive": "closed_form"},
+    "freeact attention_compensation=True": {"preset": "freeact", "attention_compensation": True},
+    "quarot attention_compensation=True": {"preset": "quarot", "attention_compensation": True},
     "freeact-paper exclusive=none": {"preset": "freeact-paper", "exclusive": "none"},
 }
 METHODS = {**PUBLISHED, **OURS, **ABLATIONS}

@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--models", default=",".join(MODELS), help="which (default: all)")
     add("--methods", help="names, with commas (default: all)")
     add("--no-ablations", action="store_true", help="the table's methods only")
+    add("--no-timing", action="store_true", help="do not time the layers")
     add("--seeds", default="0,1,2", help="of calibration (default 0,1,2); ablations take the first")
     add("--source", default=None, metavar="FOLDER", help="SmolLM2, if it is here already")
     add("--text-path", action="append", default=[], metavar="NAME=FILE", help="a text that is here already")
@@ -98,6 +99,17 @@ TINY = {
 }
 
 
+def timing(options: argparse.Namespace) -> list[Job]:
+    """The time of three types; alone on the machine, before anything else."""
+    if options.no_timing:
+        return []
+    measure = {"tokens": [1, 16, 2048], "shapes": ["135m", "1b", "8b"]}
+    measure = {"tokens": [4], "shapes": ["135m"], "repeats": 2} if options.tiny else measure
+    seed = int(options.seeds.split(",")[0])
+    common = {"folder": "", "device": options.device, "threads": options.threads, "group": "time"}
+    return [Job("layers", "freeact", ("w4a4",), seed, {}, measure, **common)]
+
+
 def plan(options: argparse.Namespace, inputs: dict) -> tuple[list[Job], list[Job]]:
     """Training jobs, and those that need them."""
     seeds = [int(seed) for seed in options.seeds.split(",")]
@@ -121,8 +133,8 @@ def plan(options: argparse.Namespace, inputs: dict) -> tuple[list[Job], list[Job
             for seed in seeds[:1] if few else seeds:  # the cache's means are measured first, then it is left out
                 settings = ("w4a4",) if group == "ablation" else ("w4a4kv4", "w4a4")
                 jobs.append(Job(method=method, settings=settings, seed=seed, quantize=quantize, group=group, **common))
-    order = {**dict.fromkeys(PUBLISHED, 2), **dict.fromkeys(OURS, 0), **dict.fromkeys(LEARNED, 1), FP[0]: -1}
-    jobs.sort(key=lambda job: (job.seed, order.get(job.method, 3)))
+    order = {**dict.fromkeys(PUBLISHED, 3), **dict.fromkeys(OURS, 2), **dict.fromkeys(LEARNED, 1), FP[0]: 0}
+    jobs.sort(key=lambda job: (order.get(job.method, 4), job.seed))  # what claims need, the longest of it first
     return training, jobs
 
 
@@ -237,7 +249,8 @@ def assemble(jobs: list[Job], runner: Runner) -> list[dict]:
             mode = {"mode": "cached" if "kv" in setting else "whole"}
             head = {"model": job.model, "group": job.group, "method": job.method, "setting": setting, **mode}
             note = runner.failures.get(job.key, "not run")
-            rows.append({**head, "metric": LOSS[job.model], "value": None, "seed": job.seed, "note": note})
+            metric = LOSS.get(job.model, "three_types_time_ratio")
+            rows.append({**head, "metric": metric, "value": None, "seed": job.seed, "note": note})
     return rows + excesses(rows)
 
 
@@ -266,7 +279,7 @@ def report(rows: list[dict], failures: dict[str, str]) -> None:
     from rich.table import Table
 
     console = Console(width=110, highlight=False)
-    for model in dict.fromkeys(row["model"] for row in rows):
+    for model in dict.fromkeys(row["model"] for row in rows if row["model"] in LOSS):
         table = Table(title=f"{model}: {LOSS[model]}", box=None, padding=(0, 1), title_justify="left")
         for column in ("method", "setting", "loss", "excess", "won back", "seeds", "size", "s"):
             table.add_column(column, no_wrap=True)
@@ -310,11 +323,13 @@ def main(arguments: list[str] | None = None) -> int:
         commit, dirty = _results.commit_and_dirty()
         training, jobs = plan(options, inputs)
         runner = Runner(options, commit + ("-dirty" if dirty else ""))
+        timed = timing(options)
         print(f"{len(training)} models to make, {len(jobs)} jobs, on {options.device}.", flush=True)
+        runner.run(timed, min(1, options.jobs))
         runner.run(training, min(len(training), runner.gpu_count()) if options.jobs else 0)
         made = {job.model for job in training if job.key in runner.told}
         runner.run([job for job in jobs if job.model in made], options.jobs)
-    rows = assemble([*training, *jobs], runner)
+    rows = assemble([*timed, *training, *jobs], runner)
     if any(row["value"] is not None for row in rows):
         seeds = [int(seed) for seed in options.seeds.split(",")]
         path = _results.write(
@@ -322,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print(f"Wrote {path.name}: {len(rows)} rows, {time.perf_counter() - runner.start:.0f} s.")
     report(rows, runner.failures)
-    return int(any(job.key not in runner.told for job in [*training, *jobs]))
+    return int(any(job.key not in runner.told for job in [*timed, *training, *jobs]))
 
 
 def prepare(options: argparse.Namespace, scratch: Path) -> dict:

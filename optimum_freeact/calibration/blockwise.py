@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from optimum_freeact.calibration.capture import Batch, capture, run_block
 from optimum_freeact.calibration.closed_form import GroupFit
 from optimum_freeact.calibration.learned import build_twins, learn, write_back
+from optimum_freeact.calibration.ranks import Ranks
 from optimum_freeact.calibration.records import BlockRecord
 from optimum_freeact.calibration.resume import BlockStore
 from optimum_freeact.config import FreeActConfig
@@ -31,6 +32,11 @@ from optimum_freeact.transforms.compensation import fit_compensation
 
 logger = logging.getLogger(__name__)
 NO_TYPE = -1  # of padding
+# model_type -> why its blocks cannot be calibrated one by one
+UNSUPPORTED = {
+    "diffusion_gemma": "its encoder and decoder share every weight, and its decoder's blocks read the encoder's cache. Both "
+    "would have to be calibrated together (types: prompt and canvas), which is not built yet.",
+}
 
 
 def check_model(model: nn.Module, config: FreeActConfig) -> None:
@@ -39,6 +45,9 @@ def check_model(model: nn.Module, config: FreeActConfig) -> None:
     Raises:
         `ValueError`: naming the module.
     """
+    reason = UNSUPPORTED.get(getattr(model.config, "model_type", ""))
+    if reason is not None:
+        raise ValueError(f"{type(model).__name__} cannot be quantized: {reason}")
     prefix, blocks = find_blocks(model)
     found = 0
     for index, block in enumerate(blocks):
@@ -69,7 +78,9 @@ def calibrate(
         device (`torch.device`): Where blocks are calibrated; each returns to its own device afterwards.
     """
     prefix, blocks = find_blocks(model)
-    batches = capture(model, blocks, samples, config.batch_size, state)
+    ranks = Ranks(config)
+    samples_here = ranks.share(samples)
+    batches = capture(model, blocks, samples_here, config.batch_size, state)
     warn_absent(batches, config.token_types)
     stream = _Stream(batches, config, device, state)
     store = BlockStore(config, samples, model) if config.resume_dir else None
@@ -82,7 +93,9 @@ def calibrate(
         linears = block_linears(block, f"{prefix}.{index}", config.modules_to_not_convert)
         groups = block_groups(model, block, linears, stream, index)
         config.input_groups[str(index)] = groups
-        record = _quantize_block(block, f"{prefix}.{index}", linears, groups, index, stream, config, store, device)
+        record = _quantize_block(
+            block, f"{prefix}.{index}", linears, groups, index, stream, config, store, device, ranks
+        )
         block.to(home)
         record = BlockRecord(index, time.perf_counter() - start, record[0], record[1], record[2])
         bar.set_postfix(output_error=f"{record.output_error:.4f}")
@@ -90,7 +103,7 @@ def calibrate(
     config.input_groups = compress_groups(config.input_groups)
 
 
-def _quantize_block(block, name, linears, groups, index, stream, config, store, device):
+def _quantize_block(block, name, linears, groups, index, stream, config, store, device, ranks):
     """Fit or read back one block; returns its output error, its inputs' records and the learned stage's record."""
     n_types = config.n_types
     done = store.load(index) if store else None
@@ -100,6 +113,7 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
         moments = {group[0]: Moments(linears[group[0]].in_features, n_types, device, **wanted) for group in groups}
         reference = stream.observe(block, index, {group[0]: linears[group[0]] for group in groups}, moments)
         for first, seen in moments.items():
+            ranks.reduce(seen)
             if not seen.is_finite():
                 raise ValueError(
                     f"The input of '{name}.{first}' holds NaN or inf in calibration: nothing can be fitted to it. Check "
@@ -109,16 +123,22 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
         reference = stream.observe(block, index, {}, {})
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
     compensated = [group[0] for group in groups if done is None and is_compensated(config, group)]
-    exact = {first: stream.input_moments(block, index, linears[first], n_types) for first in compensated}
-    for group in groups:
+    exact = {first: stream.input_moments(block, index, linears[first], n_types, ranks) for first in compensated}
+    owners, replaced = ranks.owners(groups, linears), []
+    for group, owner in zip(groups, owners):
         originals, compensation = [linears[name] for name in group], None
         if group[0] in exact:  # what it reads, now that the linears before it are quantized
-            moments[group[0]] = stream.input_moments(block, index, linears[group[0]], n_types)
+            moments[group[0]] = stream.input_moments(block, index, linears[group[0]], n_types, ranks)
             compensation = fit_compensation(moments[group[0]], exact.pop(group[0]))
         stored = {} if done is None else done
         n_left_out = stored.get(f"{input_name(group)}.left_out", torch.empty(0, 0)).shape[1]
         source, targets = replace_group(block, group, config, stream.state, device, n_left_out)
-        if done is None:
+        replaced.append([source, *targets])
+        if done is None and owner != ranks.rank:
+            ranks.skip(generator, source.in_features)
+            del moments[group[0]]
+            records.append(None)
+        elif done is None:
             fit = GroupFit(group, originals, source, targets, moments.pop(group[0]), config, compensation)
             records.append(fit.closed_form(generator))
             fits[group[0]] = fit if config.calibration == "learned" else None
@@ -127,6 +147,10 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
                 **(config.exclusive_sizes or {}),
                 f"{index}.{group[0]}": source.left_out.shape[1],
             }
+    if done is None:
+        for modules, owner in zip(replaced, owners):
+            ranks.spread(modules, owner if len(set(owners)) > 1 else 0)
+        records = ranks.merge_records(records)
     if done is not None:
         store.restore(block, done)
     elif config.calibration == "learned":
@@ -134,8 +158,8 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
     for module in block.modules():
         if hasattr(module, "prepare"):
             module.prepare()
-    error = stream.advance(block, index, reference)
-    if store and done is None:
+    error = ranks.mean(stream.advance(block, index, reference))
+    if store and done is None and ranks.is_main:
         store.save(index, block)
     return error, records, learned
 
@@ -228,7 +252,7 @@ class _Stream:
         return run_block(block, self.actual[i], batch.calls[index], self.device)
 
     @torch.no_grad()
-    def input_moments(self, block: nn.Module, index: int, linear: nn.Linear, n_types: int) -> Moments:
+    def input_moments(self, block: nn.Module, index: int, linear: nn.Linear, n_types: int, ranks: Ranks) -> Moments:
         """Moments of what a linear reads in the block as it is now."""
         seen, found = _Seen(), Moments(linear.in_features, n_types, self.device)
         hook = linear.register_forward_pre_hook(_keep(seen, "input"))
@@ -239,6 +263,7 @@ class _Stream:
             found.update(x[real], types[real])
             seen.clear()
         hook.remove()
+        ranks.reduce(found)
         return found
 
     @torch.no_grad()

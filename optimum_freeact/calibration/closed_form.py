@@ -38,6 +38,13 @@ def map_spec(config: FreeActConfig, rank: int) -> MapSpec:
     )
 
 
+def _fake(z: torch.Tensor, config: FreeActConfig, clip: torch.Tensor | float) -> torch.Tensor:
+    """Rows as the config rounds them."""
+    return fake_quantize(
+        z, config.activation_bits, config.activation_symmetric, clip, group_size=config.activation_group_size
+    )
+
+
 def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: FreeActConfig) -> list[float]:
     """Clip ratio per type with the least output error ||(Q(z) - z) V^T||^2 over sample rows."""
     n = config.n_types
@@ -48,7 +55,7 @@ def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: F
     errors, z, v = [], z.float(), v.float()
     gram = v.mT @ v  # |n V^T|^2 = n (V^T V) n^T: a product of the inputs' width for each ratio, not of the outputs'
     for ratio in ACTIVATION_CLIP_GRID:
-        noise = fake_quantize(z, config.activation_bits, config.activation_symmetric, ratio) - z
+        noise = _fake(z, config, ratio) - z
         errors.append((noise @ gram).mul_(noise).sum(-1))
     errors = torch.stack(errors)  # (ratios, rows)
     total = ACTIVATION_CLIP_GRID[int(errors.sum(1).argmin())] if n == 1 else None
@@ -175,7 +182,7 @@ class GroupFit:
         z, _ = stored.apply(rows.double(), types)
         source.clip.copy_(torch.tensor(search_clip(z, v, types, config) if clip is None else clip))
         ratios = pick(source.clip.double().unsqueeze(-1), types)
-        noise = fake_quantize(z, config.activation_bits, config.activation_symmetric, ratios) - z
+        noise = _fake(z, config, ratios) - z
         moments_z = stored.transform_moments(self.stats.c)
         eye = torch.eye(len(moments_z), dtype=moments_z.dtype, device=moments_z.device)
         # the rounding noise of z itself reaches the weights too
@@ -210,16 +217,19 @@ class GroupFit:
 
     def _balance(self, lost: torch.Tensor, types: torch.Tensor) -> None:
         """Add to each type's output bias what rounding takes from its mean output, measured on the sample rows."""
-        means = self.targets[0].type_bias
+        means = self.targets[0].bias_rows()
         if means is None or self.config.centring == "none":
             return
+        biases = [module.bias_rows().double() for module in self.targets]
         for kind in range(len(means)):
             rows = types == kind  # a shared bias follows type 0: the sink's error would outweigh all others'
             if int(rows.sum()) < MIN_ROWS_PER_TYPE:
                 continue
             parts = lost[rows].mean(0).split([module.out_features for module in self.targets])
-            for module, part in zip(self.targets, parts, strict=True):
-                module.type_bias[kind] += part.to(module.type_bias)
+            for bias, part in zip(biases, parts, strict=True):
+                bias[kind] += part
+        for module, bias in zip(self.targets, biases, strict=True):
+            module.set_bias_rows(bias)
 
     def _write(
         self, target: torch.Tensor, rounded: RoundedWeight | None, low_rank: torch.Tensor | None, stored: InputMap
@@ -235,7 +245,7 @@ class GroupFit:
             bias = None if linear.bias is None else linear.bias.detach().to(target.device)
             bias = output_biases(self.moments, stored, self.original[rows], bias, self.compensation)
             if bias is not None:
-                module.type_bias.copy_(bias)
+                module.set_bias_rows(bias)
             if low_rank is not None:
                 module.set_low_rank(low_rank[rows])
             start = rows.stop

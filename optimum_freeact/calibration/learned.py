@@ -107,7 +107,7 @@ def build_twins(
         source = LearnedInput(filled[0].source)
         inputs.append(source)
         for name, module in zip(group, filled, strict=True):
-            twins[name] = LearnedLinear(originals[name], source, module.type_bias, config)
+            twins[name] = LearnedLinear(originals[name], source, module.bias_rows(), config)
     return twins, inputs
 
 

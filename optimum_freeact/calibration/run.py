@@ -13,6 +13,7 @@ from optimum_freeact.calibration.blockwise import calibrate, check_model
 from optimum_freeact.calibration.data import load_samples
 from optimum_freeact.calibration.masking import mask_if_needed
 from optimum_freeact.calibration.prepared import batches, is_prepared, size_of
+from optimum_freeact.calibration.ranks import Ranks
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
@@ -82,7 +83,10 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
     prefix, blocks = find_blocks(model)
     linear = next(m for m in blocks.modules() if is_plain_linear(m))
     config.weight_dtype = str(linear.weight.dtype).removeprefix("torch.")
-    if config.calibration_device is not None:
+    ranks = Ranks(config)
+    if ranks.device is not None:
+        device = ranks.device
+    elif config.calibration_device is not None:
         device = torch.device(config.calibration_device)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

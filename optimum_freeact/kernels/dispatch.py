@@ -97,7 +97,14 @@ def triton_obstacle(index: int | None) -> str | None:
 
 
 def layer_obstacle(
-    *, weight_bits: int, activation_bits: int, group_size: int | None, transform: str, width: int | None = None
+    *,
+    weight_bits: int,
+    activation_bits: int,
+    group_size: int | None,
+    transform: str,
+    activation_group_size: int | None = None,
+    width: int | None = None,
+    masked: bool = False,
 ) -> str | None:
     """Why no kernel of this package serves a layer with these settings, or `None`."""
     if weight_bits != 4:
@@ -106,8 +113,14 @@ def layer_obstacle(
         return f"activation_bits={activation_bits}: the kernels multiply integers"
     if group_size is not None:
         return f"weight_group_size={group_size}: integer products need one scale per output channel"
+    if activation_group_size is not None:
+        return f"activation_group_size={activation_group_size}: integer products need one grid per token"
     if transform not in ("hadamard", "kronecker"):
         return f"transform={transform!r}: the kernels rotate by two factors"
+    if masked:
+        return (
+            "token types with coordinates or directions of their own: the kernels know means and clips of types only"
+        )
     if width is not None and (width % 16 or width > MAX_WIDTH):
         return f"in_features={width}: the kernels need a multiple of 16 up to {MAX_WIDTH}"
     return None
@@ -158,6 +171,8 @@ def _torch_product(device: torch.device, layer: dict) -> tuple[str, str]:
         return "product of dequantized values", "one side has 16 bits, so it is no integer"
     if layer.get("group_size") is not None:
         return "product of dequantized values", "integer products need one scale per output channel"
+    if layer.get("activation_group_size") is not None:
+        return "product of dequantized values", "integer products need one grid per token"
     return describe(device)
 
 

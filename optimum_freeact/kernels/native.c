@@ -44,13 +44,28 @@ static void product(const float *restrict in, const float *restrict right, float
     }
 }
 
-/* x (n, d) float32 or bfloat16; left is transposed; codes (n, d): even columns, then odd ones; stats (3, n).
+/* Constants of one input, reference.InputTables; absent parts are NULL. `left` is transposed. */
+typedef struct {
+    const uint16_t *mean;
+    const float *channel;
+    const int8_t *basis;
+    const float *basis_scale, *left, *right, *clip;
+    long a, b, n_means, n_clips, rank, width;
+    int bits, symmetric;
+} Side;
+
+/* x (n, d) float32 or bfloat16; codes (n, d): even columns, then odd ones; stats (3, n).
  * Returns 0, or 1 where memory is short. */
 int freeact_round_rows(
-    const void *x, int x_bf16, const int64_t *types, const uint16_t *mean, const float *channel, const int8_t *basis,
-    const float *basis_scale, const float *left, const float *right, const float *clip, int8_t *codes, float *stats,
-    float *branch, long n, long a, long b, long n_means, long n_clips, long rank, long width, int bits, int symmetric,
+    const Side *side, const void *x, int x_bf16, const int64_t *types, int8_t *codes, float *stats, float *branch, long n,
     int threads) {
+    const uint16_t *mean = side->mean;
+    const float *channel = side->channel, *left = side->left, *right = side->right, *clip = side->clip;
+    const float *basis_scale = side->basis_scale;
+    const int8_t *basis = side->basis;
+    const long a = side->a, b = side->b, n_means = side->n_means, n_clips = side->n_clips;
+    const long rank = side->rank, width = side->width;
+    const int bits = side->bits, symmetric = side->symmetric;
     const long d = a * b, half = d / 2;
     const float qmin = -(float)(1 << (bits - 1)), qmax = (float)((1 << (bits - 1)) - 1);
     int failed = 0;
@@ -137,91 +152,129 @@ int freeact_round_rows(
 }
 
 #define TOKENS 4
+#define BLOCK 64
 
-/* Sums of (code + 8) of `w` times codes of up to four rows; `steps` 32-byte steps keep 16-bit sums from overflowing. */
-static inline void dots(const uint8_t *w, const int8_t *const x[TOKENS], int tokens, long half, int steps, int32_t sums[TOKENS]) {
+/* Sums of (code + 8) times codes, for `outs` rows of weights from `w` on and `tokens` rows of codes from `x` on; both are
+ * constants where this is called, so that the sums stay in registers. `steps` 32-byte steps cannot overflow 16 bits. */
+static inline __attribute__((always_inline)) void dots(
+    const uint8_t *w, const int8_t *x, int outs, int tokens, long half, int steps, int32_t *sums, long stride) {
     long k = 0;
-    for (int t = 0; t < tokens; t++) sums[t] = 0;
+    int32_t total[4][TOKENS] = {{0}};
 #if defined(__AVX2__)
     const __m256i nibble = _mm256_set1_epi8(0x0f), ones = _mm256_set1_epi16(1);
-    __m256i wide[TOKENS];
-    for (int t = 0; t < tokens; t++) wide[t] = _mm256_setzero_si256();
+    const long ahead = (outs * half) * (half < 600 ? 2 : 1);
+    __m256i wide[4][TOKENS];
+    for (int o = 0; o < outs; o++)
+        for (int t = 0; t < tokens; t++) wide[o][t] = _mm256_setzero_si256();
     while (k + 32 <= half) {
-        __m256i narrow[TOKENS];
-        for (int t = 0; t < tokens; t++) narrow[t] = _mm256_setzero_si256();
+        __m256i narrow[4][TOKENS];
+        for (int o = 0; o < outs; o++)
+            for (int t = 0; t < tokens; t++) narrow[o][t] = _mm256_setzero_si256();
         const long left = (half - k) / 32, now = left < steps ? left : steps;
         for (long s = 0; s < now; s++, k += 32) {
-            const __m256i bytes = _mm256_loadu_si256((const __m256i *)(w + k));
-            const __m256i low = _mm256_and_si256(bytes, nibble);
-            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+            __m256i low[4], high[4];
+            if (tokens == 1) { /* rows follow each other in memory: fetch those that come next */
+                _mm_prefetch((const char *)(w + ahead + outs * k), _MM_HINT_T0);
+                _mm_prefetch((const char *)(w + ahead + outs * k + 64), _MM_HINT_T0);
+            }
+            for (int o = 0; o < outs; o++) {
+                const __m256i bytes = _mm256_loadu_si256((const __m256i *)(w + o * half + k));
+                low[o] = _mm256_and_si256(bytes, nibble);
+                high[o] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+            }
             for (int t = 0; t < tokens; t++) {
-                const __m256i even = _mm256_loadu_si256((const __m256i *)(x[t] + k));
-                const __m256i odd = _mm256_loadu_si256((const __m256i *)(x[t] + half + k));
-                const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(low, even), _mm256_maddubs_epi16(high, odd));
-                narrow[t] = _mm256_add_epi16(narrow[t], both);
+                const __m256i even = _mm256_loadu_si256((const __m256i *)(x + t * 2 * half + k));
+                const __m256i odd = _mm256_loadu_si256((const __m256i *)(x + t * 2 * half + half + k));
+                for (int o = 0; o < outs; o++) {
+                    const __m256i both =
+                        _mm256_add_epi16(_mm256_maddubs_epi16(low[o], even), _mm256_maddubs_epi16(high[o], odd));
+                    narrow[o][t] = _mm256_add_epi16(narrow[o][t], both);
+                }
             }
         }
-        for (int t = 0; t < tokens; t++) wide[t] = _mm256_add_epi32(wide[t], _mm256_madd_epi16(narrow[t], ones));
+        for (int o = 0; o < outs; o++)
+            for (int t = 0; t < tokens; t++)
+                wide[o][t] = _mm256_add_epi32(wide[o][t], _mm256_madd_epi16(narrow[o][t], ones));
     }
-    for (int t = 0; t < tokens; t++) {
-        __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(wide[t]), _mm256_extracti128_si256(wide[t], 1));
-        sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
-        sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1));
-        sums[t] = _mm_cvtsi128_si32(sum);
-    }
+    for (int o = 0; o < outs; o++)
+        for (int t = 0; t < tokens; t++) {
+            __m128i sum =
+                _mm_add_epi32(_mm256_castsi256_si128(wide[o][t]), _mm256_extracti128_si256(wide[o][t], 1));
+            sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+            sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1));
+            total[o][t] = _mm_cvtsi128_si32(sum);
+        }
 #else
     (void)steps;
 #endif
     for (; k < half; k++)
-        for (int t = 0; t < tokens; t++) sums[t] += (w[k] & 15) * (int32_t)x[t][k] + (w[k] >> 4) * (int32_t)x[t][half + k];
+        for (int o = 0; o < outs; o++)
+            for (int t = 0; t < tokens; t++)
+                total[o][t] += (w[o * half + k] & 15) * (int32_t)x[t * 2 * half + k] +
+                               (w[o * half + k] >> 4) * (int32_t)x[t * 2 * half + half + k];
+    for (int o = 0; o < outs; o++)
+        for (int t = 0; t < tokens; t++) sums[t * stride + o] = total[o][t];
 }
 
-/* y (n, m) float32 or bfloat16. */
+/* What one linear stores, reference.Weight; absent parts are NULL. `low_rank` is transposed. */
+typedef struct {
+    const uint8_t *packed;
+    const float *qscale;
+    const int32_t *row_sum;
+    const int8_t *low_rank;
+    const float *low_rank_scale, *bias;
+    long m, half, rank, n_bias;
+} Weight;
+
+/* y (n, m) float32 or bfloat16; `width` columns of the branch, `bits` of the codes. */
 void freeact_w4_linear(
-    const int8_t *codes, const float *stats, const float *branch, const int64_t *types, const uint8_t *packed,
-    const float *qscale, const int32_t *row_sum, const int8_t *low_rank, const float *low_rank_scale, const float *bias,
-    void *y, int y_bf16, long n, long m, long half, long rank, long width, long n_bias, int bits, int threads) {
+    const Weight *weight, const int8_t *codes, const float *stats, const float *branch, const int64_t *types, void *y,
+    int y_bf16, long n, long width, int bits, int threads) {
+    const uint8_t *packed = weight->packed;
+    const float *qscale = weight->qscale, *low_rank_scale = weight->low_rank_scale, *bias = weight->bias;
+    const int32_t *row_sum = weight->row_sum;
+    const int8_t *low_rank = weight->low_rank;
+    const long m = weight->m, half = weight->half, rank = weight->rank, n_bias = weight->n_bias;
     const int steps = bits == 4 ? 64 : 4; /* 64 * 2 * 2 * 15 * 8 and 4 * 2 * 2 * 15 * 128 stay below 2^15 */
-    const long block = 64, blocks = (m + block - 1) / block;
+    const long blocks = (m + BLOCK - 1) / BLOCK;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long at = 0; at < blocks; at++) {
-        const long last = (at + 1) * block < m ? (at + 1) * block : m;
+        const long from = at * BLOCK, count = m - from < BLOCK ? m - from : BLOCK;
         for (long first = 0; first < n; first += TOKENS) {
             const int tokens = n - first < TOKENS ? (int)(n - first) : TOKENS;
-            const int8_t *x[TOKENS];
-            float p[TOKENS][64];
+            const int8_t *x = codes + first * 2 * half;
+            int32_t sums[TOKENS * BLOCK];
+            long o = 0;
+            if (tokens == TOKENS)
+                for (; o + 2 <= count; o += 2)
+                    dots(packed + (from + o) * half, x, 2, TOKENS, half, steps, sums + o, BLOCK);
+            else
+                for (int t = 0; t < tokens; t++)
+                    for (o = 0; o + 4 <= count; o += 4)
+                        dots(packed + (from + o) * half, x + t * 2 * half, 4, 1, half, steps, sums + t * BLOCK + o, BLOCK);
+            for (; o < count; o++)
+                for (int t = 0; t < tokens; t++)
+                    dots(packed + (from + o) * half, x + t * 2 * half, 1, 1, half, steps, sums + t * BLOCK + o, BLOCK);
             for (int t = 0; t < tokens; t++) {
-                x[t] = codes + (first + t) * 2 * half;
-                for (long r = 0; r < rank; r++) p[t][r] = branch[(first + t) * width + r] * low_rank_scale[r];
-            }
-            for (long o = at * block; o < last; o++) {
-                int32_t sums[TOKENS];
-                const uint8_t *w = packed + o * half;
-                if (tokens == TOKENS)
-                    dots(w, x, TOKENS, half, steps, sums);
-                else if (tokens == 1)
-                    dots(w, x, 1, half, steps, sums);
-                else
-                    dots(w, x, tokens, half, steps, sums);
-                for (int t = 0; t < tokens; t++) {
-                    const long row = first + t;
-                    const float product = (float)(sums[t] - 8 * (int32_t)stats[2 * n + row]);
-                    float value = (product * stats[row] + stats[n + row] * (float)row_sum[o]) * qscale[o];
-                    if (rank) {
-                        const int8_t *v = low_rank + o * rank;
-                        float sum = 0.0f;
-                        for (long r = 0; r < rank; r++) sum += p[t][r] * (float)v[r];
-                        value += sum;
-                    }
-                    if (n_bias) {
-                        const long kind = types ? types[row] : 0;
-                        value += bias[(kind < n_bias ? kind : n_bias - 1) * m + o];
-                    }
-                    if (y_bf16)
-                        ((uint16_t *)y)[row * m + o] = float_to_bf16(value);
-                    else
-                        ((float *)y)[row * m + o] = value;
+                const long row = first + t, kind = types ? types[row] : 0;
+                const float scale = stats[row], offset = stats[n + row];
+                const int32_t shift = 8 * (int32_t)stats[2 * n + row];
+                float value[BLOCK];
+                for (long i = 0; i < count; i++)
+                    value[i] = ((float)(sums[t * BLOCK + i] - shift) * scale + offset * (float)row_sum[from + i]) * qscale[from + i];
+                for (long r = 0; r < rank; r++) {
+                    const float p = branch[row * width + r] * low_rank_scale[r];
+                    const int8_t *factor = low_rank + r * m + from;
+                    for (long i = 0; i < count; i++) value[i] += p * (float)factor[i];
                 }
+                if (n_bias) {
+                    const float *added = bias + (kind < n_bias ? kind : n_bias - 1) * m + from;
+                    for (long i = 0; i < count; i++) value[i] += added[i];
+                }
+                if (y_bf16)
+                    for (long i = 0; i < count; i++) ((uint16_t *)y)[row * m + from + i] = float_to_bf16(value[i]);
+                else
+                    memcpy((float *)y + row * m + from, value, count * sizeof(float));
             }
         }
     }

@@ -6,6 +6,7 @@ compiler and the CPU. Where there is no compiler torch's own products run, and [
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import hashlib
 import logging
@@ -31,7 +32,6 @@ FLAGS = (
     "-O3 -march=native -std=c99 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros "
     "-fassociative-math"
 ).split()
-MAX_RANK = 64  # of the branch, a buffer in the C code
 
 
 def _cpu() -> str:
@@ -89,11 +89,9 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
         logger.info("The kernel in C is not used: %s.", error)
         return None, str(error)
     pointer, number, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    library.freeact_round_rows.argtypes = [
-        pointer, integer, *[pointer] * 11, *[number] * 7, integer, integer, integer,
-    ]  # fmt: skip
+    library.freeact_round_rows.argtypes = [pointer, pointer, integer, *[pointer] * 4, number, integer]
     library.freeact_round_rows.restype = integer
-    library.freeact_w4_linear.argtypes = [*[pointer] * 11, integer, *[number] * 6, integer, integer]
+    library.freeact_w4_linear.argtypes = [*[pointer] * 6, integer, number, number, integer, integer]
     library.freeact_w4_linear.restype = None
     return library, None
 
@@ -107,38 +105,87 @@ def _at(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+class _Side(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("mean", "channel", "basis", "basis_scale", "left", "right", "clip")),
+        *((name, ctypes.c_long) for name in ("a", "b", "n_means", "n_clips", "rank", "width")),
+        ("bits", ctypes.c_int),
+        ("symmetric", ctypes.c_int),
+    )
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("packed", "qscale", "row_sum", "low_rank", "low_rank_scale", "bias")),
+        *((name, ctypes.c_long) for name in ("m", "half", "rank", "n_bias")),
+    )
+
+
+class NativeSide:
+    """Tables of one input as C reads them; `tables` has float32 factors (`make_native_tables`) and is kept alive."""
+
+    def __init__(self, tables: InputTables):
+        self.tables, self.width, self.rank, self.branch = tables, tables.width, tables.rank, tables.branch
+        parts = (tables.mean, tables.channel_scale, tables.basis, tables.basis_scale, tables.left, tables.right)
+        n_means = 0 if tables.mean is None else len(tables.mean)
+        sizes = (tables.a, tables.b, n_means, len(tables.clip), tables.rank, tables.branch)
+        self._struct = _Side(*map(_at, parts), _at(tables.clip), *sizes, tables.bits, tables.symmetric)
+        self.address = ctypes.addressof(self._struct)
+
+    def __deepcopy__(self, memo: dict) -> NativeSide:
+        return NativeSide(copy.deepcopy(self.tables, memo))
+
+    def round_rows(self, x: torch.Tensor, types: torch.Tensor | None) -> Rows:
+        """Rounded rows of `x` of shape `(n, d)`, contiguous."""
+        n = len(x)
+        codes = torch.empty(n, self.width, dtype=torch.int8)
+        stats = torch.empty(3, n, dtype=torch.float32)
+        branch = torch.empty(n, self.branch, dtype=torch.float32) if self.rank else None
+        x = x.float() if x.dtype == torch.float16 else x
+        failed = _library()[0].freeact_round_rows(
+            self.address, x.data_ptr(), x.dtype == torch.bfloat16, _at(types), codes.data_ptr(), stats.data_ptr(),
+            _at(branch), n, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for a row of {self.width} numbers.")
+        return Rows(codes, stats, branch)
+
+
+class NativeWeight:
+    """One linear's tensors as C reads them, kept alive."""
+
+    def __init__(self, weight: Weight):
+        self.weight, self.m = weight, len(weight.packed)
+        rank = 0 if weight.low_rank is None else weight.low_rank.shape[1]
+        n_bias = 0 if weight.type_bias is None else len(weight.type_bias)
+        self._low_rank = None if rank == 0 else weight.low_rank.mT.contiguous()
+        parts = weight._replace(low_rank=self._low_rank)
+        self._struct = _Weight(*map(_at, parts), self.m, weight.packed.shape[1], rank, n_bias)
+        self.address = ctypes.addressof(self._struct)
+
+    def __deepcopy__(self, memo: dict) -> NativeWeight:
+        return NativeWeight(copy.deepcopy(self.weight, memo))
+
+    def linear(self, rows: Rows, types: torch.Tensor | None, out_dtype: torch.dtype, bits: int) -> torch.Tensor:
+        """Output `(n, m)` of rounded rows; `bits` of their codes (fewer are faster)."""
+        codes, stats, branch = rows
+        n, brief = len(codes), out_dtype == torch.bfloat16
+        y = torch.empty(n, self.m, dtype=out_dtype if brief else torch.float32)
+        width = 0 if branch is None else branch.shape[1]
+        _library()[0].freeact_w4_linear(
+            self.address, codes.data_ptr(), stats.data_ptr(), _at(branch), _at(types), y.data_ptr(), brief, n, width,
+            bits, torch.get_num_threads(),
+        )  # fmt: skip
+        return y if y.dtype == out_dtype else y.to(out_dtype)
+
+
 def round_rows(x: torch.Tensor, types: torch.Tensor | None, tables: InputTables) -> Rows:
-    """Rounded rows of `x` of shape `(n, d)`, contiguous; `tables` with float32 factors (`make_native_tables`)."""
-    n, d = x.shape
-    codes = torch.empty(n, d, dtype=torch.int8)
-    stats = torch.empty(3, n)
-    branch = torch.empty(n, tables.branch) if tables.rank else None
-    x = x.float() if x.dtype == torch.float16 else x
-    failed = _library()[0].freeact_round_rows(
-        _at(x), x.dtype == torch.bfloat16, _at(types), _at(tables.mean), _at(tables.channel_scale), _at(tables.basis),
-        _at(tables.basis_scale), _at(tables.left), _at(tables.right), _at(tables.clip), _at(codes), _at(stats),
-        _at(branch), n, tables.a, tables.b, 0 if tables.mean is None else len(tables.mean), len(tables.clip),
-        tables.rank, tables.branch, tables.bits, tables.symmetric, torch.get_num_threads(),
-    )  # fmt: skip
-    if failed:
-        raise MemoryError(f"no memory for a row of {d} numbers.")
-    return Rows(codes, stats, branch)
+    """[`NativeSide.round_rows`] once."""
+    return NativeSide(tables).round_rows(x, types)
 
 
 def w4_linear(
     rows: Rows, types: torch.Tensor | None, weight: Weight, out_dtype: torch.dtype, bits: int = 8
 ) -> torch.Tensor:
-    """Output `(n, m)` of rounded rows; `bits` of their codes (fewer are faster)."""
-    n, m = len(rows.codes), len(weight.packed)
-    y = torch.empty(n, m, dtype=torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32)
-    rank = 0 if weight.low_rank is None else weight.low_rank.shape[1]
-    if rank > MAX_RANK:
-        raise ValueError(f"the kernel in C serves ranks up to {MAX_RANK}, got {rank}.")
-    _library()[0].freeact_w4_linear(
-        _at(rows.codes), _at(rows.stats), _at(rows.branch), _at(types), _at(weight.packed), _at(weight.qscale),
-        _at(weight.row_sum), _at(weight.low_rank), _at(weight.low_rank_scale), _at(weight.type_bias), _at(y),
-        out_dtype == torch.bfloat16, n, m, weight.packed.shape[1], rank,
-        0 if rows.branch is None else rows.branch.shape[1],
-        0 if weight.type_bias is None else len(weight.type_bias), bits, torch.get_num_threads(),
-    )  # fmt: skip
-    return y.to(out_dtype)
+    """[`NativeWeight.linear`] once."""
+    return NativeWeight(weight).linear(rows, types, out_dtype, bits)

@@ -50,8 +50,7 @@ def _attempt(name: str, kernel, fallback):
     return fallback()
 
 
-@torch.library.custom_op("freeact::round_rows", mutates_args=())
-def round_rows(
+def _round_rows(
     x: Tensor,
     types: Tensor | None,
     mean: Tensor | None,
@@ -91,7 +90,10 @@ def round_rows(
     )
 
 
-@round_rows.register_fake
+round_rows_op = torch.library.custom_op("freeact::round_rows", _round_rows, mutates_args=())
+
+
+@round_rows_op.register_fake
 def _(x, types, mean, channel_scale, basis, basis_scale, left, right, clip, factor, a, b, bits, symmetric):  # noqa: ARG001
     n, d = x.shape
     width = 0 if basis is None else branch_width(basis.shape[0], clip.shape[0])
@@ -102,8 +104,7 @@ def _(x, types, mean, channel_scale, basis, basis_scale, left, right, clip, fact
     )
 
 
-@torch.library.custom_op("freeact::w4_linear", mutates_args=())
-def w4_linear(
+def _w4_linear(
     codes: Tensor,
     stats: Tensor,
     branch: Tensor,
@@ -137,6 +138,19 @@ def w4_linear(
     return _attempt(name, kernel, lambda: reference.w4_linear(rows, types, weight, out_dtype))
 
 
-@w4_linear.register_fake
+w4_linear_op = torch.library.custom_op("freeact::w4_linear", _w4_linear, mutates_args=())
+
+
+@w4_linear_op.register_fake
 def _(codes, stats, branch, types, packed, qscale, row_sum, low_rank, scale, bias, out_dtype, bits, native):  # noqa: ARG001
     return codes.new_empty((codes.shape[0], packed.shape[0]), dtype=out_dtype)
+
+
+def round_rows(*args) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator where a graph is traced, else what is in it: an operator's own cost is that of a small kernel."""
+    return (round_rows_op if torch.compiler.is_compiling() else _round_rows)(*args)
+
+
+def w4_linear(*args) -> Tensor:
+    """As [`round_rows`]."""
+    return (w4_linear_op if torch.compiler.is_compiling() else _w4_linear)(*args)

@@ -10,6 +10,7 @@ from torch import nn
 
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import plan
+from optimum_freeact.kernels.native import NativeSide
 from optimum_freeact.kernels.tables import InputTables, make_native_tables, make_tables
 from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, round_codes
 from optimum_freeact.numerics.kronecker import factor_pair
@@ -67,6 +68,7 @@ class FreeActInput(nn.Module):
         symmetric (`bool`): Symmetric or asymmetric grid per token.
         n_readers (`int`): How many linears read the result (frees the cached codes after the last).
         state ([`TypeState`]): Where the current types are found.
+        group_size (`int`, *optional*): Entries per grid; one grid per token by default.
         masked (`bool`, *optional*, defaults to `False`): Whether some coordinates belong to single types.
         n_left_out (`int`, *optional*, defaults to 0): Directions that single types leave out.
     """
@@ -84,16 +86,18 @@ class FreeActInput(nn.Module):
         symmetric: bool,
         n_readers: int,
         state: TypeState,
+        group_size: int | None = None,
         masked: bool = False,
         n_left_out: int = 0,
     ):
         super().__init__()
         self.in_features, self.bits, self.symmetric, self.n_readers = in_features, bits, symmetric, n_readers
-        self.transform = transform
+        self.transform, self.group_size = transform, group_size
         self.state = state
         self._last: tuple | None = None
         self._tables: InputTables | None = None
-        self._prepared = self.tables_are_native = False
+        self._native: NativeSide | None = None
+        self._prepared = False
         self.reader_settings: list[tuple[int, int | None]] = []  # bits and group size of each linear
         self._is_hf_initialized = True  # transformers must not initialise these tensors: they are always loaded
         self.register_buffer("clip", torch.ones(n_types))
@@ -130,7 +134,7 @@ class FreeActInput(nn.Module):
     @torch.no_grad()
     def store(self, found: InputMap) -> None:
         """Write a map into the buffers, rounded to their types."""
-        self._tables = None
+        self._tables = self._native = None
         for name, value in vars(found).items():
             if value is not None and name != "basis":
                 getattr(self, name).copy_(value)
@@ -139,10 +143,17 @@ class FreeActInput(nn.Module):
             self.basis.copy_(codes)
             self.basis_scale.copy_(scale)
 
+    @property
+    def masked(self) -> bool:
+        """Whether token types differ in more than means and clips."""
+        return self.keep is not None or self.left_out is not None
+
     def prepare(self) -> None:
         """Choose what runs on the device where the tensors are, and make the tables that a kernel reads."""
-        self._prepared, self._tables, self._last = True, None, None
+        self._prepared, self._tables, self._native, self._last = True, None, None, None
         if self.clip.device.type == "meta" or not self.reader_settings:
+            return
+        if self.keep is not None or self.left_out is not None:  # no kernel knows masks: the reference path does
             return
         plans = {
             plan(
@@ -151,14 +162,17 @@ class FreeActInput(nn.Module):
                 activation_bits=self.bits,
                 group_size=group_size,
                 transform=self.transform,
+                activation_group_size=self.group_size,
                 width=self.in_features,
+                masked=self.masked,
             ).name
             for bits, group_size in set(self.reader_settings)
         }
-        self.tables_are_native = plans == {"native"}
         make = {("triton",): make_tables, ("native",): make_native_tables}.get(tuple(plans))
         if make is not None:
-            self._tables = make(self.input_map(), self.basis, self.basis_scale, self.clip, self.bits, self.symmetric)
+            stored = (self.input_map(), self.basis, self.basis_scale, self.clip, self.bits, self.symmetric)
+            self._tables = make(*stored)
+            self._native = NativeSide(self._tables) if make is make_native_tables else None
 
     def forward(self, x: torch.Tensor) -> RoundedInput | KernelRows:
         """Round rows `x` of shape `(..., in_features)`; the linears of one group get the same object."""
@@ -183,10 +197,18 @@ class FreeActInput(nn.Module):
         if self.bits >= 16:
             return RoundedInput(z, None, low_rank, types)
         clip = pick(self.clip.to(dtype).unsqueeze(-1), types)
+        if self.group_size is not None:
+            return RoundedInput(self._round_groups(z, clip), None, low_rank, types)
         qparams = choose_qparams(z, self.bits, self.symmetric, clip)
         if torch.is_grad_enabled() and z.requires_grad:
             return RoundedInput(fake_quantize_ste(z, qparams, self.bits), None, low_rank, types)
         return RoundedInput(round_codes(z, qparams, self.bits).to(torch.int8), qparams, low_rank, types)
+
+    def _round_groups(self, z: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:
+        """Values of the codes: a product over groups with grids of their own is one in floating point."""
+        groups, clip = z.unflatten(-1, (-1, self.group_size)), clip.unsqueeze(-2) if clip.dim() > 1 else clip
+        qparams = choose_qparams(groups, self.bits, self.symmetric, clip)
+        return fake_quantize_ste(groups, qparams, self.bits).flatten(-2)
 
     def _kernel_serves(self, x: torch.Tensor) -> bool:
         """Whether a kernel takes these rows: of the device's types, and no gradient wanted."""
@@ -200,6 +222,8 @@ class FreeActInput(nn.Module):
         types = None if types is None else types.reshape(-1)
         tables = self._tables
         flat = x.reshape(-1, self.in_features).contiguous()
+        if self._native is not None and not torch.compiler.is_compiling():
+            return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1])
         found = ops.round_rows(flat, types, *tables.tensors(), tables.a, tables.b, self.bits, self.symmetric)
         return KernelRows(*found, types, x.shape[:-1])
 
@@ -211,7 +235,7 @@ class FreeActInput(nn.Module):
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
 
     def _apply(self, fn, recurse: bool = True) -> FreeActInput:
-        self._tables = None
+        self._tables = self._native = None
         result = keep_dtypes(self, super()._apply, fn, recurse)
         if self._prepared:
             self.prepare()

@@ -7,6 +7,8 @@ from torch import nn
 
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import int_linear, plan
+from optimum_freeact.kernels.native import NativeWeight
+from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.modules.activation import (
     PICKLE_REFUSED,
     FreeActInput,
@@ -28,7 +30,8 @@ class FreeActLinear(nn.Linear):
     - `weight` (`uint8`, shape `(out, groups, bytes)`): packed codes of V. Named and shaped so that a program without
       this package fails with a size mismatch instead of running on random weights.
     - `qscale` (`float32`, shape `(out, groups)`): scale of each group's codes; absent at 16 bits.
-    - `type_bias` (`float32`, shape `(n_means or 1, out)`): output bias of each token type; absent without bias and
+    - `type_bias` (`float32`, shape `(1, out)`): output bias of token type 0, and `type_shift` (`bfloat16`, at 16 bits
+      `float32`, shape `(n_means - 1, out)`): how much more the other types have; absent without bias and
       centring.
     - `low_rank` (`int8`, shape `(out, r)`) and `low_rank_scale` (`float32`, shape `(r,)`): L; absent at rank 0.
 
@@ -65,12 +68,16 @@ class FreeActLinear(nn.Linear):
         self.register_parameter("bias", None)
         self.register_buffer("qscale", torch.ones(out_features, groups) if bits < 16 else None)
         rows = 1 if source.mean is None else len(source.mean)
-        self.register_buffer("type_bias", torch.zeros(rows, out_features) if bias or source.mean is not None else None)
+        self.register_buffer("type_bias", torch.zeros(1, out_features) if bias or source.mean is not None else None)
+        kind = torch.float32 if bits == 16 else torch.bfloat16
+        self.register_buffer("type_shift", torch.zeros(rows - 1, out_features, dtype=kind) if rows > 1 else None)
         rank = 0 if source.basis is None else source.basis.shape[1]
         self.register_buffer("low_rank", torch.zeros(out_features, rank, dtype=torch.int8) if rank else None)
         self.register_buffer("low_rank_scale", torch.ones(rank) if rank else None)
         self._codes: torch.Tensor | None = None
         self._row_sum: torch.Tensor | None = None
+        self._native: NativeWeight | None = None
+        self._bias_rows: torch.Tensor | None = None
 
     @torch.no_grad()
     def set_weight(self, codes: torch.Tensor, scale: torch.Tensor | None) -> None:
@@ -79,7 +86,7 @@ class FreeActLinear(nn.Linear):
         self.weight.data.copy_(pack(values, self.bits))
         if scale is not None:
             self.qscale.copy_(scale.squeeze(-1))
-        self._codes = self._row_sum = None
+        self._codes = self._row_sum = self._native = None
 
     @torch.no_grad()
     def set_low_rank(self, branch: torch.Tensor) -> None:
@@ -87,6 +94,22 @@ class FreeActLinear(nn.Linear):
         codes, scale = column_codes(branch)
         self.low_rank.copy_(codes)
         self.low_rank_scale.copy_(scale)
+
+    @torch.no_grad()
+    def set_bias_rows(self, bias: torch.Tensor) -> None:
+        """Store output biases of all token types, shape `(n_means or 1, out)`."""
+        self.type_bias.copy_(bias[:1])
+        if self.type_shift is not None:
+            self.type_shift.copy_(bias[1:] - self.type_bias.to(bias.dtype))
+        self._bias_rows = None
+
+    def bias_rows(self) -> torch.Tensor | None:
+        """Output biases of all token types, `float32` of shape `(n_means or 1, out)`, as the layer uses them."""
+        if self._bias_rows is not None:
+            return self._bias_rows
+        if self.type_shift is None:
+            return self.type_bias
+        return torch.cat((self.type_bias, self.type_bias + self.type_shift))
 
     def codes(self) -> torch.Tensor:
         """`int8` codes of shape `(out, in)` (at 16 bits the values of V in their own dtype)."""
@@ -103,7 +126,9 @@ class FreeActLinear(nn.Linear):
         """Make what the product on this device needs: sums of rows for kernels, which read the packed codes; for torch
         codes as `int8` rows (one byte a weight), so that a forward need not unpack nibbles.
         """
-        self._codes = self._row_sum = None
+        self._codes = self._row_sum = self._native = self._bias_rows = None
+        if self.weight.device.type != "meta":
+            self._bias_rows = self.bias_rows()
         if self.bits == 16 or self.group_size != self.in_features or self.weight.device.type == "meta":
             return
         codes = self.codes()
@@ -114,10 +139,26 @@ class FreeActLinear(nn.Linear):
             activation_bits=self.source.bits,
             group_size=None,
             transform=self.source.transform,
+            activation_group_size=self.source.group_size,
             width=self.in_features,
+            masked=self.source.masked,
         )
         if chosen.name == "torch":
             self._codes = codes
+        elif chosen.name == "native":
+            self._native = NativeWeight(self.kernel_weight())
+
+    def kernel_weight(self) -> Weight:
+        """What is stored, as kernels read it; the packed codes are not copied."""
+        row_sum = self.codes().sum(1, dtype=torch.int32) if self._row_sum is None else self._row_sum
+        return Weight(
+            self.weight.data.flatten(1),
+            self.qscale.flatten(),
+            row_sum,
+            self.low_rank,
+            self.low_rank_scale,
+            self.bias_rows(),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` of shape `(..., in_features)`, any floating dtype; returns `(..., out_features)` in the same dtype."""
@@ -134,26 +175,14 @@ class FreeActLinear(nn.Linear):
         if rounded.low_rank is not None:
             y = y + (rounded.low_rank * self.low_rank_scale.to(dtype)) @ self.low_rank.to(dtype).mT
         if self.type_bias is not None:
-            y = y + pick(self.type_bias.to(dtype), rounded.types)
+            y = y + pick(self.bias_rows().to(dtype), rounded.types)
         return y.to(x.dtype)
 
     def _kernel_product(self, rows: KernelRows, dtype: torch.dtype) -> torch.Tensor:
-        row_sum = self.codes().sum(1, dtype=torch.int32) if self._row_sum is None else self._row_sum
-        y = ops.w4_linear(
-            rows.codes,
-            rows.stats,
-            rows.branch,
-            rows.types,
-            self.weight.flatten(1),
-            self.qscale.flatten(),
-            row_sum,
-            self.low_rank,
-            self.low_rank_scale,
-            self.type_bias,
-            dtype,
-            self.source.bits,
-            self.weight.device.type == "cpu" and self.source.tables_are_native,
-        )
+        if self._native is not None and not torch.compiler.is_compiling():
+            y = self._native.linear(Rows(rows.codes, rows.stats, rows.branch), rows.types, dtype, self.source.bits)
+        else:
+            y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, self._native is not None)
         return y.view(*rows.shape, self.out_features)
 
     def _integer_product(self, rounded, dtype: torch.dtype) -> torch.Tensor:
@@ -192,8 +221,8 @@ class FreeActLinear(nn.Linear):
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
 
     def _apply(self, fn, recurse: bool = True) -> FreeActLinear:
-        prepared = self._row_sum is not None
-        self._codes = self._row_sum = None
+        prepared = self._row_sum is not None or self._bias_rows is not None
+        self._codes = self._row_sum = self._native = self._bias_rows = None
         result = keep_dtypes(self, super()._apply, fn, recurse)
         if prepared:
             self.prepare()

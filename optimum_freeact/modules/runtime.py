@@ -85,7 +85,7 @@ def plain_weight(module: FreeActLinear) -> tuple[torch.Tensor, torch.Tensor | No
     weight, bias = module.dequantized()
     if module.source.mean is None:
         return weight, bias
-    means, answers, weight = module.source.mean.double(), module.type_bias.double(), weight.double()
+    means, answers, weight = module.source.mean.double(), module.bias_rows().double(), weight.double()
     if module.has_bias:  # type 0's answer is the bias's business, those of the others relative to it the weight's
         change, bias = (means - means[0])[1:], answers[0] - weight @ means[0]
         wanted = (answers - answers[0])[1:]

@@ -57,6 +57,13 @@ def check_linear(name: str, module: nn.Linear, config: FreeActConfig) -> None:
             f"weight_group_size={size} does not divide in_features={n} of {name!r}; use one of {divisors}, or None for "
             f"one scale per output channel, or add {name.rpartition('.')[2]!r} to modules_to_not_convert."
         )
+    size = config.activation_group_size
+    if size is not None and n % size:
+        divisors = [d for d in (16, 32, 64, 128, 256) if n % d == 0]
+        raise ValueError(
+            f"activation_group_size={size} does not divide in_features={n} of {name!r}; use one of {divisors}, or None "
+            f"for one grid per token, or add {name.rpartition('.')[2]!r} to modules_to_not_convert."
+        )
     if config.weight_bits == 4 and n % 2:
         raise ValueError(
             f"{name!r} has an odd in_features={n}: 4-bit codes are packed in pairs. Add it to modules_to_not_convert."
@@ -96,6 +103,7 @@ def replace_group(
             transform=config.transform,
             bits=config.activation_bits,
             symmetric=config.activation_symmetric,
+            group_size=config.activation_group_size,
             n_readers=len(group),
             state=state,
             masked=is_masked(config, group),

@@ -84,10 +84,22 @@ def dequantize(codes: torch.Tensor, qparams: QParams) -> torch.Tensor:
     return values if qparams.offset is None else values + qparams.offset
 
 
-def fake_quantize(values: torch.Tensor, bits: int, symmetric: bool, clip: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """Quantize and dequantize each row (last dimension); 16 bits or more return `values` unchanged."""
+def fake_quantize(
+    values: torch.Tensor,
+    bits: int,
+    symmetric: bool,
+    clip: torch.Tensor | float = 1.0,
+    group_size: int | None = None,
+) -> torch.Tensor:
+    """Quantize and dequantize each row (last dimension), or each `group_size` entries of it, on a grid of its own.
+
+    16 bits or more return `values` unchanged; `clip` is one number or of shape `(..., 1)`, the same for a row's groups.
+    """
     if bits >= 16:
         return values
+    if group_size is not None:
+        clip = clip.unsqueeze(-2) if isinstance(clip, torch.Tensor) and clip.dim() else clip
+        return fake_quantize(values.unflatten(-1, (-1, group_size)), bits, symmetric, clip).flatten(-2)
     qparams = choose_qparams(values, bits, symmetric, clip)
     return dequantize(round_codes(values, qparams, bits), qparams)
 

@@ -112,6 +112,7 @@ def kernel_of(config: FreeActConfig, device: torch.device) -> tuple[str, str]:
         activation_bits=config.activation_bits,
         group_size=config.weight_group_size,
         transform=config.transform,
+        activation_group_size=config.activation_group_size,
     )
     return found.product, found.reason
 

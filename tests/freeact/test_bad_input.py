@@ -103,7 +103,9 @@ def test_a_group_size_that_does_not_divide_names_the_module_and_the_sizes_that_d
         r"weight_group_size=48 does not divide in_features=64 of 'model.layers.0.self_attn.q_proj'; use one of "
         r"\[16, 32, 64\]"
     )
-    quantize(refused(tiny("llama"), message, weight_group_size=48), settings(weight_group_size=32))
+    model = refused(tiny("llama"), message, weight_group_size=48)
+    message = message.replace("weight_group", "activation_group")
+    quantize(refused(model, message, activation_group_size=48), settings(weight_group_size=32))
 
 
 def test_weights_that_are_not_finite_name_the_module():

@@ -80,6 +80,8 @@ WRONG = [
     ("seed", -1),
     ("weight_group_size", 1),
     ("weight_group_size", 32.0),
+    ("activation_group_size", 1),
+    ("activation_group_size", "32"),
     ("token_types", ["sink"]),
     ("token_types", ["text", "nonsense"]),
     ("token_types", "text"),

@@ -131,6 +131,16 @@ def test_groups_of_columns(group, bits, tmp_path):
     assert torch.equal(logits(reload(tmp_path)), logits(model))
 
 
+def test_finer_grids_of_activations_lose_less_and_survive_the_disk(tmp_path):
+    errors = {}
+    for size in (None, 32, 8):
+        model = quantized(activation_group_size=size, weight_bits=16)
+        errors[size] = distance(logits(model), logits(tiny("llama")))
+    assert errors[8] < errors[32] < errors[None]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(tmp_path)), logits(model))
+
+
 def test_learned_calibration_starts_from_the_closed_form_and_is_kept_only_if_better(tmp_path):
     model = quantized(calibration="learned", epochs=2, n_samples=6, batch_size=2)
     for record in model._freeact_records:

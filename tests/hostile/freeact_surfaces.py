@@ -31,6 +31,7 @@ def _fitting(name: str) -> st.SearchStrategy:
     known = {
         "token_types": st.lists(st.sampled_from(["text", "sink", "image"]), max_size=3),
         "weight_group_size": st.one_of(st.none(), st.integers(-1, 256)),
+        "activation_group_size": st.one_of(st.none(), st.integers(-1, 256)),
         "modules_to_not_convert": st.one_of(st.none(), st.lists(words, max_size=3)),
         "activation_clip": st.one_of(st.just("search"), st.floats(-1, 2)),
         "weight_clip": st.one_of(st.just("search"), st.floats(-1, 2)),

@@ -56,6 +56,7 @@ def test_adaptation_takes_the_best_control_and_the_arm_that_validation_chose():
         rows += adapted("code", "teacher", seed, 1.8, 1.85 + shift, share=0.5)
         rows += adapted("code", "teacher", seed, 1.9, 1.5, share=0.9)  # nor is a share chosen on held-out text
         rows += adapted("code", "merge", seed, 1.9, 1.7)
+    rows += adapted("code", "stream", 0, 1.0, 1.0)  # cut off before the second seed
     (one,) = adaptation_claims.claims(rows)
     assert one["value"] == pytest.approx(1.95 - 1.85)
     assert one["holds"]

@@ -1,5 +1,7 @@
 """A tiny model, a byte tokenizer with a chat template, and a parallel data set in made-up languages."""
 
+import gc
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -42,6 +44,13 @@ def tiny_llama(tokenizer, seed: int = 0) -> LlamaForCausalLM:
         bos_token_id=None,
     )
     return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frozen_heap():
+    """Every training collects garbage once; what the imports left need not be walked a hundred times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -89,11 +98,10 @@ def preferences():
     return lambda **kwargs: Dataset.from_dict(rows(**kwargs))
 
 
-@pytest.fixture
-def options(tmp_path):
+def run_options(folder) -> dict:
     """Arguments that every tiny run shares."""
     return {
-        "output_dir": str(tmp_path / "out"),
+        "output_dir": str(folder / "out"),
         "per_device_train_batch_size": 2,
         "max_steps": 3,
         "learning_rate": 1e-2,
@@ -106,3 +114,8 @@ def options(tmp_path):
         "gradient_checkpointing": False,
         "seed": 3,
     }
+
+
+@pytest.fixture
+def options(tmp_path):
+    return run_options(tmp_path)

@@ -1,8 +1,11 @@
 """Train every case of `CASES` and keep the final weights; run alone or on several processes.
 
+On several, gradients under `fully_shard` are compared afterwards: one launch, since imports cost more than the runs.
+
 torchrun --nproc-per-node 2 -m tests.mlc.ddp_worker <model folder> <output folder>
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,6 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
+from tests.mlc import fsdp_worker
 from tests.mlc.conftest import rows
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
 from trl_mlc.sft import MLCSFTConfig, MLCSFTTrainer
@@ -25,7 +29,7 @@ CASES = {
     "lora-checkpointed": {"lora": True, "gradient_checkpointing": True},
     "every-second": {"mlc_every": 2, "ddp_find_unused_parameters": False},
     "subset": {"mlc_every": 2, "mlc_languages_per_step": 2, "ddp_find_unused_parameters": True},
-    "centred": {"mlc_center": True, "mlc_center_momentum": 0.5},
+    "centred": {"mlc_center": "language", "mlc_center_momentum": 0.5},
     "one-rank-empty": {"empty": True},
     "sft": {"method": "sft"},
 }
@@ -80,8 +84,12 @@ def main() -> None:
     model, folder = sys.argv[1], Path(sys.argv[2])
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     torch.set_num_threads(1)
-    for name in sys.argv[3:] or CASES:
+    gc.freeze()
+    for name in CASES:
         torch.save(run_case(name, model, folder, world), folder / f"{name}-{world}-{rank}.pt")
+    fsdp_worker.check(model)
+    (folder / f"fully_shard-{rank}").touch()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

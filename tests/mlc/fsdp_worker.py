@@ -1,9 +1,4 @@
-"""Gradients of the term under torch's `fully_shard`, on two gloo processes, against the unsharded model.
-
-torchrun --nproc-per-node 2 -m tests.mlc.fsdp_worker <model folder>
-"""
-
-import sys
+"""Gradients of the term under torch's `fully_shard` against the unsharded model; called on several processes."""
 
 import torch
 import torch.distributed as dist
@@ -49,16 +44,15 @@ def loss_of(model, prompt_pass: PromptPass, rank: int, skip: bool) -> torch.Tens
     return loss + consistency_loss(*to_groups(states.representations, prompts)).loss
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def check(folder: str) -> None:
+    """Compare every gradient, with and without checkpointing, on steps with the term and without; raises if one differs."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
     for checkpointing in (False, True):
         for skip in (False, True):
-            whole, whole_pass = build(sys.argv[1], checkpointing)
+            whole, whole_pass = build(folder, checkpointing)
             sum(loss_of(whole, whole_pass, r, skip) / world for r in range(world)).backward()
-            model, prompt_pass = build(sys.argv[1], checkpointing)
+            model, prompt_pass = build(folder, checkpointing)
             for layer in model.model.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
@@ -68,10 +62,3 @@ def main() -> None:
                 assert isinstance(parameter, DTensor), name
                 found = parameter.grad.full_tensor()
                 assert torch.allclose(found, expected[name].grad, rtol=1e-4, atol=1e-6), (name, checkpointing, skip)
-    if rank == 0:
-        sys.stdout.write("fully_shard agrees\n")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

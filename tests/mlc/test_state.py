@@ -17,7 +17,7 @@ VARIANTS = {
     "full": {},
     "lora": {"lora": True},
     "own-lr": {"mlc_extractor_lr": 3e-3},
-    "centred": {"mlc_center": True, "mlc_center_momentum": 0.5},
+    "centred": {"mlc_center": "language", "mlc_center_momentum": 0.5},
     "languages": {"mlc_languages_per_step": 2, "mlc_every": 2},
     "auto": {"mlc_layer": "auto", "mlc_scan_prompts": 8},
 }

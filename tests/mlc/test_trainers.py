@@ -1,13 +1,16 @@
 """The trainers against the stock ones: equal where they must be, different where they should be."""
 
+import functools
 import hashlib
 import math
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from tests.mlc.conftest import rows, run_options
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
 from trl_mlc.sft import MLCSFTConfig, MLCSFTTrainer
 
@@ -53,6 +56,20 @@ def train(method, tiny, tokenizer, data, options, stock=False, lora=False, eval_
     return trainer
 
 
+@pytest.fixture(scope="module")
+def once(tiny, tokenizer, tmp_path_factory):
+    """Weights and logs of runs that several tests compare with, each trained once."""
+
+    @functools.cache
+    def run(method, stock=False, lora=False, missing=0, steps=3):
+        options = run_options(tmp_path_factory.mktemp("once")) | {"max_steps": steps}
+        data = Dataset.from_dict(rows(missing=missing))
+        trainer = train(method, tiny, tokenizer, data, options, stock=stock, lora=lora, **({} if stock else TERM))
+        return digest(trainer), numbers(trainer)
+
+    return run
+
+
 @pytest.mark.parametrize("method", list(TRAINERS))
 def test_weight_zero_is_the_stock_trainer_bit_for_bit(method, tiny, tokenizer, preferences, options):
     extra = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
@@ -69,12 +86,10 @@ def test_weight_zero_is_the_stock_trainer_bit_for_bit(method, tiny, tokenizer, p
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("method", list(TRAINERS))
-def test_the_term_trains_model_and_extractor(method, lora, tiny, tokenizer, preferences, options):
-    data = preferences(missing=3)
-    stock = train(method, tiny, tokenizer, data, options, stock=True, lora=lora)
-    ours = train(method, tiny, tokenizer, data, options, lora=lora, **TERM)
+def test_the_term_trains_model_and_extractor(method, lora, tiny, tokenizer, preferences, options, once):
+    ours = train(method, tiny, tokenizer, preferences(missing=3), options, lora=lora, **TERM)
     first, last = numbers(ours)[0], numbers(ours)[2]
-    assert digest(ours) != digest(stock)
+    assert digest(ours) != once(method, stock=True, lora=lora, missing=3)[0]
     assert 0 < first["mlc/loss"] <= math.log(4)
     assert first["mlc/languages"] > 2
     assert {"mlc/energy", "mlc/cosine_min", "mlc/cross_prompt_cosine"} <= first.keys()
@@ -85,9 +100,8 @@ def test_the_term_trains_model_and_extractor(method, lora, tiny, tokenizer, pref
 
 
 @pytest.mark.parametrize("method", list(TRAINERS))
-def test_the_first_stock_numbers_do_not_notice_the_term(method, tiny, tokenizer, preferences, options):
-    stock = numbers(train(method, tiny, tokenizer, preferences(), options, stock=True, lora=True))[0]
-    ours = numbers(train(method, tiny, tokenizer, preferences(), options, lora=True, **TERM))[0]
+def test_the_first_stock_numbers_do_not_notice_the_term(method, once):
+    stock, ours = (once(method, stock=stock, lora=True, steps=1)[1][0] for stock in (True, False))
     for key in set(stock) - {"loss", "grad_norm"}:
         assert ours[key] == stock[key], key
     assert ours["loss"] == pytest.approx(stock["loss"] + 0.8 * ours["mlc/loss"], abs=2e-4)
@@ -174,17 +188,18 @@ def test_evaluation_logs_the_term_and_leaves_eval_loss_alone(tiny, tokenizer, pr
     assert added["eval_loss"] == pytest.approx(plain["eval_loss"] + 0.8 * added["eval_mlc/loss"], rel=1e-5)
 
 
-def test_precomputed_reference_never_sees_the_prompts(tiny, tokenizer, preferences, options):
-    live = train("dpo", tiny, tokenizer, preferences(), options, **TERM)
+def test_precomputed_reference_never_sees_the_prompts(tiny, tokenizer, preferences, options, once):
+    live = once("dpo")[1]
     before = train("dpo", tiny, tokenizer, preferences(), options, precompute_ref_log_probs=True, **TERM)
-    assert numbers(live)[0]["mlc/loss"] == numbers(before)[0]["mlc/loss"]
-    assert numbers(live)[2]["loss"] == pytest.approx(numbers(before)[2]["loss"], rel=1e-4)
+    assert live[0]["mlc/loss"] == numbers(before)[0]["mlc/loss"]
+    assert live[2]["loss"] == pytest.approx(numbers(before)[2]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
     "variant",
     [
-        {"mlc_center": True},
+        {"mlc_center": "language"},
+        {"mlc_center": "common", "mlc_signed": True},
         {"mlc_repulsion": 0.5},
         {"mlc_extractor_dim": 0},
         {"mlc_extractor_frozen": True},
@@ -195,12 +210,11 @@ def test_precomputed_reference_never_sees_the_prompts(tiny, tokenizer, preferenc
         {"mlc_layer": "auto", "mlc_scan_prompts": 8},
     ],
 )
-def test_every_variant_trains(variant, tiny, tokenizer, preferences, options):
+def test_every_variant_trains(variant, tiny, tokenizer, preferences, options, once):
     options["max_steps"] = 2
-    plain = train("dpo", tiny, tokenizer, preferences(missing=3), options, **TERM)
     other = train("dpo", tiny, tokenizer, preferences(missing=3), options, **{**TERM, **variant})
     assert math.isfinite(numbers(other)[-1]["train_loss"])
-    assert digest(other) != digest(plain)
+    assert digest(other) != once("dpo", missing=3, steps=2)[0]
     if variant.get("mlc_extractor_frozen"):
         fresh = type(other._mlc_pass.extractor)(32, 16, seed=other.args.seed).state_dict()
         assert all(torch.equal(v, fresh[k]) for k, v in other._mlc_pass.extractor.state_dict().items())

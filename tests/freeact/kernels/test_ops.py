@@ -60,11 +60,11 @@ def test_running_out_of_memory_is_no_failure_of_a_kernel(monkeypatch, no_failure
 
 def test_operators_keep_torchs_contract(no_failures, device):
     _, args = arguments()
-    torch.library.opcheck(ops.round_rows, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(ops.round_rows_op, args, test_utils=("test_schema", "test_faketensor"))
     codes, stats, branch = ops.round_rows(*args)
     weight = random_weight(20, 96)
     torch.library.opcheck(
-        ops.w4_linear,
+        ops.w4_linear_op,
         (codes, stats, branch, args[1], *weight, torch.bfloat16, 4, False),
         test_utils=("test_schema", "test_faketensor"),
     )
@@ -125,8 +125,10 @@ def test_the_environment_decides(monkeypatch):
         ({"weight_bits": 8}, "weight_bits=8"),
         ({"activation_bits": 16}, "activation_bits=16"),
         ({"group_size": 32}, "weight_group_size=32"),
+        ({"activation_group_size": 32}, "activation_group_size=32"),
         ({"transform": "orthogonal"}, "transform='orthogonal'"),
         ({"width": 72}, "in_features=72"),
+        ({"masked": True}, "coordinates or directions of their own"),
     ],
 )
 def test_what_kernels_do_not_serve_is_told(change, reason):

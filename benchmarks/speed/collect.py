@@ -1,0 +1,43 @@
+"""Rows that `run.sh` left in a folder, as `benchmarks/results/speed.json`, and the roofline picture.
+
+python -m benchmarks.speed.collect FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks._results import write
+
+
+FILES = ("linear.jsonl", "model.jsonl", "calibrate.jsonl")
+COMMAND = "bash benchmarks/speed/run.sh OUT"
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """All rows of a run; a row that was measured twice counts as measured last."""
+    found: dict[tuple, dict] = {}
+    for name in FILES:
+        path = folder / name
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            row = {"what": "model", **json.loads(line)} if name == "model.jsonl" else json.loads(line)
+            key = tuple(sorted((k, v) for k, v in row.items() if k not in ("value", "spread", "note")))
+            found[key] = row
+    return list(found.values())
+
+
+def main() -> None:
+    """Write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    machine = args.folder / "machine.json"
+    rows = read_rows(args.folder)
+    name = json.loads(machine.read_text()) if machine.is_file() else None
+    print(write("speed", rows, "benchmarks.speed.claims", COMMAND, [0], machine=name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Kernels and whole linears on one GPU, all providers in one run: times per shape and number of tokens.
+
+    python -m benchmarks.speed.linear --out DIR [--seconds 100]
+
+A whole linear is everything between a bfloat16 input and output: centring, branch, rotation, rounding, product, scales,
+biases. Times are CUDA graphs of calls that go through more weights than the cache holds. Rows go to `linear.jsonl`.
+"""
+# ruff: noqa: B008
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.speed import alternatives
+from benchmarks.speed.llama import FakeQuantizedLinear
+from benchmarks.speed.timing import copies_for, graph_microseconds, kept
+from optimum_freeact.kernels import ops
+from optimum_freeact.kernels.reference import Rows, split_columns
+from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.numerics.hadamard import flat_rotation
+from optimum_freeact.numerics.kronecker import factor_pair
+from optimum_freeact.token_types import TypeState
+from optimum_freeact.transforms.affine_map import InputMap
+
+
+SHAPES = ((4096, 14336), (14336, 4096), (4096, 4096))
+TOKENS = (1, 4, 16, 64, 2048, 8192)
+
+
+class Shape:
+    """Random layers of one shape, as many as exceed the cache, of every provider."""
+
+    def __init__(self, d: int, m: int, device: str, cache: int):
+        self.d, self.m, self.device, self.cache = d, m, device, cache
+        generator = torch.Generator().manual_seed(0)
+        self.left, self.right = (flat_rotation(n, generator).float().to(device) for n in factor_pair(d))
+
+    def copies(self, n_bytes: float) -> int:
+        return copies_for(int(n_bytes), self.cache)
+
+    @kept
+    def bf16(self) -> list[torch.Tensor]:
+        return [self.random_weight() for _ in range(self.copies(2 * self.d * self.m))]
+
+    def random_weight(self) -> torch.Tensor:
+        return (torch.randn(self.m, self.d, device=self.device) * 0.02).bfloat16()
+
+    @kept
+    def freeact(self, rank: int = 24, types: int = 2) -> list[FreeActLinear]:
+        """Layers with the default preset's parts, one input side (as a model would cycle through its own)."""
+        source = FreeActInput(
+            self.d, n_types=types, n_means=types if rank else 0, channel_scale=False, rank=rank, transform="hadamard",
+            bits=4, symmetric=False, n_readers=1, state=TypeState(),
+        ).to(self.device)  # fmt: skip
+        basis = torch.linalg.qr(torch.randn(self.d, rank, device=self.device))[0] if rank else None
+        mean = torch.randn(types, self.d, device=self.device) * 0.1 if rank else None
+        source.store(InputMap(mean, None, basis, self.left, self.right))
+        source.clip.fill_(0.9)
+        layers = []
+        for _ in range(self.copies(0.5 * self.d * self.m)):
+            layer = FreeActLinear(self.d, self.m, source, bits=4, group_size=self.d, bias=False).to(self.device)
+            layer.weight.data.random_(0, 256)
+            layer.qscale.fill_(0.02 / 4.6)
+            if rank:
+                layer.low_rank.random_(-127, 128)
+                layer.low_rank_scale.fill_(0.02 / 73)
+                layer.type_bias.normal_(std=0.02)
+            layer.prepare()
+            layers.append(layer)
+        source.prepare()
+        return layers
+
+    @kept
+    def x(self, n: int) -> torch.Tensor:
+        return torch.randn(n, self.d, device=self.device).bfloat16()
+
+    @kept
+    def types(self, n: int) -> torch.Tensor:
+        types = torch.zeros(1, n, dtype=torch.long, device=self.device)
+        types[0, 0] = 1
+        return types
+
+    @kept
+    def rows(self, n: int) -> Rows:
+        layer = self.freeact()[0]
+        layer.source.state.types = self.types(n)
+        found = layer.source(self.x(n).unsqueeze(0))
+        return Rows(found.codes, found.stats, found.branch)
+
+    # what is measured: lists of calls on different weights
+    def whole_freeact(self, n: int):
+        x, layers = self.x(n).unsqueeze(0), self.freeact()
+        layers[0].source.state.types = self.types(n)
+        return [lambda layer=layer: layer(x) for layer in layers]
+
+    def whole_bf16(self, n: int):
+        return [lambda w=w: nn.functional.linear(self.x(n), w) for w in self.bf16()]
+
+    def whole_fake(self, n: int):
+        layers = [FakeQuantizedLinear(w, self.left.bfloat16(), self.right.bfloat16()) for w in self.bf16()]
+        return [lambda layer=layer: layer(self.x(n)) for layer in layers]
+
+    def whole_int4_weight_only(self, n: int):
+        """torch's own 4-bit weight-only product, which torchao uses on CUDA; groups of 128."""
+        calls = []
+        for _ in range(self.copies(0.5 * self.d * self.m)):
+            codes = torch.randint(0, 256, (self.m, self.d // 2), dtype=torch.uint8, device=self.device)
+            packed = torch._convert_weight_to_int4pack(codes, 8)
+            scales = torch.rand(self.d // 128, self.m, 2, device=self.device).bfloat16()
+            calls.append(lambda p=packed, s=scales: torch._weight_int4pack_mm(self.x(n), p, 128, s))
+        return calls
+
+    def whole_int8_dynamic(self, n: int):
+        """8-bit weights, 8-bit activations rounded per token, as torchao's dynamic quantization; compiled as it advises."""
+        weights = [torch.randint(-127, 128, (self.m, self.d), dtype=torch.int8, device=self.device) for _ in range(2)]
+        scale = torch.rand(self.m, device=self.device)
+
+        @torch.compile(dynamic=False)
+        def linear(x, w):
+            peak = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-6) / 127
+            codes = torch.round(x.float() / peak).to(torch.int8)
+            return (torch._int_mm(codes, w.t()).float() * peak * scale).bfloat16()
+
+        return [lambda w=w: linear(self.x(n), w) for w in weights]
+
+    def part_round(self, n: int):
+        x, source = self.x(n).unsqueeze(0), self.freeact()[0].source
+        source.state.types = self.types(n)
+        return [lambda: source(x)]
+
+    def part_product(self, n: int):
+        """The product with all that follows it."""
+        rows, types = self.rows(n), self.types(n).flatten()
+        return [
+            lambda w=layer.kernel_weight(): ops.w4_linear(*rows, types, *w, torch.bfloat16, 4, False)
+            for layer in self.freeact()
+        ]
+
+    def part_bare_product(self, n: int):
+        """The product and its scales only, to be held against a library's."""
+        rows = self.rows(n)
+        return [
+            lambda w=layer.kernel_weight()._replace(low_rank=None, low_rank_scale=None, type_bias=None): ops.w4_linear(
+                rows.codes, rows.stats, rows.branch, None, *w, torch.bfloat16, 4, False
+            )
+            for layer in self.freeact()
+        ]
+
+    def part_float8(self, n: int):
+        """`torch._scaled_mm` on the same codes, exact accumulation; weights of one byte."""
+        x, stats = self.rows(n).codes.to(torch.float8_e4m3fn), self.rows(n).stats
+        layers = self.freeact()[: max(1, len(self.freeact()) // 2)]
+        weights = [split_columns(layer.codes()).to(torch.float8_e4m3fn) for layer in layers]
+        return [
+            lambda w=w, q=layer.qscale.flatten(): alternatives.float8_product(x, w, stats[0], q)
+            for w, layer in zip(weights, layers)
+        ]
+
+
+MEASURED = {
+    "linear": {
+        "bf16": "whole_bf16",
+        "freeact": "whole_freeact",
+        "int4 weight-only": "whole_int4_weight_only",
+        "int8 dynamic": "whole_int8_dynamic",
+        "fake quantization": "whole_fake",
+    },
+    "kernel": {
+        "freeact round": "part_round",
+        "freeact product": "part_product",
+        "freeact bare product": "part_bare_product",
+        "float8 product": "part_float8",
+    },
+}
+
+
+def wanted(provider: str, n: int) -> bool:
+    """Whether a provider has such a number of tokens: libraries' 8-bit products need more than 16."""
+    if provider in ("float8 product", "int8 dynamic", "fake quantization"):
+        return n >= 2048
+    return not (provider == "int4 weight-only" and n > 64)
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second that a copy reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    us, _ = graph_microseconds([lambda: target.copy_(source)])
+    return 2 * source.nbytes / us * 1e6
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure everything that fits into the time, claims first."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--cache", type=int, default=250_000_000, help="bytes to go through between two uses")
+    args = parser.parse_args()
+    begin = time.monotonic()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / "linear.jsonl", "a", encoding="utf-8") as file:
+
+        def row(**fields) -> None:
+            text = json.dumps(fields)
+            print(text, flush=True)
+            file.write(text + "\n")
+            file.flush()
+
+        row(what="roof", provider="copy", metric="bytes_per_second", value=copy_bandwidth("cuda"))
+        for d, m in SHAPES:
+            shape = Shape(d, m, "cuda", args.cache)
+            for n in TOKENS:
+                for what, providers in MEASURED.items():
+                    for provider, method in providers.items():
+                        if not wanted(provider, n) or time.monotonic() - begin > args.seconds:
+                            continue
+                        labels = {"what": what, "provider": provider, "n": n, "k": d, "m": m, "metric": "microseconds"}
+                        try:
+                            value, spread = graph_microseconds(getattr(shape, method)(n))
+                        except Exception as error:
+                            row(**labels, value=None, note=f"{type(error).__name__}: {error}"[:200])
+                        else:
+                            row(**labels, value=value, spread=spread)
+            del shape
+            torch.cuda.empty_cache()
+        for name, reason in ops.failures().items():
+            row(what="failure", provider=name, metric="failed", value=1.0, note=reason)
+        row(what="time", provider="all", metric="seconds", value=time.monotonic() - begin)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What three token types cost in the linear layers: the same layers with one type and with three, timed in turn."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import torch
+from torch import nn
+
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.modules.surgery import replace_group
+from optimum_freeact.token_types import TypeState
+
+
+# name -> (d, key/value width, intermediate): SmolLM2-135M, Llama-3.2-1B, Llama-3-8B
+SHAPES = {"135m": (576, 192, 1536), "1b": (2048, 512, 8192), "8b": (4096, 1024, 14336)}
+NAMES = {1: ["text"], 3: ["text", "sink", "mask"]}
+
+
+class _Linears(nn.Module):
+    """The linear layers of one block, each group fed with an input of its own."""
+
+    def __init__(self, d: int, kv: int, inner: int):
+        super().__init__()
+        sizes = {"q_proj": (d, d), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (d, d)}
+        sizes |= {"gate_proj": (d, inner), "up_proj": (d, inner), "down_proj": (inner, d)}
+        for name, (width, out) in sizes.items():
+            self.add_module(name, nn.Linear(width, out, bias=False))
+
+    def forward(self, x: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+        """All of them; what is returned only keeps the work alive."""
+        total = 0
+        for names, given in ((("q_proj", "k_proj", "v_proj"), x), (("o_proj",), x), (("gate_proj", "up_proj"), x)):
+            fresh = given.clone()  # another tensor for each group, as in a model
+            for name in names:
+                total = total + getattr(self, name)(fresh).flatten()[0]
+        return total + self.down_proj(wide).flatten()[0]
+
+
+def build(shape: tuple[int, int, int], n_types: int, device: str) -> tuple[nn.Module, TypeState]:
+    """Random quantized layers of the default preset, ready to run."""
+    config = FreeActConfig(token_types=NAMES[n_types], type_rules={"mask": [0]} if n_types == 3 else None)
+    state, layers = TypeState(), _Linears(*shape)
+    generator = torch.Generator(device=device).manual_seed(0)
+    for group in (["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]):
+        source, targets = replace_group(layers, group, config, state, device)
+        source.mean.copy_(torch.randn(source.mean.shape, generator=generator, device=device))
+        for target in targets:
+            target.weight.data.random_(0, 256, generator=generator)
+            target.qscale.fill_(0.01)
+            target.prepare()
+        getattr(source, "prepare", lambda: None)()
+    return layers.to(device), state
+
+
+@torch.no_grad()
+def measure(device: str, tokens: list[int], shapes: list[str], repeats: int = 30) -> list[dict]:
+    """Rows with the median seconds for one and for three types, timed alternately, and their ratio."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows = []
+    for name in shapes:
+        d, _, inner = SHAPES[name]
+        made = {n: build(SHAPES[name], n, device) for n in NAMES}
+        for n_tokens in tokens:
+            x = torch.randn(1, n_tokens, d, device=device, dtype=dtype)
+            wide = torch.randn(1, n_tokens, inner, device=device, dtype=dtype)
+            types = torch.arange(n_tokens, device=device).remainder(2).mul(2).unsqueeze(0)
+            seconds: dict[int, list[float]] = {n: [] for n in NAMES}
+            for turn in range(repeats + 3):
+                for n, (layers, state) in made.items():
+                    state.types = types if n > 1 else None
+                    spent = _once(layers, x, wide, device)
+                    if turn >= 3:
+                        seconds[n].append(spent)
+            middle = {n: median(values) for n, values in seconds.items()}
+            head = {"shape": name, "tokens": n_tokens}
+            rows += [{"metric": f"seconds_{n}_types", "value": value, **head} for n, value in middle.items()]
+            rows.append({"metric": "three_types_time_ratio", "value": middle[3] / middle[1], **head})
+    return rows
+
+
+def _once(layers: nn.Module, x: torch.Tensor, wide: torch.Tensor, device: str) -> float:
+    if device == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        layers(x, wide)
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1e3
+    begun = time.perf_counter()
+    layers(x, wide)
+    return time.perf_counter() - begun

@@ -1,0 +1,81 @@
+"""The speed benchmark's claims follow from its rows."""
+
+import json
+
+from benchmarks.speed import claims as gpu
+from benchmarks.speed.collect import read_rows
+from benchmarks.speed.cpu_claims import claims as cpu_claims
+
+
+def linear(provider, k, m, n, value, what="linear"):
+    return {"what": what, "provider": provider, "k": k, "m": m, "n": n, "metric": "microseconds", "value": value}
+
+
+def model(provider, run, metric, value):
+    return {"what": "model", "provider": provider, "run": run, "layers": 32, "metric": metric, "value": value}
+
+
+def calibration(gpus, metric, value):
+    return {
+        "what": "calibration",
+        "provider": "freeact",
+        "shape": "8b",
+        "gpus": gpus,
+        "metric": metric,
+        "value": value,
+    }
+
+
+def test_claims_of_a_whole_run():
+    rows = [{"what": "roof", "provider": "copy", "metric": "bytes_per_second", "value": 3e12}]
+    for k, m in ((4096, 14336), (14336, 4096), (4096, 4096)):
+        for n in (1, 16, 2048, 8192):
+            rows += [linear("bf16", k, m, n, 300.0), linear("freeact", k, m, n, 100.0 if n < 8192 else 150.0)]
+    rows.append(linear("freeact product", 4096, 14336, 1, 16.0, "kernel"))
+    for metric, theirs, ours in (("weight_bytes", 16e9, 5e9), ("peak_bytes", 17e9, 6e9)):
+        rows += [model("bf16", "graph", metric, theirs), model("freeact", "graph", metric, ours)]
+    for metric, theirs, ours in (("decode_seconds", 8.0, 4.0), ("prefill_seconds", 6.0, 4.0)):
+        rows += [model("bf16", "graph", metric, 2 * theirs), model("bf16", "compile", metric, theirs)]
+        rows += [model("freeact", "graph", metric, ours), model("freeact", "compile", metric, 2 * ours)]
+    rows += [
+        calibration(1, "block_seconds", 9.0),
+        calibration(1, "once_seconds", 12.0),
+        calibration(2, "block_seconds", 5.0),
+    ]
+    found = {entry["id"]: entry["value"] for entry in gpu.claims(rows)}
+    assert found.pop("speed.decode_roof_share") == 4096 * 14336 / 2 / (3e12 * 16e-6)
+    assert found == {
+        "speed.linear.prefill_4096x14336": 2.0,
+        "speed.linear.prefill_14336x4096": 2.0,
+        "speed.linear.prefill_4096x4096": 2.0,
+        "speed.linear.decode_4096x14336_m1": 3.0,
+        "speed.linear.decode_4096x14336_m16": 3.0,
+        "speed.model8b.memory_ratio": 6 / 17,
+        "speed.model8b.decode": 2.0,
+        "speed.model8b.prefill": 1.5,
+        "speed.calibration8b_minutes": 5.0,
+        "speed.calibration_two_gpus": 1.8,
+    }
+
+
+def test_what_was_not_measured_is_not_claimed():
+    rows = [linear("bf16", 4096, 4096, 2048, 90.0), linear("freeact", 4096, 4096, 2048, None)]
+    assert gpu.claims(rows) == []
+
+
+def test_cpu_claims_take_the_worse_model():
+    rows = [
+        {"model": name, "provider": provider, "metric": metric, "value": value}
+        for name, decode in (("a", 4.0), ("b", 2.0))
+        for provider, metric, value in (
+            ("bf16", "decode_seconds", decode), ("freeact", "decode_seconds", 1.0),
+            ("bf16", "weight_bytes", 10.0), ("freeact", "weight_bytes", decode),
+        )
+    ]  # fmt: skip
+    assert [(entry["value"], entry["holds"]) for entry in cpu_claims(rows)] == [(2.0, True), (0.4, True)]
+
+
+def test_a_row_measured_again_counts_once(tmp_path):
+    lines = [linear("bf16", 8, 8, 1, 3.0), linear("bf16", 8, 8, 1, 2.0)]
+    (tmp_path / "linear.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [row["value"] for row in read_rows(tmp_path)] == [2.0]
