@@ -41,6 +41,8 @@ def check_expressible(model: nn.Module, config: FreeActConfig) -> None:
     for module in model.modules():
         if isinstance(module, FreeActInput):
             lost |= {wanted for name, wanted in INEXPRESSIBLE.items() if getattr(module, name, None) is not None}
+            if module.bits < 16 and module.group_size is not None:
+                lost.add("activation_group_size=None")
             if module.bits < 16 and not module.symmetric:
                 lost.add("activation_symmetric=True")
             if module.bits < 16 and not bool((module.clip == 1).all()):

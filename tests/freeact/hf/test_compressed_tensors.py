@@ -83,6 +83,7 @@ def test_words_unpack_to_the_codes(bits, columns):
         ({"preset": "freeact"}, "activation_clip=1.0, activation_symmetric=True, .*centring='none', .*low_rank=0"),
         ({"preset": "quarot"}, "activation_clip=1.0, transform='none'"),
         ({"preset": "smoothquant"}, "channel_scale='none'"),
+        ({"preset": "rtn", "activation_group_size": 16}, "activation_group_size=None"),
         ({"preset": "rtn", "kv_bits": 4}, "kv_bits=16"),
         ({"preset": "rtn", "weight_bits": 16}, "weight_bits=4 or 8"),
     ],
