@@ -100,7 +100,7 @@ TINY = {
 
 
 def timing(options: argparse.Namespace) -> list[Job]:
-    """The time of three types; alone on the machine, before anything else."""
+    """The time of three types, on a GPU that nothing else uses; on a CPU before anything else is quantized."""
     if options.no_timing:
         return []
     measure = {"tokens": [1, 16, 2048], "shapes": ["135m", "1b", "8b"]}
@@ -325,8 +325,8 @@ def main(arguments: list[str] | None = None) -> int:
         runner = Runner(options, commit + ("-dirty" if dirty else ""))
         timed = timing(options)
         print(f"{len(training)} models to make, {len(jobs)} jobs, on {options.device}.", flush=True)
-        runner.run(timed, min(1, options.jobs))
-        runner.run(training, min(len(training), runner.gpu_count()) if options.jobs else 0)
+        first = [*training, *timed]  # each has a GPU to itself
+        runner.run(first, min(len(first), runner.gpu_count()) if options.jobs else 0)
         made = {job.model for job in training if job.key in runner.told}
         runner.run([job for job in jobs if job.model in made], options.jobs)
     rows = assemble([*timed, *training, *jobs], runner)
