@@ -29,10 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import _results
 from benchmarks.token_types.claims import LOSS, MODELS, claims, losses, won_back
 from benchmarks.token_types.jobs import Job, perform
-from benchmarks.token_types.methods import ABLATIONS, DRAWS_NOTHING, FP, METHODS, OURS, PUBLISHED
+from benchmarks.token_types.methods import ABLATIONS, DRAWS_NOTHING, FP, LEARNED, METHODS, OURS, PUBLISHED
 
 
-LEARNED = ("flatquant", "freeact-paper")
 TIMING_SECONDS = 150.0  # the timing's limit: kernels are compiled first
 
 
@@ -128,13 +127,14 @@ def plan(options: argparse.Namespace, inputs: dict) -> tuple[list[Job], list[Job
             group = "ablation" if method in ABLATIONS else "method"
             if (options.no_ablations and group == "ablation") or (chosen and method not in chosen):
                 continue
-            if options.epochs and quantize["preset"] in LEARNED:
+            if options.epochs and method in LEARNED:
                 quantize = {**quantize, "epochs": options.epochs}
             few = group == "ablation" or method in DRAWS_NOTHING
             for seed in seeds[:1] if few else seeds:  # the cache's means are measured first, then it is left out
                 settings = ("w4a4",) if group == "ablation" else ("w4a4kv4", "w4a4")
                 jobs.append(Job(method=method, settings=settings, seed=seed, quantize=quantize, group=group, **common))
-    order = {**dict.fromkeys(PUBLISHED, 3), **dict.fromkeys(OURS, 2), **dict.fromkeys(LEARNED, 1), FP[0]: 0}
+    claimed = {"flatquant": 1, "freeact-paper": 1, **dict.fromkeys(OURS, 2), FP[0]: 0}
+    order = {**dict.fromkeys(PUBLISHED, 3), **claimed}
     jobs.sort(key=lambda job: (order.get(job.method, 4), job.seed))  # what claims need, the longest of it first
     return training, jobs
 
