@@ -32,7 +32,7 @@ from benchmarks.token_types.jobs import Job, perform
 from benchmarks.token_types.methods import ABLATIONS, DRAWS_NOTHING, FP, LEARNED, METHODS, OURS, PUBLISHED
 
 
-TIMING_SECONDS = 150.0  # the timing's limit: kernels are compiled first
+TIMING_SECONDS = 170.0  # the timing's limit: kernels are compiled first
 
 
 def parser() -> argparse.ArgumentParser:
