@@ -145,7 +145,9 @@ class FreeActLinear(nn.Linear):
         )
         if chosen.name == "torch":
             self._codes = codes
-        elif chosen.name == "native":
+        elif chosen.name == "triton":
+            ops.make_ready(self.weight.device)
+        else:
             self._native = NativeWeight(self.kernel_weight())
 
     def kernel_weight(self) -> Weight:
@@ -222,7 +224,7 @@ class FreeActLinear(nn.Linear):
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self._row_sum is not None:
+        if self._row_sum is not None or self._bias_rows is not None:
             self.prepare()
 
     def _apply(self, fn, recurse: bool = True) -> FreeActLinear:
