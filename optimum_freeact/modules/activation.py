@@ -156,8 +156,6 @@ class FreeActInput(nn.Module):
         self._offloaded = self.clip.device.type == "meta"
         if self._offloaded or not self.reader_settings:
             return
-        if self.keep is not None or self.left_out is not None:  # no kernel knows masks: the reference path does
-            return
         plans = {
             plan(
                 self.clip.device,
