@@ -153,11 +153,11 @@ def _correct(
         HAS_CHANNEL,
     )  # fmt: skip
     peak = tl.full((ROWS,), 1e-30, tl.float32)
-    for part in range(PARTS):
+    for part in tl.static_range(PARTS):
         peak = tl.maximum(peak, tl.load(peak_ptr + part * n + tokens, mask=alive, other=0.0))
     if RANK > 0:
         p = tl.zeros((ROWS, PR), tl.float32)
-        for part in range(PARTS):
+        for part in tl.static_range(PARTS):
             p += tl.load(part_ptr + (part * n + tokens)[:, None] * PR + r[None, :], mask=alive[:, None], other=0.0)
         p = p * scale[None, :]
         if tl.program_id(1) == 0:
