@@ -191,7 +191,7 @@ def wanted(provider: str, n: int) -> bool:
 
 def copy_bandwidth(device: str) -> float:
     """Bytes a second that a copy reads and writes."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    source = torch.ones(1 << 27, dtype=torch.float64, device=device)
     target = torch.empty_like(source)
     us, _ = graph_microseconds([lambda: target.copy_(source)])
     return 2 * source.nbytes / us * 1e6
@@ -203,6 +203,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--only", nargs="+", help="measure these providers only")
+    parser.add_argument("--suffix", default="", help="added to providers' names, for runs with other settings")
     parser.add_argument("--cache", type=int, default=250_000_000, help="bytes to go through between two uses")
     args = parser.parse_args()
     begin = time.monotonic()
@@ -223,7 +225,16 @@ def main() -> None:
                     for (what, provider), method in providers.items():
                         if not wanted(provider, n) or time.monotonic() - begin > args.seconds:
                             continue
-                        labels = {"what": what, "provider": provider, "n": n, "k": d, "m": m, "metric": "microseconds"}
+                        if args.only and provider not in args.only:
+                            continue
+                        labels = {
+                            "what": what,
+                            "provider": provider + args.suffix,
+                            "n": n,
+                            "k": d,
+                            "m": m,
+                            "metric": "microseconds",
+                        }
                         try:
                             value, spread = graph_microseconds(getattr(shape, method)(n))
                         except Exception as error:

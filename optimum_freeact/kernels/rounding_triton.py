@@ -230,9 +230,10 @@ def round_rows(
         CHUNK=chunk, STEPS=steps, DOT=DOT_TYPE, PDL=bool(pdl), num_warps=launch["project_warps"], num_stages=3, **pdl,
     )  # fmt: skip
     nb = max(1, min(launch["elements"] // pb, pa))
-    _correct[(triton.cdiv(n, 16), triton.cdiv(tables.a, nb))](
+    block = launch["correct_rows"]
+    _correct[(triton.cdiv(n, block), triton.cdiv(tables.a, nb))](
         x, types, tables.mean, tables.channel_scale, tables.basis, tables.basis_scale, tables.right, part, peak, turned,
-        branch, undo, n, n_means, **has, A=tables.a, B=tables.b, PB=pb, ROWS=16, NB=nb, PARTS=parts, LIMIT=HEADROOM,
+        branch, undo, n, n_means, **has, A=tables.a, B=tables.b, PB=pb, ROWS=block, NB=nb, PARTS=parts, LIMIT=HEADROOM,
         DOT=DOT_TYPE, PDL=bool(pdl), num_warps=launch["correct_warps"], num_stages=2, **pdl,
     )  # fmt: skip
     big = pa * pb > 8192
