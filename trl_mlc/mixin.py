@@ -249,12 +249,12 @@ class MLCMixin:
         return optimizer
 
     def _save(self, output_dir=None, state_dict=None):
+        # Whole tensors, where the engine gathered them; saving the model takes them out of the dict
+        gathered = {k.split(f"{MODULE}.")[1]: v for k, v in (state_dict or {}).items() if f"{MODULE}." in k}
         super()._save(output_dir, state_dict=state_dict)
         if self._mlc_pass is None or not self.args.should_save:
             return
-        extractor = self._mlc_pass.extractor.state_dict()
-        if state_dict:  # whole tensors, gathered by the engine
-            extractor = {k.split(f"{MODULE}.")[1]: v for k, v in state_dict.items() if f"{MODULE}." in k} or extractor
+        extractor = gathered or self._mlc_pass.extractor.state_dict()
         config = {
             "layer": self._mlc_pass.layer,
             "pooling": self._mlc_pass.pooling,

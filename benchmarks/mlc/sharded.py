@@ -103,7 +103,8 @@ def launch(mode: str, options: argparse.Namespace, log: Path) -> tuple[dict | No
     elif mode != "single":
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1"]
         command += ["--mixed_precision=no", "--dynamo_backend=no", *MODES[mode], *own]
-    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": "0"} if mode == "single" else {})}
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": first} if mode == "single" else {})}
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=options.limit_seconds
@@ -156,9 +157,9 @@ def main() -> None:
                     row["saved"] = " ".join(found["saved"])
                 rows.append(row)
                 print(row, flush=True)
-    print(
-        write("mlc_sharded", rows, "benchmarks.mlc.no_claims", command_line(), [0], folder=options.folder or RESULTS)
-    )
+            write(
+                "mlc_sharded", rows, "benchmarks.mlc.no_claims", command_line(), [0], folder=options.folder or RESULTS
+            )
 
 
 if __name__ == "__main__":

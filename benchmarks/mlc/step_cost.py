@@ -180,7 +180,7 @@ def main() -> None:
     drawn = tempfile.TemporaryDirectory()
     if options.random:
         folder = random_weights(folder, options.dtype, drawn.name)
-    warmup = 2 if options.tiny else 6
+    warmup = 2 if options.tiny else 4
     data = make_rows(tokenizer, options, (warmup + options.steps) * options.batch)
     name = "mlc_step_cost" + ("_tiny" if options.tiny else "")
     source = "benchmarks.mlc." + ("no_claims" if options.tiny else "step_cost_claims")

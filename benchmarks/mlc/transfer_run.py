@@ -126,5 +126,5 @@ def measure(model, tokenizer, data, text, layer: int | None, tag: dict) -> list[
             numbers[f"retrieval_{group}"] = statistics.fmean(found)
         numbers["cross_prompt_cosine_english"] = report.languages["en"]["cross_prompt_cosine"]
         rows += [{**tag, "metric": name + suffix, "value": value} for name, value in numbers.items()]
-    rows.append({**tag, "metric": "perplexity_english", "value": perplexity(model.eval(), text, 8)})
+    rows.append({**tag, "metric": "perplexity_english", "value": perplexity(model.eval(), text, 4)})
     return rows

@@ -72,6 +72,16 @@ def test_the_checkpoint_holds_no_extractor_and_loads_as_usual(lora, tiny, tokeni
             assert torch.equal(value, trainer.model.state_dict()[name])
 
 
+def test_gathered_tensors_are_saved_instead_of_the_modules_own(tiny, tokenizer, preferences, options, tmp_path):
+    trainer = train("dpo", tiny, tokenizer, preferences(), {**options, "max_steps": 1}, **TERM)
+    whole = {k: v + 1 if "mlc_extractor" in k else v for k, v in trainer.model.state_dict().items()}
+    trainer._save(str(tmp_path / "gathered"), state_dict=whole)  # as an engine that shards calls it
+    saved = load_file(tmp_path / "gathered" / "mlc_state.safetensors")
+    for name, value in extractor(trainer).items():
+        assert torch.equal(saved[f"extractor.{name}"], value + 1)
+    assert not [k for k in load_file(tmp_path / "gathered" / "model.safetensors") if "mlc" in k]
+
+
 def test_merged_model_saves_without_extractor(tiny, tokenizer, preferences, options, tmp_path):
     trainer = train("dpo", tiny, tokenizer, preferences(), options, lora=True, **TERM)
     trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
