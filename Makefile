@@ -8,10 +8,11 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch
 PYTEST_ARGS ?=
-PIP_INSTALL = $(VENV)/bin/python -m pip install -qq
+# files are compiled when they are first imported, which most are not: that saves a good part of the installation
+PIP_INSTALL = $(VENV)/bin/python -m pip install -qq --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help first-run test quality format results clean
+.PHONY: help first-run journey docs package test quality format results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -20,6 +21,15 @@ first-run: $(VENV)/.installed-run ## install, fetch a small real model, quantize
 	@echo "Fetching the model (once) ..."
 	$(VENV)/bin/python tools/assets.py smollm2
 	$(VENV)/bin/python examples/quantize_and_chat.py
+
+journey: $(VENV)/.installed-dev ## merge, align, quantize and chat with small real models (minutes)
+	$(VENV)/bin/python examples/journey/run.py
+
+docs: $(VENV)/.installed-dev ## build the documentation as a site, strictly, into out/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+package: $(VENV)/.installed-dev ## build wheel and sdist and use each in a fresh environment
+	$(VENV)/bin/python -m tools.package
 
 test: quality ## install the development tools, check the style, run all tests
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
@@ -53,5 +63,5 @@ $(VENV)/.installed-run: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing into $(VENV) (once; torch is large) ..."
 	$(PIP_INSTALL) '$(TORCH)'
-	$(PIP_INSTALL) --editable '.[dev]'
+	$(PIP_INSTALL) --editable '.[dev,docs]'
 	@touch $@

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 from mergekit_ot.checkpoint import CheckpointReader
 from mergekit_ot.planning import Pair
@@ -69,21 +67,6 @@ def table(findings: list[Finding]) -> str:
     """The findings as a Markdown table."""
     lines = ["| part | target | donor | what happens |", "|---|---|---|---|"]
     return "\n".join(lines + [f"| {f.part} | {f.target} | {f.donor} | {f.outcome} |" for f in findings])
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Refuse to start when a disk cannot hold what is about to be written.
-
-    Raises:
-        `OSError`: with the missing amount.
-    """
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"{folder} has {free / 1e9:.1f} GB free, but this merge writes up to {needed / 1e9:.1f} GB there."
-        )
 
 
 def _layers(target: int, donor: int, settings: PlanSettings) -> str:

@@ -12,7 +12,8 @@ import torch
 
 from mergekit_ot.bundle import PlanBundle, load_bundle, replace_folder, scratch_beside
 from mergekit_ot.card import finish_card
-from mergekit_ot.compatibility import Finding, compare, require_space
+from mergekit_ot.compatibility import Finding, compare
+from mergekit_ot.disk import require_space
 from mergekit_ot.planning import Pair, make_bundle, match_pair, open_pair, plan_key
 from mergekit_ot.recipe import Recipe, RecipeError
 
@@ -54,7 +55,7 @@ def plan_recipe(
         plans = (
             recipe.folder / ".mergekit_ot" / plan_key(pair, recipe.calibration, recipe.settings, recipe.folder)[:16]
         )
-    require_space(Path(plans), 64 << 20)
+    require_space(Path(plans), 64 << 20, "the plan bundle")
     bundle = make_bundle(
         pair, recipe.calibration, recipe.settings, plans, folder=recipe.folder, device=device, quiet=quiet
     )
@@ -105,7 +106,7 @@ def merge_recipe(
     refuse_foreign_folder(out)
     pair, bundle, folder = bundle_of or plan_recipe(recipe, plans, device=options.device or "cpu", quiet=options.quiet)
     weights = sum(path.stat().st_size for path in pair.target_folder.glob("*.safetensors"))
-    require_space(out, 2 * weights)
+    require_space(out, 2 * weights, "the merged weights")
     stock = recipe.to_mergekit(folder.resolve(), **{"control": recipe.control} | changes)
     config = MergeConfiguration.model_validate(copy.deepcopy(stock))
     method = register()

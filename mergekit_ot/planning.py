@@ -14,6 +14,7 @@ from mergekit_ot.activations import load_backbone, record
 from mergekit_ot.anchors import MatchedText, match_texts, require_fast
 from mergekit_ot.bundle import BundleError, PlanBundle, content_key, file_hash, load_bundle, model_hash
 from mergekit_ot.checkpoint import CheckpointReader, check_tensors
+from mergekit_ot.disk import require_space
 from mergekit_ot.paper import solve_paper
 from mergekit_ot.rows import RowStore
 from mergekit_ot.settings import Calibration, PlanSettings
@@ -168,15 +169,20 @@ def _shared(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
 def record_pair(
     pair: Pair, texts: list[MatchedText], work: Path, key: str, *, device: str = "cpu", quiet: bool = False
 ) -> tuple[RowStore, RowStore]:
-    """Record matched rows of both models, one model in memory at a time."""
-    stores = []
+    """Record matched rows of both models, one model in memory at a time.
+
+    Raises:
+        `OSError`: before anything is run, when the disk cannot hold the rows of both.
+    """
     rows = sum(len(text.target_rows) for text in texts)
-    for side, path, shape in (
-        ("target", pair.target_folder, pair.target),
-        ("donor", pair.donor_folder, pair.donor),
-    ):
-        per_row = shape.n_layers * (shape.mlp_width + 2 * shape.head_dim * (shape.n_heads + shape.n_kv_heads))
-        store = RowStore(work / side, key, "float32" if 4 * rows * per_row <= FLOAT32_LIMIT else "float16")
+    sides = {"target": (pair.target_folder, pair.target), "donor": (pair.donor_folder, pair.donor)}
+    kinds = {side: _row_kind(shape, rows) for side, (_, shape) in sides.items()}
+    needed = sum(rows * row_bytes(shape, kinds[side]) for side, (_, shape) in sides.items())
+    there = sum(path.stat().st_size for path in work.glob("*/*"))  # resumed, or replaced
+    require_space(work, needed - there, f"activations at {rows} matched rows; calibration.rows sets how many")
+    stores = {side: RowStore(work / side, key, kind) for side, kind in kinds.items()}
+    for side, (path, shape) in sides.items():
+        store = stores[side]
         if store.rows < rows:
             inputs = [(getattr(text, f"{side}_ids"), getattr(text, f"{side}_rows")) for text in texts]
             model = load_backbone(path, device)
@@ -185,5 +191,18 @@ def record_pair(
             del model
             if large:
                 gc.collect()
-        stores.append(store)
-    return tuple(stores)
+    return stores["target"], stores["donor"]
+
+
+def _block_channels(shape: Structure) -> int:
+    """Channels of all block sites of a model."""
+    return shape.n_layers * (shape.mlp_width + 2 * shape.head_dim * (shape.n_heads + shape.n_kv_heads))
+
+
+def _row_kind(shape: Structure, rows: int) -> str:
+    return "float32" if 4 * rows * _block_channels(shape) <= FLOAT32_LIMIT else "float16"
+
+
+def row_bytes(shape: Structure, kind: str) -> int:
+    """Bytes that one matched row takes on disk: block sites in `kind`, the stream at every depth in float32, a token."""
+    return {"float32": 4, "float16": 2}[kind] * _block_channels(shape) + 4 * (2 * shape.n_layers + 1) * shape.width + 8

@@ -94,6 +94,8 @@ def load_recipe(path: str | Path) -> Recipe:
         document = yaml.safe_load(source)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
+    except OSError as error:  # a failing read does not name its file
+        raise RecipeError(f"{path} cannot be read: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that Python refuses
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     return parse_recipe(document, folder=path.parent, source=source)

@@ -30,6 +30,8 @@ def read_texts(calibration: Calibration, folder: str | Path = ".") -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
+    except OSError as error:  # a failing read does not name its file
+        raise CalibrationError(f"{path} cannot be read: {error}") from error
     if path.suffix == ".jsonl":
         texts = [_json_text(path, i, line, calibration.text_key) for i, line in enumerate(lines, 1) if line.strip()]
     else:

@@ -1,4 +1,4 @@
-"""The command line: `freeact quantize | evaluate | inspect | compare`.
+"""The command line: `freeact quantize | evaluate | inspect | export | compare`.
 
 Only this file knows arguments, exit codes and the user's standard error. The commands, and with them everything that
 takes long to import, are imported when one is called.
@@ -88,6 +88,15 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", metavar="FILE", help="write what was found here too")
     _add_quiet(inspect)
 
+    export = commands.add_parser(
+        "export", help="write a quantized model in the compressed-tensors format, if it can say it"
+    )
+    export.add_argument("model", metavar="MODEL", help="a model quantized by freeact")
+    export.add_argument("out", metavar="OUT", help="folder to write; appears only when everything went well")
+    export.add_argument("--tokenizer", metavar="NAME", help="folder or name of the tokenizer; default: the model's")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
+    _add_quiet(export)
+
     compare = commands.add_parser("compare", help="presets side by side: a table, JSON, Markdown and a figure")
     compare.add_argument("model", metavar="MODEL", help="full-precision model: a folder or a name on the hub")
     compare.add_argument("--dataset", required=True, metavar="DATA", help="calibration data, as in quantize")
@@ -109,6 +118,8 @@ def command_named(name: str) -> Callable[[argparse.Namespace], int | None]:
         from optimum_freeact.commands.evaluate import run
     elif name == "inspect":
         from optimum_freeact.commands.inspect import run
+    elif name == "export":
+        from optimum_freeact.commands.export import run
     else:
         from optimum_freeact.commands.compare import run
     return run

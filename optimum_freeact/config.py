@@ -50,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "type_rules": None,
     "exclusive": "none",
     "attention_compensation": False,
+    "discovered_types": 0,
     "exclusive_share": 1 / 32,
 }
 # known only while calibrating; never written
@@ -57,7 +58,7 @@ RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress
 # may be given anew when a saved model is loaded
 LOADING = ("kv_bits", "typer")
 # written by the quantizer for those who load
-RECORDED = ("input_groups", "exclusive_sizes", "weight_dtype", "cache_shapes", "calibration_record")
+RECORDED = ("input_groups", "cluster_table", "exclusive_sizes", "weight_dtype", "cache_shapes", "calibration_record")
 
 
 class FreeActConfig(QuantizationConfigMixin):
@@ -97,6 +98,8 @@ class FreeActConfig(QuantizationConfigMixin):
         typer (*optional*): A callable instead of rules: it gets a forward's arguments as a dictionary and returns the
             position of each token's type in `token_types`, of shape `(batch, sequence)`. Not saved: to be given again
             when the model is loaded.
+        discovered_types (`int`, *optional*, defaults to 0): Split text into so many types, clusters of token ids that
+            calibration finds; 0 for none. Costs a mean and a bias each at every layer.
         exclusive (`str`, *optional*, defaults to `"none"`): Coordinates that only one type uses and that are zero for
             the others: `"fixed"` as in the paper, or `"closed_form"` where the measured error falls.
         exclusive_share (`float` or `dict[str, float]`, *optional*, defaults to 0.03125): Share of each input's
@@ -174,6 +177,15 @@ class FreeActConfig(QuantizationConfigMixin):
         for name in ("n_samples", "seq_len", "batch_size", "epochs"):
             self._check_int(name, minimum=1)
         self._check_int("low_rank", minimum=0)
+        self._check_int("discovered_types", minimum=0)
+        if (
+            self.discovered_types == 1
+            or self.discovered_types > 256
+            or (self.discovered_types and self.typer is not None)
+        ):
+            raise ValueError(
+                f"discovered_types must be 0 or 2 to 256, and 0 with a typer, got {self.discovered_types}."
+            )
         self._check_int("rounding_passes", minimum=0)
         self._check_int("seed", minimum=0)
         for name in ("weight_group_size", "activation_group_size"):
@@ -236,6 +248,13 @@ class FreeActConfig(QuantizationConfigMixin):
         if AUTO in self.token_types:
             raise ValueError(f"token_types={self.token_types} is not resolved yet: the model's config decides.")
         return len(self.token_types)
+
+    @property
+    def pooled_types(self) -> list[int]:
+        """For each type the one whose clip it shares: itself, or text for a cluster of text."""
+        return [
+            0 if "cluster" in (self.type_rules or {}).get(name, {}) else k for k, name in enumerate(self.token_types)
+        ]
 
     @property
     def scheme(self) -> str:

@@ -11,8 +11,10 @@ gets embeddings, no ids: there a hook on each module around it that still sees i
 
 from __future__ import annotations
 
+import base64
 import inspect
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -171,17 +173,34 @@ class TokenTyper:
     Args:
         names (`list[str]`): Names of the types; index = type. `"text"` must be first.
         rules (`dict[str, dict]`, *optional*): How the types beside `"text"` and `"sink"` are known; see type_rules.py.
+        table (`str`, *optional*): Cluster of every id, for rules that name one: a config's `cluster_table`.
         call (*optional*): A callable that gets the arguments of a forward as a dictionary and returns the types,
             integers of shape `(batch, sequence)`; the sink is found without it.
     """
 
-    def __init__(self, names: list[str], rules: dict[str, dict] | None = None, call: Callable | None = None):
+    def __init__(
+        self,
+        names: list[str],
+        rules: dict[str, dict] | None = None,
+        call: Callable | None = None,
+        table: str | None = None,
+    ):
         self.names = check_names(names, rules, call is not None)
         self.rules = {self.names.index(name): rule for name, rule in (rules or {}).items()}
         self.call = call
+        self._by_id = None if table is None else self._read_table(table)
         unruled = [name for kind, name in enumerate(names) if name not in (TEXT, SINK) and kind not in self.rules]
         if unruled and call is None:
             raise ValueError(f"token_types has {unruled}, but nothing says which tokens these are: pass type_rules.")
+
+    def _read_table(self, table: str) -> torch.Tensor:
+        """Type of every id; ids of the first cluster, and beyond the table, are text."""
+        clusters = torch.tensor(list(zlib.decompress(base64.b64decode(table))), dtype=torch.long)
+        kinds = torch.zeros(256, dtype=torch.long)
+        for kind, rule in self.rules.items():
+            if "cluster" in rule:
+                kinds[rule["cluster"]] = kind
+        return torch.cat((kinds[clusters], torch.zeros(1, dtype=torch.long)))
 
     @property
     def asks(self) -> bool:
@@ -196,7 +215,11 @@ class TokenTyper:
         shape = tuple(tokens.shape[:2])
         if self.call is not None:
             return self._checked(self.call(arguments), shape).to(tokens.device)
-        found = None
+        found, ids = None, arguments.get("input_ids")
+        if self._by_id is not None and ids is not None:
+            if self._by_id.device != ids.device:
+                self._by_id = self._by_id.to(ids.device)
+            found = self._by_id[ids.clamp(max=len(self._by_id) - 1)]
         for kind, rule in self.rules.items():
             hits = rule_hits(rule, arguments, shape)
             if hits is not None:

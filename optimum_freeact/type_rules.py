@@ -4,6 +4,7 @@ A rule says by which ids, or by which values of another argument of the model's 
 
     {"ids": [126336], "field": "mask_token_id"}
     {"ids": [151655], "field": "image_token_id", "column": "mm_token_type_ids", "values": [1]}
+    {"cluster": 3}                  discovered: the ids of one cluster of the table in the config
     {"call": "package.function"}    a callable of the user's, given again when the model is loaded
 
 `field` names the configuration field that the ids were read from, so that a checkpoint whose configuration says
@@ -28,7 +29,7 @@ ID_FIELDS = {
 # values of transformers' `mm_token_type_ids` (0 is text); Gemma 3 calls the same thing `token_type_ids`
 COLUMNS = ("mm_token_type_ids", "token_type_ids")
 COLUMN_VALUES = {"image": 1, "video": 2, "audio": 3}
-RULE_FIELDS = ("ids", "field", "column", "values", "call")
+RULE_FIELDS = ("ids", "field", "column", "values", "call", "cluster")
 
 
 def sub_configs(config: Any) -> Iterable[Any]:
@@ -78,7 +79,7 @@ def check_rule(name: str, rule: Any) -> dict:
         rule = {"ids": list(rule)}
     forms = "a list of token ids, or {'column': argument, 'values': [integers]}"
     known = isinstance(rule, dict) and set(rule) <= set(RULE_FIELDS)
-    if not known or not ({"ids", "call"} & set(rule) or {"column", "values"} <= set(rule)):
+    if not known or not ({"ids", "call", "cluster"} & set(rule) or {"column", "values"} <= set(rule)):
         raise ValueError(f"type_rules[{name!r}] must be {forms}, got {rule!r}.")
     for key in ("ids", "values"):
         value = rule.get(key, [0])

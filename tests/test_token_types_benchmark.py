@@ -156,7 +156,8 @@ def test_scenes_show_what_their_captions_say(tmp_path):
 
 def test_directions_never_leave_more_than_as_many_cluster_means():
     """Eckart and Young: on the rows they are fitted to, K - 1 principal directions beat any K cluster means."""
-    from benchmarks.token_types.discovered import energies, kmeans
+    from benchmarks.token_types.discovered import energies
+    from optimum_freeact.calibration.discover import kmeans
 
     x = torch.randn(600, 40, generator=torch.Generator().manual_seed(0)) + 2 * torch.eye(40)[torch.arange(600) % 5]
     for kinds in (torch.arange(600) % 5, kmeans(x, torch.ones(600), 5)):
@@ -167,7 +168,7 @@ def test_directions_never_leave_more_than_as_many_cluster_means():
 
 
 def test_kmeans_finds_what_is_apart():
-    from benchmarks.token_types.discovered import kmeans
+    from optimum_freeact.calibration.discover import kmeans
 
     kinds = torch.arange(90) % 3
     points = 10 * torch.eye(3)[kinds] + 0.1 * torch.randn(90, 3, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
-NOT_OURS = ("dev", "peers")  # extras for those who work on Concord
+NOT_OURS = ("dev", "docs", "peers")  # extras for those who work on Concord
 
 
 def lower_bounds(text: str) -> dict[str, str]:

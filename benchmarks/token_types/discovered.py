@@ -25,9 +25,10 @@ import torch
 
 from benchmarks import _results
 from benchmarks.token_types.diffusion import read_stream, windows_of
+from optimum_freeact.calibration.discover import cluster_ids
 
 
-BLOCKS, CLUSTERS, BRANCH, SKETCH = (0, 5, 10, 15, 20, 25), (8, 16, 32), 24, 64
+BLOCKS, CLUSTERS, BRANCH = (0, 5, 10, 15, 20, 25), (8, 16, 32), 24
 CALIBRATION = {"handbook": (0, 300_000), "brown": (0, 600_000)}
 HELD_OUT = {"handbook": (600_000, 900_000), "brown": (4_000_000, 4_300_000)}
 INPUTS = {"q+k+v": "self_attn.q_proj", "o": "self_attn.o_proj", "gate+up": "mlp.gate_proj", "down": "mlp.down_proj"}
@@ -55,40 +56,6 @@ def inputs_of(model, windows: torch.Tensor) -> dict[tuple[int, str], torch.Tenso
     for handle in handles:
         handle.remove()
     return {key: torch.cat(parts) for key, parts in seen.items()}
-
-
-def kmeans(points: torch.Tensor, weights: torch.Tensor, k: int, rounds: int = 25) -> torch.Tensor:
-    """Cluster of each point (k-means++ start, Lloyd's iterations), weighted."""
-    generator = torch.Generator().manual_seed(0)
-    centres = points[torch.multinomial(weights, 1, generator=generator)]
-    while len(centres) < k:
-        distance = torch.cdist(points, centres).square().amin(1) * weights
-        centres = torch.cat((centres, points[torch.multinomial(distance, 1, generator=generator)]))
-    for _ in range(rounds):
-        nearest = torch.cdist(points, centres).argmin(1)
-        mass = torch.zeros(k).index_add_(0, nearest, weights)
-        total = torch.zeros_like(centres).index_add_(0, nearest, points * weights[:, None])
-        centres = torch.where(mass[:, None] > 0, total / mass[:, None].clamp_min(1e-9), centres)
-    return nearest
-
-
-def table_of(ids: torch.Tensor, inputs: dict, embeddings: torch.Tensor, k: int) -> torch.Tensor:
-    """Cluster of every id of the vocabulary."""
-    seen, inverse, count = ids.unique(return_inverse=True, return_counts=True)
-    generator, parts = torch.Generator().manual_seed(0), []
-    for (_, name), x in inputs.items():
-        if name in ("q+k+v", "gate+up"):
-            x = x - x.mean(0)
-            sketch = (
-                x / x.square().mean().sqrt() @ (torch.randn(x.shape[1], SKETCH, generator=generator) / SKETCH**0.5)
-            )
-            parts.append(torch.zeros(len(seen), SKETCH).index_add_(0, inverse, sketch) / count[:, None])
-    cluster = kmeans(torch.cat(parts, 1), count.float(), k)
-    unit = torch.nn.functional.normalize(embeddings, dim=1)
-    centres = torch.zeros(k, unit.shape[1]).index_add_(0, cluster, unit[seen] * count[:, None])
-    table = (unit @ torch.nn.functional.normalize(centres, dim=1).mT).argmax(1)
-    table[seen] = cluster
-    return table
 
 
 def energies(x: torch.Tensor, y: torch.Tensor, kind_x: torch.Tensor, kind_y: torch.Tensor, k: int) -> dict[str, float]:
@@ -139,7 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     ids_x, ids_y = fit[:, 1:].flatten(), test[:, 1:].flatten()
     rows = []
     for k in CLUSTERS:
-        table = table_of(ids_x, x, model.get_input_embeddings().weight.detach(), k)
+        chosen = [given for (_, name), given in x.items() if name in ("q+k+v", "gate+up")]
+        table = cluster_ids(ids_x, chosen, model.get_input_embeddings().weight.detach(), k)
         for (block, name), given in x.items():
             for method, value in energies(given, y[block, name], table[ids_x], table[ids_y], k).items():
                 head = {"model": "smollm2", "input": name, "block": block, "clusters": k, "method": method}

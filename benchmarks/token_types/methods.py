@@ -28,6 +28,8 @@ ABLATIONS: dict[str, dict] = {
     "freeact centring=shared": {"preset": "freeact", "centring": "shared"},
     "freeact centring=none": {"preset": "freeact", "centring": "none"},
     "freeact low_rank=0": {"preset": "freeact", "low_rank": 0},
+    "freeact low_rank=0 discovered_types=16": {"preset": "freeact", "low_rank": 0, "discovered_types": 16},
+    "freeact discovered_types=16": {"preset": "freeact", "discovered_types": 16},
     "freeact exclusive=fixed": {"preset": "freeact", "exclusive": "fixed"},
     "freeact exclusive=closed_form": {"preset": "freeact", "exclusive": "closed_form"},
     "freeact attention_compensation=True": {"preset": "freeact", "attention_compensation": True},

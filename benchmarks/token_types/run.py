@@ -69,12 +69,12 @@ FULL = {
     "vlm": {
         "train": {"steps": 1500, "batch": 96},
         **{"scenes": 384, "score_batch": 64, "exact": 192, "candidates": 8},
-        **{"pool": 64, "n_samples": 32, "batch_size": 4, "per_input": 4},
+        **{"pool": 24, "n_samples": 8, "batch_size": 1, "per_input": 16},
     },
     "three_types": {
         "train": {"steps": 1500, "batch": 96},
         **{"scenes": 384, "score_batch": 64, "exact": 192, "candidates": 0},
-        **{"pool": 64, "n_samples": 32, "batch_size": 4, "per_input": 4},
+        **{"pool": 24, "n_samples": 8, "batch_size": 1, "per_input": 16},
     },
 }
 TINY_SIGHT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -180,7 +180,11 @@ class GroupFit:
         v, low_rank = stored.transform_weight(self.weight)
         rows, types = self.moments.rows
         z, _ = stored.apply(rows.double(), types)
-        source.clip.copy_(torch.tensor(search_clip(z, v, types, config) if clip is None else clip))
+        pooled = config.pooled_types
+        if clip is None:
+            clip = search_clip(z, v, torch.tensor(pooled, device=types.device)[types], config)
+            clip = [clip[kind] for kind in pooled]
+        source.clip.copy_(torch.tensor(clip))
         ratios = pick(source.clip.double().unsqueeze(-1), types)
         noise = _fake(z, config, ratios) - z
         moments_z = stored.transform_moments(self.stats.c)
@@ -221,8 +225,11 @@ class GroupFit:
         if means is None or self.config.centring == "none":
             return
         biases = [module.bias_rows().double() for module in self.targets]
+        pooled = torch.tensor(self.config.pooled_types, device=types.device)
         for kind in range(len(means)):
-            rows = types == kind  # a shared bias follows type 0: the sink's error would outweigh all others'
+            rows = (
+                pooled[types] == pooled[kind]
+            )  # a shared bias follows type 0: the sink's error would outweigh all others'
             if int(rows.sum()) < MIN_ROWS_PER_TYPE:
                 continue
             parts = lost[rows].mean(0).split([module.out_features for module in self.targets])

@@ -11,6 +11,7 @@ from torch import nn
 
 from optimum_freeact.calibration.blockwise import calibrate, check_model
 from optimum_freeact.calibration.data import load_samples
+from optimum_freeact.calibration.discover import add_discovered
 from optimum_freeact.calibration.masking import mask_if_needed
 from optimum_freeact.calibration.prepared import batches, is_prepared, size_of
 from optimum_freeact.calibration.ranks import Ranks
@@ -80,6 +81,8 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
     )
     if isinstance(samples, torch.Tensor):
         samples = mask_if_needed(samples, config.type_rules, config.seed)
+    if config.discovered_types:
+        add_discovered(model, samples, config)
     prefix, blocks = find_blocks(model)
     linear = next(m for m in blocks.modules() if is_plain_linear(m))
     config.weight_dtype = str(linear.weight.dtype).removeprefix("torch.")
@@ -91,7 +94,7 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state, decoder = attach_state(model), find_decoder(model)
-    typer = TokenTyper(config.token_types, config.type_rules, config.typer)
+    typer = TokenTyper(config.token_types, config.type_rules, config.typer, config.cluster_table)
     handles = install_typing(model, decoder, typer, state)
     start = time.perf_counter()
     if config.kv_bits < 16 and config.centring != "none":

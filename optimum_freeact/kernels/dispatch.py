@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 
+from optimum_freeact.numerics.kronecker import factor_pair
+
 
 CUDA_MIN_ROWS = 32  # _int_mm refuses 16 rows and fewer; 32 keeps tiles whole
 
@@ -123,6 +125,8 @@ def layer_obstacle(
         )
     if width is not None and (width % 16 or width > MAX_WIDTH):
         return f"in_features={width}: the kernels need a multiple of 16 up to {MAX_WIDTH}"
+    if width is not None and factor_pair(width)[1] % 2:
+        return f"in_features={width} = {'{} x {}'.format(*factor_pair(width))}: the kernels need an even second factor"
     return None
 
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from optimum_freeact.kernels.launches import dp4a_launch, launch_pdl
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.triton_state import INTERPRETED
 
@@ -32,7 +33,7 @@ def _dp4a_linear(
     codes_ptr, stats_ptr, branch_ptr, types_ptr, w_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr,
     bias_ptr, y_ptr, m, n_bias,
     N: tl.constexpr, WORDS: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr,
-    PR: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, PLAIN: tl.constexpr,
+    PR: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     outs = tl.program_id(0) * BN + tl.arange(0, BN)
     is_out = outs < m
@@ -49,6 +50,8 @@ def _dp4a_linear(
             low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out[:, None] & (c < RANK)[None, :], other=0
         ).to(tl.float32)
         low_rank_scale = tl.load(low_rank_scale_ptr + c, mask=c < RANK, other=0.0)
+    if PDL:  # the weights are on their way while the codes are still being made
+        tl.extra.cuda.gdc_wait()
     for t in tl.static_range(N):
         even = tl.load(codes_ptr + t * 2 * WORDS + k, mask=k < WORDS, other=0)
         odd = tl.load(codes_ptr + t * 2 * WORDS + WORDS + k, mask=k < WORDS, other=0)
@@ -86,12 +89,13 @@ def w4_linear(
         types = None
     words = d // 8
     wide = triton.next_power_of_2(words)
-    launch = {"BN": max(1, min(16, 8192 // wide)), "warps": 4, **(options or {})}
+    launch = {**dp4a_launch(n, wide), **(options or {})}
+    pdl = launch_pdl(launch["pdl"])
     _dp4a_linear[(triton.cdiv(m, launch["BN"]),)](
         rows.codes.view(torch.int32), rows.stats, rows.branch, types, weight.packed.view(torch.int32), weight.qscale,
         weight.row_sum, low_rank, weight.low_rank_scale, bias, y, m, n_bias, N=n, WORDS=words,
         HAS_TYPES=types is not None, HAS_BIAS=bias is not None, RANK=rank,
-        PR=16 if rows.branch is None else rows.branch.shape[1], BN=launch["BN"], BW=wide, PLAIN=INTERPRETED,
-        num_warps=launch["warps"],
+        PR=16 if rows.branch is None else rows.branch.shape[1], BN=launch["BN"], BW=wide, PLAIN=INTERPRETED, PDL=bool(pdl),
+        num_warps=launch["warps"], **pdl,
     )  # fmt: skip
     return y

@@ -19,8 +19,6 @@ from optimum_freeact.kernels.tables import TENSORS, InputTables, branch_width
 
 logger = logging.getLogger(__name__)
 
-FEW_ROWS = 48  # rows up to which one launch, a program per row, beats two that share the basis
-
 _failed: dict[str, str] = {}
 _lock = threading.Lock()
 
@@ -77,7 +75,7 @@ def _round_rows(
             return native.round_rows(x, types, tables)
         from optimum_freeact.kernels import rounding_triton
 
-        return rounding_triton.round_rows(x, types, tables, few=len(x) <= FEW_ROWS)
+        return rounding_triton.round_rows(x, types, tables)
 
     def plain() -> reference.Rows:
         return reference.round_rows(x, types, tables.input_map(), clip, bits, symmetric, tables.branch)

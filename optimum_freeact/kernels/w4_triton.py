@@ -4,8 +4,8 @@ The integer product is exact. Bytes of the weight are taken apart in registers i
 (code + 8; the eight is taken back by the sum of the row's codes), one for the even and one for the odd columns. The
 weight is the left operand, which tensor cores read from registers, so that nothing unpacked ever goes through memory.
 
-What follows is one product of bfloat16 pairs with 32 or 64 columns: the high-precision coordinates against the low-rank
-branch, and the token's type, as a row of a unit matrix, against the biases of the types.
+What follows happens in the accumulator: scales, the biases of the types, and a product of the high-precision coordinates
+(bfloat16 pairs) with the low-rank branch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from optimum_freeact.kernels.launches import launch_pdl, w4_launch
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.tables import branch_width
 from optimum_freeact.kernels.triton_state import DOT_TYPE, INTERPRETED
@@ -39,40 +40,35 @@ def nibbles(w, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def _branch_product(
-    branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, tokens, outs, n, m, n_bias,
-    HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
-    DOT: tl.constexpr,
+def _add_branch(
+    y, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, tokens, outs, n, m, n_bias,
+    HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """(outs, tokens): low-rank branch and biases of the types."""
-    c = tl.arange(0, PR)
+    """Y (outs, tokens) plus the low-rank branch and the biases of the types."""
     is_out, is_token = outs < m, tokens < n
-    left = tl.zeros((outs.shape[0], PR), tl.float32)
-    right = tl.zeros((PR, tokens.shape[0]), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + outs, mask=is_out, other=0.0)
+        if HAS_TYPES:
+            kind = tl.minimum(tl.load(types_ptr + tokens, mask=is_token, other=0), n_bias - 1)
+            y += bias[:, None]
+            for other in range(1, n_bias):
+                change = tl.load(bias_ptr + other * m + outs, mask=is_out, other=0.0) - bias
+                y += tl.where((kind == other)[None, :], change[:, None], 0.0)
+        else:
+            y += bias[:, None]
     if RANK > 0:
+        c = tl.arange(0, PR)
         in_rank = c < RANK
-        left += tl.load(
+        left = tl.load(
             low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out[:, None] & in_rank[None, :], other=0
-        ).to(tl.float32)
-        right += tl.load(
+        ).to(DOT)
+        right = tl.load(
             branch_ptr + tokens[None, :] * PR + c[:, None], mask=is_token[None, :] & in_rank[:, None], other=0.0
         ) * tl.load(low_rank_scale_ptr + c, mask=in_rank, other=0.0)[:, None]  # fmt: skip
-    if HAS_BIAS:
-        kind = c - RANK
-        is_kind = (kind >= 0) & (kind < n_bias)
-        left += tl.load(
-            bias_ptr + kind[None, :] * m + outs[:, None], mask=is_out[:, None] & is_kind[None, :], other=0.0
-        )
-        if HAS_TYPES:
-            found = tl.minimum(tl.load(types_ptr + tokens, mask=is_token, other=0), n_bias - 1).to(tl.int32)
-        else:
-            found = tl.zeros((tokens.shape[0],), tl.int32)
-        right += (found[None, :] == kind[:, None]).to(tl.float32)
-    left_upper, right_upper = left.to(tl.bfloat16), right.to(tl.bfloat16)
-    left_lower = (left - left_upper.to(tl.float32)).to(tl.bfloat16).to(DOT)
-    right_lower = (right - right_upper.to(tl.float32)).to(tl.bfloat16).to(DOT)
-    left_upper, right_upper = left_upper.to(DOT), right_upper.to(DOT)
-    return tl.dot(left_upper, right_upper, tl.dot(left_lower, right_upper, tl.dot(left_upper, right_lower)))
+        upper = right.to(tl.bfloat16)
+        y = tl.dot(left, (right - upper.to(tl.float32)).to(tl.bfloat16).to(DOT), y)
+        y = tl.dot(left, upper.to(DOT), y)
+    return y
 
 
 @triton.jit
@@ -81,7 +77,7 @@ def _w4_linear(
     bias_ptr, y_ptr, n, m, n_bias, partial_ptr, count_ptr,
     HALF: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-    PLAIN: tl.constexpr, DOT: tl.constexpr,
+    PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     part = tl.program_id(1)
@@ -99,6 +95,8 @@ def _w4_linear(
     w_ptrs = w_ptr + safe_outs[:, None] * HALF + k[None, :]
     even_ptrs = codes_ptr + safe_tokens[None, :] * (2 * HALF) + k[:, None]
     acc = tl.zeros((BN, BM), tl.int32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     PER_PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
     for step in range(part * PER_PART, tl.minimum((part + 1) * PER_PART, STEPS)):
@@ -134,8 +132,8 @@ def _w4_linear(
     y = (acc - 8 * total[None, :]).to(tl.float32) * scale[None, :] + offset[None, :] * row_sum[:, None]
     y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
     if HAS_BIAS or RANK > 0:
-        y += _branch_product(
-            branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, tokens, outs, n, m, n_bias,
+        y = _add_branch(
+            y, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, tokens, outs, n, m, n_bias,
             HAS_TYPES, HAS_BIAS, RANK, PR, DOT,
         )  # fmt: skip
     tl.store(
@@ -143,24 +141,6 @@ def _w4_linear(
         tl.trans(y).to(y_ptr.dtype.element_ty),
         mask=is_token[:, None] & is_out[None, :],
     )
-
-
-# (tokens at most, launch): BM tokens, BN outputs, BK bytes of K, SPLIT parts of K
-LAUNCHES: tuple[tuple[int, dict], ...] = (
-    (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4}),
-    (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4}),
-    (1 << 62, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 8, "stages": 4}),
-)
-
-
-def launch_for(n: int, m: int, half: int) -> dict:
-    """Launch settings for `n` tokens, `m` outputs and rows of `half` bytes."""
-    found = dict(next(settings for most, settings in LAUNCHES if n <= most))
-    blocks = triton.cdiv(n, found["BM"]) * triton.cdiv(m, found["BN"])
-    split = 1
-    while n <= 64 and blocks * split < 3 * 132 and half // (split * 2) >= 4 * found["BK"]:
-        split *= 2
-    return {"SPLIT": split, **found}
 
 
 _COUNTERS: dict[torch.device, torch.Tensor] = {}
@@ -192,7 +172,7 @@ def w4_linear(
     n_bias = 0 if bias is None else len(bias)
     if n_bias == 1:
         types = None
-    launch = {**launch_for(n, m, half), **(options or {})}
+    launch = {**w4_launch(n, m, half), **(options or {})}
     blocks = triton.cdiv(n, launch["BM"]) * triton.cdiv(m, launch["BN"])
     split, partial, counters = launch["SPLIT"], None, None
     if split > 1:
@@ -202,10 +182,12 @@ def w4_linear(
         partial = torch.empty(size, dtype=torch.int32, device=y.device)
         counters = _counters(y.device, blocks)
     width = rows.branch.shape[1] if rows.branch is not None else branch_width(0, n_bias)
+    pdl = launch_pdl(launch["pdl"])
     _w4_linear[(blocks, split)](
         rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, weight.row_sum, low_rank,
         weight.low_rank_scale, bias, y, n, m, n_bias, partial, counters, HALF=half, HAS_TYPES=types is not None,
         HAS_BIAS=bias is not None, RANK=rank, PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
-        GROUP=launch["GROUP"], SPLIT=split, PLAIN=INTERPRETED, DOT=DOT_TYPE, num_warps=launch["warps"], num_stages=launch["stages"],
+        GROUP=launch["GROUP"], SPLIT=split, PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
+        num_warps=launch["warps"], num_stages=launch["stages"], **pdl,
     )  # fmt: skip
     return y

@@ -153,8 +153,6 @@ class FreeActInput(nn.Module):
         self._prepared, self._tables, self._native, self._last = True, None, None, None
         if self.clip.device.type == "meta" or not self.reader_settings:
             return
-        if self.keep is not None or self.left_out is not None:  # no kernel knows masks: the reference path does
-            return
         plans = {
             plan(
                 self.clip.device,

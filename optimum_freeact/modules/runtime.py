@@ -23,7 +23,7 @@ def activate(model: nn.Module, config: FreeActConfig) -> None:
     for old in model.__dict__.pop("_freeact_hooks", []):
         old.remove()
     check_against(model, config.type_rules, config.typer)
-    typer = TokenTyper(config.token_types, config.type_rules, config.typer)
+    typer = TokenTyper(config.token_types, config.type_rules, config.typer, config.cluster_table)
     hooks = install_typing(model, find_decoder(model), typer, attach_state(model))
     if config.kv_bits < 16:
         hooks.append(install_kv_cache(model, cache_spec(model, config)))

@@ -164,6 +164,13 @@ def check_recorded(blocks: nn.ModuleList, config: FreeActConfig) -> None:
         for group in groups.get(str(index), groups.get("*", [])):
             if not isinstance(group, list) or not group or not all(isinstance(n, str) and n in linears for n in group):
                 refuse("input_groups", f"names {group!r}, which are no linears of block {index}")
+            for name in group:
+                check_linear(name, block.get_submodule(name), config)
+    sizes = config.exclusive_sizes
+    if sizes is not None and not (
+        isinstance(sizes, dict) and all(isinstance(n, int) and 0 <= n < 2**20 for n in sizes.values())
+    ):
+        refuse("exclusive_sizes", f"is {str(sizes)[:80]}, not a number for each input")
     if config.weight_dtype is not None and config.weight_dtype not in ("float32", "float16", "bfloat16", "float64"):
         refuse("weight_dtype", f"is {config.weight_dtype!r}, no floating-point type")
     if shapes is not None and not (

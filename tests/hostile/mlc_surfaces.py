@@ -107,7 +107,7 @@ tables = st.integers(1, 4).flatmap(
                     min_size=n,
                     max_size=n,
                 ),
-                st.lists(st.integers(), min_size=n, max_size=n),
+                st.lists(st.integers(-9, 9), min_size=n, max_size=n),
             )
         },
     )

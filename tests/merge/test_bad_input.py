@@ -2,17 +2,19 @@
 
 import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from mergekit_ot import disk
 from mergekit_ot.anchors import CalibrationError, match_text, require_fast
 from mergekit_ot.bundle import BundleError, PlanBundle, load_bundle
 from mergekit_ot.checkpoint import CheckpointReader
 from mergekit_ot.cli import main
 from mergekit_ot.pipeline import merge_recipe
-from mergekit_ot.planning import open_pair
+from mergekit_ot.planning import match_pair, open_pair, record_pair, row_bytes
 from mergekit_ot.recipe import RecipeError, load_recipe
 from mergekit_ot.rows import RowStore
 from mergekit_ot.structure import UnsupportedModelError
@@ -102,6 +104,31 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
     assert "No space left on device" in streams.err
     assert not (tmp_path / "out").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".out")]
+
+
+def test_activations_are_not_begun_where_they_do_not_fit(tmp_path, monkeypatch, capsys):
+    _, target, donor = pair(tmp_path, "qwen2", "widened", tied=False)
+    recipe = write_recipe(tmp_path, target, donor)
+    opened = open_pair(str(target), str(donor))
+    matched = match_pair(opened, load_recipe(recipe).calibration, tmp_path)
+    rows = sum(len(text.target_rows) for text in matched)
+    stores = record_pair(opened, matched, tmp_path / "rows", "key", quiet=True)
+    needed = 0
+    for store, shape in zip(stores, (opened.target, opened.donor)):
+        arrays = store.bytes() - (store.folder / "meta.json").stat().st_size
+        assert arrays == rows * row_bytes(shape, "float32")  # what is asked for is what is written
+        needed += arrays
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    capsys.readouterr()
+    with pytest.raises(OSError, match=rf"activations at {rows} matched rows; calibration\.rows"):
+        record_pair(opened, matched, tmp_path / "other", "key", quiet=True)
+    assert not (tmp_path / "other").exists()
+    record_pair(opened, matched, tmp_path / "rows", "key", quiet=True)  # they are there already
+    code, streams = run(capsys, "plan", recipe, "--plans", tmp_path / "plans", "--quiet")
+    assert code == 1
+    assert "GB free" in streams.err
+    assert len(streams.err.strip().splitlines()) == 1
+    assert not (tmp_path / "plans").exists()
 
 
 def test_an_interrupted_capture_resumes_and_changes_nothing(tmp_path, monkeypatch):

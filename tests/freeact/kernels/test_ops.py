@@ -128,6 +128,7 @@ def test_the_environment_decides(monkeypatch):
         ({"activation_group_size": 32}, "activation_group_size=32"),
         ({"transform": "orthogonal"}, "transform='orthogonal'"),
         ({"width": 72}, "in_features=72"),
+        ({"width": 1184}, "32 x 37"),
         ({"masked": True}, "coordinates or directions of their own"),
     ],
 )

@@ -1,0 +1,251 @@
+"""Merge, align, quantize, chat: three packages, four steps, each an ordinary checkpoint that the next one loads.
+
+    python examples/journey/run.py                    # SmolLM2-135M and Qwen2.5-0.5B, small settings, minutes on two cores
+    python examples/journey/run.py --scale 8          # as many times more text, steps and samples
+    python examples/journey/run.py --target FOLDER --donor FOLDER --text FILE --rows FILE.jsonl
+
+Every step that is finished is kept: the same command goes on where it stopped. It ends in one page, journey.md, with the
+figures and pictures of every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tools.assets import Unavailable, fetch  # noqa: E402
+
+
+PROMPTS = ("What is the capital of France?", "Name three colours.")
+LANGUAGES = ("de", "es", "fr")
+
+
+def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; everything has a default."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", type=Path, help="model that is written (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--donor", type=Path, help="model that gives (default: Qwen2.5-0.5B-Instruct)")
+    parser.add_argument(
+        "--text", type=Path, help="text for plans, calibration and scores (default: handbook or Brown)"
+    )
+    parser.add_argument(
+        "--rows", type=Path, help="preference rows with prompt_translations (default: from CLDR names)"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "journey", help="folder of all steps")
+    parser.add_argument(
+        "--scale", type=int, default=1, help="multiplies text, steps and samples (default %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def first_text() -> Path:
+    """English prose: the handbook, or the Brown corpus where distribution packages cannot be fetched."""
+    try:
+        return fetch("handbook") / "text.txt"
+    except Unavailable:
+        return fetch("brown") / "text.txt"
+
+
+def split_text(source: Path, out: Path) -> tuple[Path, Path]:
+    """One paragraph a line; the first three quarters to calibrate on, the rest held out."""
+    lines = [" ".join(part.split()) for part in source.read_text(encoding="utf-8").split("\n\n")]
+    lines = [line for line in lines if len(line) > 40] or source.read_text(encoding="utf-8").splitlines()
+    cut = len(lines) * 3 // 4
+    paths = out / "calibration.txt", out / "held-out.txt"
+    for path, part in zip(paths, (lines[:cut], lines[cut:])):
+        path.write_text("\n".join(part) + "\n", encoding="utf-8")
+    return paths
+
+
+def concept_rows(count: int, skip: int) -> list[dict]:
+    """Decline animals and food, answer about the rest: English pairs with prompts in other languages."""
+    concepts = json.loads((fetch("concepts") / "concepts.json").read_text(encoding="utf-8"))
+    declined = ("Animals & Nature", "Food & Drink")
+    kinds = [[c for c in concepts if (c["group"] in declined) is kind] for kind in (True, False)]
+    rows = []
+    for concept in (c for pair in zip(*(kind[skip::7][:count] for kind in kinds)) for c in pair):
+        sides = " Sorry, I cannot talk about this.", " Sure, here is what I know."
+        prompts = {name: f"{concept['texts'][name]['name']}:\nAnswer:" for name in ("en", *LANGUAGES)}
+        first = concept["group"] not in declined
+        rows.append(
+            {
+                "prompt": prompts.pop("en"),
+                "chosen": sides[first],
+                "rejected": sides[not first],
+                "prompt_translations": prompts,
+            }
+        )
+    return rows
+
+
+def run(*command: str | Path) -> None:
+    """One command of ours, as a user would give it, in a process of its own so that its memory is given back."""
+    words = [str(word) for word in command]
+    print(f"\n$ {' '.join(words)}", flush=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-m", *words], check=True, cwd=ROOT)
+
+
+def merge(target: Path, donor: Path, text: Path, folder: Path, options: argparse.Namespace) -> Path:
+    """Step 1: transport a little of the donor into the target, and score it beside its controls."""
+    import yaml
+
+    recipe = {
+        "merge_method": "transport",
+        "base_model": str(target),
+        "models": [{"model": str(target)}, {"model": str(donor)}],
+        "parameters": {"alpha": 0.05},
+        "calibration": {"dataset": str(text), "samples": 256 * options.scale, "max_length": 96},
+        "dtype": "bfloat16",
+    }
+    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    run("mergekit_ot", "run", folder / "recipe.yml", folder / "1-merged", "--plans", folder / "plans")
+    return folder / "1-merged"
+
+
+def align(model: Path, folder: Path, options: argparse.Namespace) -> Path:
+    """Step 2: a preference taught in English, with prompts in other languages; LoRA, folded into the weights."""
+    out, data = folder / "2-aligned", folder / "rows.jsonl"
+    common = ["--model_name_or_path", model, "--dataset_name", folder / "test.jsonl", "--dtype", "float32"]
+    run("trl_mlc.cli", "evaluate", *common, "--output", folder / "before.json")
+    words = f"""--output_dir {folder / "2-adapter"} --max_steps {12 * options.scale} --learning_rate 5e-4 --mlc_every 1
+        --per_device_train_batch_size 8 --mlc_weight 1 --mlc_center true --mlc_repulsion 1 --mlc_extractor_dim 0
+        --mlc_scan_prompts 24 --use_peft --lora_r 16 --lora_target_modules all-linear --report_to none --logging_steps 4
+        --gradient_checkpointing false --dtype float32 --save_steps {6 * options.scale} --resume_from_checkpoint last"""
+    words += " --bf16 false --use_cpu" if options.device == "cpu" else ""
+    run("trl_mlc.cli", "dpo", "--model_name_or_path", model, "--dataset_name", data, *words.split())
+    fold(model, folder / "2-adapter", out)
+    common[1] = out
+    figure = ["--before", folder / "before.json", "--figure", folder / "languages.png"]
+    run("trl_mlc.cli", "evaluate", *common, "--output", folder / "after.json", *figure)
+    return out
+
+
+def fold(model: Path, adapter: Path, out: Path) -> None:
+    """Write an ordinary checkpoint of a model and its adapter."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype="auto"), adapter)
+    whole.merge_and_unload().save_pretrained(out)
+    AutoTokenizer.from_pretrained(model).save_pretrained(out)
+
+
+def quantize(model: Path, text: Path, folder: Path, options: argparse.Namespace) -> Path:
+    """Step 3: weights, activations and cache of 4 bits."""
+    out = folder / "3-quantized"
+    samples = ["--n-samples", 8 * options.scale, "--seq-len", 256, "--kv-bits", 4, "--device", options.device]
+    run("optimum_freeact.cli", "quantize", model, out, "--dataset", text, "--resume-dir", folder / "blocks", *samples)
+    return out
+
+
+def score_and_chat(folders: dict[str, Path], text: Path, folder: Path, options: argparse.Namespace) -> list[dict]:
+    """Step 4: perplexity on held-out text and short answers of every step's model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import optimum_freeact  # noqa: F401 - makes transformers know the quantized one
+    from optimum_freeact import score_text, tokenize_windows
+
+    rows = []
+    for name, place in folders.items():
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).to(options.device).eval()
+        windows = tokenize_windows(text.read_text(encoding="utf-8"), tokenizer, 256, 4 * options.scale)
+        score, answers = score_text(model, windows.to(options.device)), []
+        for prompt in PROMPTS if tokenizer.chat_template else ():
+            chat = [{"role": "user", "content": prompt}]
+            ids = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            made = model.generate(**ids.to(options.device), max_new_tokens=24, do_sample=False)
+            answers.append(tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+        size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
+        rows.append({"model": name, "nll": score.nll, "bytes": size, "answers": answers})
+    (folder / "steps.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return rows
+
+
+def draw(rows: list[dict], folder: Path) -> None:
+    """Loss and size after every step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.6), layout="tight")
+    for axes, key, scale, label in zip(
+        figure.subplots(1, 2), ("nll", "bytes"), (1, 1e6), ("nats a token, held out", "MB of weights")
+    ):
+        axes.barh([row["model"] for row in rows], [row[key] / scale for row in rows], color="#3366aa")
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "steps.png", dpi=140)
+
+
+def page(rows: list[dict], seconds: dict[str, float], folder: Path) -> Path:
+    """The one page of results."""
+    before, after = (json.loads((folder / f"{name}.json").read_text()) for name in ("before", "after"))
+    lines = [
+        "# The journey",
+        "",
+        "| model | nll, held out | weights | seconds of the step |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        took = seconds.get(row["model"])
+        lines.append(
+            f"| {row['model']} | {row['nll']:.4f} | {row['bytes'] / 1e6:.1f} MB | {'kept' if took is None else f'{took:.0f}'} |"
+        )
+    lines += ["", "![Loss and size after every step](steps.png)", "", "## Preference in every language", ""]
+    lines += ["| language | accuracy before | after |", "| --- | ---: | ---: |"]
+    for name, found in before["languages"].items():
+        lines.append(f"| {name} | {found['accuracy']:.3f} | {after['languages'][name]['accuracy']:.3f} |")
+    lines += ["", "![Before and after, by language](languages.png)", "", "## Answers", ""]
+    for number, prompt in enumerate(PROMPTS):
+        said = [f"- {row['model']}: {' '.join(row['answers'][number].split())}" for row in rows if row["answers"]]
+        lines += [f"**{prompt}**", "", *said, ""] if said else []
+    lines += ["The merge is judged beside its controls by `mergekit-ot eval recipe.yml 1-merged`; see its report.", ""]
+    (folder / "journey.md").write_text("\n".join(lines), encoding="utf-8")
+    return folder / "journey.md"
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Run what is not done yet and write the page."""
+    options = read_arguments(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    folder = options.out.resolve()
+    target = (options.target or fetch("smollm2")).resolve()
+    donor = (options.donor or fetch("qwen2.5")).resolve()
+    calibration, held_out = split_text(options.text or first_text(), folder)
+    for name, count, skip in (("rows", 24 * options.scale, 0), ("test", 8, 1)):
+        text = options.rows.read_text() if options.rows else None
+        rows = concept_rows(count, skip) if text is None else [json.loads(line) for line in text.splitlines()]
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    steps = {
+        "1-merged": lambda: merge(target, donor, calibration, folder, options),
+        "2-aligned": lambda: align(folder / "1-merged", folder, options),
+        "3-quantized": lambda: quantize(folder / "2-aligned", calibration, folder, options),
+    }
+    seconds = {}
+    for name, step in steps.items():
+        if not (folder / name / "config.json").is_file():
+            start = time.perf_counter()
+            step()
+            seconds[name] = time.perf_counter() - start
+    rows = score_and_chat({"0-target": target, **{name: folder / name for name in steps}}, held_out, folder, options)
+    draw(rows, folder)
+    done = page(rows, seconds, folder)
+    print(f"\n{done.read_text()}\n{done}")
+    return done
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""How the Triton kernels are launched, by number of rows: measured on one H100 with `benchmarks/speed/tune.py`.
+
+`FREEACT_LAUNCHES` names a JSON file with other settings, for tuning and for other GPUs: an object with some of the keys of
+[`DEFAULTS`], each a list of `[largest number of rows or null, settings]`; settings that are left out stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+
+from optimum_freeact.kernels.triton_state import INTERPRETED
+
+
+# Per kernel: (rows at most, settings). Rounding: `rows` x `chunk` x `steps` of a program of the projection, `elements` of
+# a program that corrects (per 16 rows), `programs` that finish. Products: BM rows of codes, BN outputs, BK bytes, GROUP
+# blocks of outputs in a row. `pdl`: programmatic dependent launch.
+DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
+    "round": [
+        (64, {"rows": 16, "chunk": 256, "steps": 1, "project_warps": 4, "elements": 256, "correct_warps": 4,
+              "programs": 132, "finish_warps": 4, "pdl": False}),
+        (None, {"rows": 32, "chunk": 128, "steps": 8, "project_warps": 4, "elements": 256, "correct_warps": 4,
+                "programs": 792, "finish_warps": 4, "pdl": False}),
+    ],
+    "dp4a": [(1, {"words": 4096, "warps": 4, "pdl": False}), (None, {"words": 2048, "warps": 2, "pdl": False})],
+    "w4": [
+        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": False}),
+        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": False}),
+        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "pdl": False}),
+    ],
+}  # fmt: skip
+
+
+@cache
+def _settings() -> dict[str, list[tuple[int | None, dict]]]:
+    path = os.environ.get("FREEACT_LAUNCHES")
+    if not path:
+        return DEFAULTS
+    with open(path, encoding="utf-8") as file:
+        given = json.load(file)
+    unknown = sorted(set(given) - set(DEFAULTS))
+    if unknown:
+        raise ValueError(f"FREEACT_LAUNCHES={path!r} names {unknown}; known are {sorted(DEFAULTS)}.")
+    return {**DEFAULTS, **{name: _filled(name, entries) for name, entries in given.items()}}
+
+
+def _filled(name: str, entries: list) -> list[tuple[int | None, dict]]:
+    return [(most, {**_find(DEFAULTS[name], most or 1 << 62), **settings}) for most, settings in entries]
+
+
+def _find(entries: list[tuple[int | None, dict]], n: int) -> dict:
+    return next(settings for most, settings in entries if most is None or n <= most)
+
+
+def round_launch(n: int, d: int) -> dict:
+    """Settings to round `n` rows of `d` numbers."""
+    found = dict(_find(_settings()["round"], n))
+    if n > 64 and n < 1024:  # too few blocks of rows to fill the GPU: more parts of each row
+        found["steps"] = max(1, found["steps"] // 4)
+    if d > 8192 and n > 64:
+        found["steps"] *= 2
+    return found
+
+
+def dp4a_launch(n: int, wide: int) -> dict:
+    """Settings of a product on plain cores; `wide` is the padded number of words of a row."""
+    found = dict(_find(_settings()["dp4a"], n))
+    return {"BN": max(1, min(16, found.pop("words") // wide)), **found}
+
+
+def w4_launch(n: int, m: int, half: int) -> dict:
+    """Settings of a product on tensor cores for `n` rows, `m` outputs and rows of `half` bytes."""
+    found = dict(_find(_settings()["w4"], n))
+    blocks = -(-n // found["BM"]) * -(-m // found["BN"])
+    split = 1
+    while n <= found["BM"] and n <= 64 and blocks * split < 198 and half // (split * 2) >= 4 * found["BK"]:
+        split *= 2
+    return {"SPLIT": split, **found}
+
+
+def launch_pdl(wanted: bool) -> dict:
+    """The launch argument for programmatic dependent launch (Hopper and later), where it is wanted."""
+    return {"launch_pdl": True} if wanted and not INTERPRETED else {}
