@@ -56,6 +56,7 @@ TOP = 32
 #: A donor's own texts: samples per adaptation text, donor tokens of it they go on from, tokens added, likeliest choices
 #: drawn from, samples computed together.
 WRITINGS, PROMPT, WRITTEN, CHOICES, SIDE_BY_SIDE = 4, 24, 104, 64, 160
+TEMPERATURE = 0.8
 #: Target tokens kept of a text.
 LENGTH = 160
 
@@ -189,7 +190,7 @@ def continuations(model, prompts: list[list[int]], seed: int) -> list[list[int]]
             output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             likeliest = output.logits[:, -1].float().topk(min(CHOICES, output.logits.shape[-1]))
-            chosen = torch.multinomial(likeliest.values.softmax(-1), 1, generator=draw)
+            chosen = torch.multinomial((likeliest.values / TEMPERATURE).softmax(-1), 1, generator=draw)
             step = likeliest.indices.gather(-1, chosen)
             ids = torch.cat([ids, step], dim=-1)
         for row in ids.tolist():
