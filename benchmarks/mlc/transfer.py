@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     add("--methods", nargs="+", help="of the table, or of the map; all if not given")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--ours", default=DEFAULT, help=f"one of {', '.join(CANDIDATES)}, or 'chosen' by the map beside --rows")
-    add("--steps", type=int, default=150)
+    add("--steps", type=int, default=120)
     add("--batch", type=int, default=32)
     add("--learning-rate", type=float, default=5e-5)
     add("--lora", type=int, default=0, help="rank; 0 trains all weights")
@@ -104,12 +104,12 @@ def main() -> None:
         from benchmarks.mlc.transfer_run import perform
 
         method, seed, target = options.worker
-        settings = {} if method == "base" else table(options)[method]
-        Path(target).write_text(json.dumps(perform(method, settings, int(seed), options)), encoding="utf-8")
+        found = perform(method, table(options)[method], int(seed), options)
+        Path(target).write_text(json.dumps(found), encoding="utf-8")
         return
     if options.ours == "chosen":
         take_the_chosen(options)
-    wanted = [(name, seed) for name in options.methods or [*table(options), "base"] for seed in options.seeds]
+    wanted = [(name, seed) for name in options.methods or table(options) for seed in options.seeds]
     done = {(row["method"], row["seed"]) for row in read_rows(options.rows)}
     Pool(options).run([job for job in wanted if job not in done])
     for found in claims(read_rows(options.rows)) if not options.map else []:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from benchmarks._results import claim
-from benchmarks.mlc.transfer_methods import ALIGNED, OURS, SHUFFLED
+from benchmarks.mlc.transfer_methods import ALIGNED, BASE, OURS, SHUFFLED
 
 
 VARIANCE_CUTS = {"seen": 5, "held_out": 2}
@@ -62,7 +62,7 @@ def choose(rows: list[dict], names: list[str]) -> str:
     for name in names:
         rate = name.partition(",rate=")[2]
         without = f"{ALIGNED},rate={rate}" if rate else ALIGNED
-        if name.startswith(ALIGNED) or not (
+        if name.startswith((ALIGNED, BASE)) or not (
             values(rows, name, "perplexity_english") and values(rows, without, "loss last")
         ):
             continue

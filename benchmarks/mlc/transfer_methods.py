@@ -7,6 +7,7 @@ from __future__ import annotations
 
 
 ALIGNED, OURS, SHUFFLED = "aligned", "ours", "ours.shuffled"
+BASE = "base"  # the untrained model, and the constant answer
 PLAIN = {"mlc_weight": 1.0, "mlc_layer": "auto", "mlc_every": 1}
 LANGUAGE = {**PLAIN, "mlc_center": "language", "mlc_extractor_dim": 0, "mlc_repulsion": 1.0}
 COMMON = {**LANGUAGE, "mlc_center": "common", "mlc_signed": True}
@@ -40,10 +41,10 @@ def methods(ours: str) -> dict[str, dict]:
         ALIGNED: {"mlc_weight": 0.0},
         OURS: settings,
         SHUFFLED: {**settings, "shuffled": True},
+        BASE: {},
+        "cosine": {**PLAIN, "mlc_objective": "cosine"},
         "mlc": PLAIN,
         "mlc.shuffled": {**PLAIN, "shuffled": True},
-        "cosine": {**PLAIN, "mlc_objective": "cosine"},
-        "auto,language": LANGUAGE,
     }
 
 
@@ -53,4 +54,4 @@ def map_points(rates: tuple[float, ...]) -> dict[str, dict]:
     for rate in rates:
         found[f"{ALIGNED},rate={rate}"] = {"mlc_weight": 0.0, "learning_rate": rate}
         found[f"{DEFAULT},rate={rate}"] = {**CANDIDATES[DEFAULT], "learning_rate": rate}
-    return {**found, **CANDIDATES}
+    return {**found, **CANDIDATES, BASE: {}}

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from benchmarks.mlc.concepts import DECLINES, FAR, HELD_OUT, SEEN, split
+from benchmarks.mlc.transfer_methods import BASE
 from tools.assets import fetch
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
 from trl_mlc.evaluation.preferences import perplexity
@@ -32,7 +33,7 @@ def perform(method: str, settings: dict, seed: int, options: argparse.Namespace)
     data = split(fetch("concepts"), seed, options.rows_train, options.rows_test)
     text = english_text(tokenizer, 4 if options.rows_test < 50 else 100)
     tag = {"method": method, "seed": seed}
-    if method == "base":
+    if method == BASE:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         share = statistics.fmean(float(row["chosen"] in DECLINES) for row in data.test)
