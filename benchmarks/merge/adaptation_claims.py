@@ -7,7 +7,7 @@ import statistics
 from benchmarks._results import claim
 
 
-CONTROLS = ("none", "shrink")
+CONTROLS = ("none", "shrink", "own texts")
 #: Metrics of single runs: loss on validation and on held-out text.
 MEASURED = ("valid", "nll")
 

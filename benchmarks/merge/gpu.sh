@@ -2,14 +2,14 @@
 # Every merge benchmark that wants a GPU, claims before extras, rows written as they come:
 #
 #   CONCORD_ASSETS=ASSETS benchmarks/merge/gpu.sh OUT KIT             # all parts, about ten minutes
-#   PARTS="adapt gate relatives" SECOND=3 benchmarks/merge/gpu.sh ... # some of them, on the fourth GPU, about six
+#   PARTS="adapt gate" SECOND=3 benchmarks/merge/gpu.sh ...           # some of them, on the fourth GPU, about six
 #   PARTS=h100 FIRST=0 benchmarks/merge/gpu.sh ...                    # the big pair, which wants a GPU to itself
 #
-# The big pair runs on GPU FIRST (0), the others on SECOND (the next where there is one): one process per task and seed, the
-# gate and the relatives, eight side by side. Where both are the same GPU the big pair goes first. LIMIT (350) is the seconds
-# that the eight have; what is measured by then counts. ASSETS holds smollm2/ and handbook/text.txt, and qwen2.5/ or
-# gemma3-270m/ where KIT (the folder that benchmarks/merge/kit.py wrote) lacks real.safetensors of a pair. OUT receives the
-# result files, the rows behind them and one log per step. Needs torch, transformers, safetensors, scipy and tqdm.
+# The big pair runs on GPU FIRST (0), the others on SECOND (the next where there is one): one process per task and seed, one
+# for the gate, one per kind of relative, side by side. Where both are the same GPU the big pair goes first. LIMIT (350) is
+# the seconds that they have; what is measured by then counts. ASSETS holds smollm2/ and handbook/text.txt, and qwen2.5/ or
+# gemma3-270m/ where KIT (the folder that benchmarks/merge/kit.py wrote) lacks written.safetensors of a pair, and its
+# tokenizer for one of the controls. OUT receives the result files, the rows behind them and one log per step. Needs torch, transformers, safetensors, scipy and tqdm.
 cd "$(dirname "$0")/../.." || exit 1
 OUT=$(realpath -m "$1") KIT=$(realpath -m "$2")
 PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} STEPS=${STEPS:-} TINY=${TINY:-} LIMIT=${LIMIT:-350}
@@ -31,12 +31,12 @@ step() {
 
 wanted() { [[ $PARTS == *" $1 "* ]]; }
 
-adapt() { # adapt TASK: what the donor gives, where the kit lacks it; then three seeds side by side
+adapt() { # adapt TASK: what the donor says and writes, where the kit lacks it; then three seeds side by side
     local began=$SECONDS
-    if [ ! -f "$KIT/$1/real.safetensors" ]; then
-        step "kit-$1" "$SECOND" 120 $PYTHON benchmarks/merge/kit.py "$1" --out "$KIT" --device "$DEVICE"
+    if [ ! -f "$KIT/$1/written.safetensors" ]; then
+        step "kit-$1" "$SECOND" 200 $PYTHON benchmarks/merge/kit.py "$1" --out "$KIT" --device "$DEVICE" --light
     fi
-    [ -f "$KIT/$1/real.safetensors" ] || { echo "no kit for $1: its adaptation is left out"; return; }
+    [ -f "$KIT/$1/written.safetensors" ] || { echo "no kit for $1: its adaptation is left out"; return; }
     for seed in 0 1 2; do
         step "adapt-$1-$seed" "$SECOND" $((LIMIT - SECONDS + began)) $PYTHON benchmarks/merge/adaptation.py --tasks "$1" \
             --seeds $seed --kit "$KIT" --device "$DEVICE" $STEPS --rows "$OUT/rows/adapt-$1-$seed.jsonl" &
@@ -50,8 +50,10 @@ small() {
         step gate "$SECOND" "$LIMIT" $PYTHON benchmarks/merge/gate.py --kit "$KIT" --device "$DEVICE" ${TINY:+--seeds 0} &
     fi
     if wanted relatives; then
-        step relatives "$SECOND" "$LIMIT" $PYTHON benchmarks/merge/relatives.py --device "$DEVICE" \
-            --rows "$OUT/rows/relatives.jsonl" ${TINY:+--steps 2 --eval-tokens 200} &
+        for copy in permuted deepened rotated "permuted and rotated" widened; do
+            step "relatives-${copy// /-}" "$SECOND" "$LIMIT" $PYTHON benchmarks/merge/relatives.py --device "$DEVICE" \
+                --copies "$copy" --rows "$OUT/rows/relatives-${copy// /-}.jsonl" ${TINY:+--steps 2 --eval-tokens 200} &
+        done
     fi
     wait
 }

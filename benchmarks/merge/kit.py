@@ -53,6 +53,11 @@ TARGET = "smollm2"
 STATE_STEP = 2
 #: Continuations kept per position.
 TOP = 32
+#: A donor's own texts: samples per adaptation text, donor tokens of it they go on from, tokens added, likeliest choices
+#: drawn from, samples computed together.
+WRITINGS, PROMPT, WRITTEN, CHOICES, SIDE_BY_SIDE = 4, 24, 104, 64, 160
+#: Target tokens kept of a text.
+LENGTH = 160
 
 
 @dataclass
@@ -138,6 +143,18 @@ def plans_of(
     return bundle, Transporter(bundle, pair.target, pair.donor, *readers)
 
 
+def load_donor(donor: Path, device: str):
+    """A causal model to ask: in bfloat16 on a GPU."""
+    model = AutoModelForCausalLM.from_pretrained(donor, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    return model.to(device).eval()
+
+
+def teach(kit: Kit, target: Path, donor: Path, device: str) -> Gift:
+    """Run a donor over all adaptation texts, no more: lessons without states, no weights, no plans but the vocabulary's."""
+    size = open_pair(str(target), str(donor)).target.vocab_size
+    return Gift(prepare_lessons(load_donor(donor, device), kit.train, kit.vocabulary, size, top=TOP), {}, {})
+
+
 def take(kit: Kit, target: Path, donor: Path, device: str) -> Gift:
     """Run a donor over all adaptation texts and transport its attention weights."""
     bundle, transporter = plans_of(kit, target, donor, device)
@@ -147,15 +164,50 @@ def take(kit: Kit, target: Path, donor: Path, device: str) -> Gift:
             moved = transporter.transport(name, read(name).float())
             if moved is not None:
                 weights[name] = moved.float().cpu()
-    model = AutoModelForCausalLM.from_pretrained(donor, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    model = load_donor(donor, device)
     stream_map = bundle.tensors["residual.to_target"]
     size = open_pair(str(target), str(donor)).target.vocab_size
-    lessons = prepare_lessons(model.to(device).eval(), kit.train, kit.vocabulary, size, top=TOP, stream_map=stream_map)
+    lessons = prepare_lessons(model, kit.train, kit.vocabulary, size, top=TOP, stream_map=stream_map)
     del model
     gc.collect()
     info = {"layers": sum(j is not None for j in bundle.layer_map), "residual": bundle.info["residual"]}
     lessons = [replace(one, states=one.states[::STATE_STEP]) for one in lessons]
     return Gift(lessons, weights, info | {"confidence": bundle.info["confidence"]})
+
+
+@torch.no_grad()
+def continuations(model, prompts: list[list[int]], seed: int) -> list[list[int]]:
+    """`WRITINGS` sampled continuations of every prompt (all of one length), prompt included, cut where the model ends."""
+    device, texts = next(model.parameters()).device, []
+    draw = torch.Generator(device).manual_seed(seed)
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    every = torch.tensor(prompts, device=device).repeat_interleave(WRITINGS, dim=0)
+    for ids in every.split(SIDE_BY_SIDE):
+        step, cache = ids, None
+        for _ in range(WRITTEN):
+            output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            likeliest = output.logits[:, -1].float().topk(min(CHOICES, output.logits.shape[-1]))
+            chosen = torch.multinomial(likeliest.values.softmax(-1), 1, generator=draw)
+            step = likeliest.indices.gather(-1, chosen)
+            ids = torch.cat([ids, step], dim=-1)
+        for row in ids.tolist():
+            texts.append(row[: next((i for i in range(PROMPT, len(row)) if row[i] in ends), len(row))])
+    return texts
+
+
+def write_texts(kit: Kit, target: Path, donor: Path, tokenizers: list, device: str, seed: int = 0) -> Gift:
+    """Let a donor go on from the first tokens of every adaptation text, and teach what it writes; `sources` says from which."""
+    model, size = load_donor(donor, device), open_pair(str(target), str(donor)).target.vocab_size
+    lessons, sources = [], []
+    rows = continuations(model, [text.donor_ids[:PROMPT] for text in kit.train], seed)
+    for i, row in enumerate(rows):
+        text = match_text(tokenizers[1].decode(row, skip_special_tokens=True), *tokenizers, max_length=LENGTH, skip=0)
+        made = prepare_lessons(model, [text], kit.vocabulary, size, top=TOP)
+        lessons += made
+        sources += [i // WRITINGS] * len(made)
+    return Gift(lessons, {}, {"sources": sources})
 
 
 def _int8(values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -170,7 +222,7 @@ def save_gift(gift: Gift, path: Path) -> None:
     for i, lesson in enumerate(gift.lessons):
         parts = {"ids": lesson.ids.int(), "rows": lesson.rows.int(), "tokens": lesson.tokens.int()}
         parts |= {"probabilities": lesson.probabilities.half()}
-        parts |= {f"states.{k}": v for k, v in _int8(lesson.states).items()}
+        parts |= {f"states.{k}": v for k, v in _int8(lesson.states).items()} if lesson.states is not None else {}
         tensors |= {f"lesson.{i}.{name}": value.contiguous() for name, value in parts.items()}
     save_file(tensors, path, metadata={"plans": json.dumps(gift.plans)})
 
@@ -191,7 +243,7 @@ def load_gift(path: Path) -> Gift:
         ids, rows, tokens, probabilities = (
             tensors[f"lesson.{i}.{part}"] for part in ("ids", "rows", "tokens", "probabilities")
         )
-        states = wide[f"lesson.{i}.states"]
+        states = wide.get(f"lesson.{i}.states")
         lessons.append(Lesson(ids.long(), rows.long(), tokens.long(), probabilities.float(), states))
     return Gift(lessons, weights, plans)
 
@@ -201,14 +253,24 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--out", type=Path, default=Path("kit"))
     parser.add_argument("--device", default="cpu")
-    for name, default in (("texts", 80), ("valid", 24), ("scored", 64), ("length", 160)):
+    parser.add_argument(
+        "--light", action="store_true", help="no plans: arms with transported weights or streams are left out"
+    )
+    for name, default in (("texts", 80), ("valid", 24), ("scored", 64), ("length", LENGTH)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     for task in options.tasks:
         start, folder, donor = time.perf_counter(), options.out / task, fetch(TASKS[task].donor)
         if not (folder / "texts.json").is_file():  # texts that are there are kept: the donor alone may be elsewhere
             save_kit(match_all(task, options), folder, donor)
-        save_gift(take(load_kit(folder), fetch(TARGET), donor, options.device), folder / "real.safetensors")
+        kit = load_kit(folder)
+        if options.light:
+            if not (folder / "real.safetensors").is_file():
+                save_gift(teach(kit, fetch(TARGET), donor, options.device), folder / "lessons.safetensors")
+        else:
+            save_gift(take(kit, fetch(TARGET), donor, options.device), folder / "real.safetensors")
+        tokenizers = [AutoTokenizer.from_pretrained(path) for path in (fetch(TARGET), donor)]
+        save_gift(write_texts(kit, fetch(TARGET), donor, tokenizers, options.device), folder / "written.safetensors")
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         print(f"{folder}: {size / 2**20:.1f} MiB, {time.perf_counter() - start:.0f} s", flush=True)
 

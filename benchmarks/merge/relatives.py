@@ -141,16 +141,15 @@ def measure(options: argparse.Namespace) -> list[dict]:
             for alpha in ALPHAS:
                 states = merged_and_ideal(transporter.transport, own, tuned, pair.target.family, alpha)
                 reached, best = (score(state) for state in states)
-                row = {
-                    "donor": copy,
-                    "alpha": alpha,
-                    "map": bundle.info["residual"]["map"],
+                values = {
                     "target": before,
                     "fine-tune": after,
                     "merge": reached,
                     "interpolation": best,
+                    "gap": abs(reached - best) / max(before - best, 1e-9),
                 }
-                rows.append(row | {"metric": "gap", "value": abs(reached - best) / max(before - best, 1e-9)})
+                place = {"donor": copy, "alpha": alpha, "map": bundle.info["residual"]["map"]}
+                rows += [place | {"metric": name, "value": value} for name, value in values.items()]
                 print(rows[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
                 if options.rows:
                     options.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from benchmarks.merge import adaptation, adaptation_claims, kit
 from tests.merge.tiny import build, save, texts
@@ -25,13 +26,20 @@ def bench(tmp_path_factory):
         "donor": save(build("qwen2", seed=5, **sizes), tmp_path / "donor", vocab_size=400),
     }
     chunks = {name: texts(24, seed=i) for i, name in enumerate(("calibration", "train", "valid", "eval"))}
-    monkeypatch.setattr(kit, "TASKS", {"code": kit.Task("donor", lambda _: chunks)})
+    for module in (kit, adaptation):
+        monkeypatch.setattr(module, "TASKS", {"code": kit.Task("donor", lambda _: chunks)})
     for module in (kit, adaptation):
         monkeypatch.setattr(module, "fetch", folders.__getitem__)
     kit.save_kit(kit.match_all("code", OPTIONS), tmp_path / "kit" / "code", folders["donor"])
     loaded = kit.load_kit(tmp_path / "kit" / "code")
     gift = kit.take(loaded, folders["smollm2"], folders["donor"], "cpu")
     kit.save_gift(gift, tmp_path / "kit" / "code" / "real.safetensors")
+    monkeypatch.setattr(adaptation, "PROMPT", 8)
+    for name, value in {"WRITINGS": 2, "PROMPT": 8, "WRITTEN": 9, "SIDE_BY_SIDE": 5}.items():
+        monkeypatch.setattr(kit, name, value)
+    tokenizers = [AutoTokenizer.from_pretrained(folders[name]) for name in ("smollm2", "donor")]
+    written = kit.write_texts(loaded, folders["smollm2"], folders["donor"], tokenizers, "cpu")
+    kit.save_gift(written, tmp_path / "kit" / "code" / "written.safetensors")
     (folders["donor"] / "model.safetensors").unlink()  # from here on the donor is not needed
     options = argparse.Namespace(**vars(OPTIONS) | TRAINING | {"kit": Path(tmp_path / "kit")})
     yield gift, adaptation.Bench("code", 1, options)
@@ -53,6 +61,19 @@ def test_a_gift_comes_back_from_disk(bench):
         torch.testing.assert_close(mine.states, given.states, atol=0.02, rtol=0.0)
 
 
+def test_a_donor_goes_on_from_the_texts_of_its_seed(bench):
+    _, made = bench
+    texts = made.lessons("real", writer="real")
+    assert len(made.written("real")) >= 4  # two of each text, less those without a matched position
+    starts = [made.kit.train[i].target_ids[:4] for i in made.part]
+    assert all(lesson.ids[:4].tolist() in starts for lesson in texts)
+    assert all(lesson.states is None for lesson in made.written("real"))
+    assert {len(lesson.ids) for lesson in made.written("target")} <= {17}
+    assert not {tuple(lesson.ids.tolist()) for lesson in made.written("real")} & {
+        tuple(lesson.ids.tolist()) for lesson in made.written("target")
+    }
+
+
 def test_every_arm_runs_at_the_rate_of_the_control(bench):
     _, made = bench
     rows = made.all_arms()
@@ -68,6 +89,23 @@ def test_every_arm_runs_at_the_rate_of_the_control(bench):
     before = {row["arm"]: row["value"] for row in rows if row["when"] == "before" and row["metric"] == "nll"}
     assert before["merge"] != before["none"] == before["teacher"]
     nll = {row["arm"]: row["value"] for row in after if row["rate"] == best}
-    assert len({nll[arm] for arm in ("none", "shrink", "teacher", "teacher, random donor", "stream", "merge")}) == 6
+    assert (
+        len(
+            {
+                nll[arm]
+                for arm in (
+                    "none",
+                    "shrink",
+                    "teacher",
+                    "teacher, random donor",
+                    "stream",
+                    "merge",
+                    "own texts",
+                    "writer and teacher",
+                )
+            }
+        )
+        == 8
+    )
     (one,) = adaptation_claims.claims([*rows, *adaptation.budget(made.options)])
     assert one["id"] == "merge.unrelated.donor_specific_gain_nats"
