@@ -2,12 +2,14 @@
 #
 # Everything happens in one virtual environment, $(VENV), which is made once and brought up to date only when
 # pyproject.toml changes. Variables: the interpreter (`make PYTHON=python3.12 test`), the torch to install
-# (`TORCH=torch==2.13.0`; by default pip's choice) and arguments for pytest (`PYTEST_ARGS="tests/freeact -k packing"`).
+# (`TORCH=torch==2.13.0`; by default pip's choice), processes that run tests, of one thread each (`WORKERS=2`; 0 for this
+# one alone), and arguments for pytest (`PYTEST_ARGS="tests/freeact -k packing"`).
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch
 PYTEST_ARGS ?=
+WORKERS ?= 2
 # files are compiled when they are first imported, which most are not: that saves a good part of the installation
 PIP_INSTALL = $(VENV)/bin/python -m pip install -qq --no-compile
 
@@ -32,7 +34,7 @@ package: $(VENV)/.installed-dev ## build wheel and sdist and use each in a fresh
 	$(VENV)/bin/python -m tools.package
 
 test: quality ## install the development tools, check the style, run all tests
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(if $(filter 0,$(WORKERS)),,OMP_NUM_THREADS=1) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 quality: $(VENV)/.installed-dev ## style and format, changing nothing
 	$(VENV)/bin/ruff check .

@@ -176,7 +176,13 @@ def load_structure(model: str | Path, *, trust_remote_code: bool = False) -> Str
     """Read the shape of a model from a folder or hub id."""
     from transformers import AutoConfig
 
-    return read_structure(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code), str(model))
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:  # it computes with whatever is there
+        raise UnsupportedModelError(
+            f"transformers cannot make sense of the config.json of {model} ({type(error).__name__}: {error})."
+        ) from error
+    return read_structure(config, str(model))
 
 
 def _frequencies(config: PretrainedConfig, family: Family) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ Importing this package makes transformers know `quant_method` "freeact"; that is
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.hf import registration as _registration  # noqa: F401
@@ -14,6 +15,16 @@ from optimum_freeact.hf.quantizer import FreeActHfQuantizer
 
 
 __version__ = "0.1.0.dev0"
+
+if TYPE_CHECKING:  # for type checkers and editors; names are imported on first use
+    from optimum_freeact.api import quantize as quantize
+    from optimum_freeact.api import save as save
+    from optimum_freeact.modules.activation import FreeActInput as FreeActInput
+    from optimum_freeact.modules.linear import FreeActLinear as FreeActLinear
+    from optimum_freeact.report.evaluate import score_text as score_text
+    from optimum_freeact.report.evaluate import tokenize_windows as tokenize_windows
+    from optimum_freeact.token_types import TokenTyper as TokenTyper
+    from optimum_freeact.token_types import given_types as given_types
 
 # imported on first use, so that importing the package stays cheap
 _LAZY = {
@@ -41,10 +52,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker would believe that every name exists
+
+    def __getattr__(name: str):
+        if name in _LAZY:
+            return getattr(import_module(_LAZY[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

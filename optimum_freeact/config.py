@@ -165,7 +165,7 @@ class FreeActConfig(QuantizationConfigMixin):
         for name in RECORDED:
             setattr(self, name, kwargs.get(name))
         for name in RUNTIME:
-            setattr(self, name, kwargs.get(name, True if name == "progress" else None))
+            setattr(self, name, kwargs.get(name, {"progress": True, "across_processes": False}.get(name)))
         self.post_init()
 
     def post_init(self) -> None:

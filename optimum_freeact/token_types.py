@@ -195,7 +195,12 @@ class TokenTyper:
 
     def _read_table(self, table: str) -> torch.Tensor:
         """Type of every id; ids of the first cluster, and beyond the table, are text."""
-        clusters = torch.tensor(list(zlib.decompress(base64.b64decode(table))), dtype=torch.long)
+        try:
+            clusters = torch.tensor(list(zlib.decompress(base64.b64decode(table))), dtype=torch.long)
+        except (TypeError, ValueError, zlib.error) as error:
+            raise ValueError(
+                f"cluster_table is no table of clusters ({error}): the config was changed or damaged after saving."
+            ) from error
         kinds = torch.zeros(256, dtype=torch.long)
         for kind, rule in self.rules.items():
             if "cluster" in rule:

@@ -10,6 +10,8 @@ from tools.assets import Unavailable, fetch
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a model hub
+if not torch.cuda.is_available():  # Triton decides when it is first imported, whoever imports it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -79,3 +79,27 @@ def test_a_row_measured_again_counts_once(tmp_path):
     lines = [linear("bf16", 8, 8, 1, 3.0), linear("bf16", 8, 8, 1, 2.0)]
     (tmp_path / "linear.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [row["value"] for row in read_rows(tmp_path)] == [2.0]
+
+
+def test_tuning_takes_the_settings_that_are_best_over_all_shapes():
+    """Needs no GPU: times are made up; one candidate fails at a shape, dependent launches win or were not right."""
+    import pytest
+
+    pytest.importorskip("triton")
+    from benchmarks.speed import tune
+
+    rows = []
+    for kernel, most, _, changes in tune.CANDIDATES:
+        for number in range(len(changes)):
+            for shape in range(len(tune.SHAPES)):
+                row = {"what": "candidate", "kernel": kernel, "most": most, "number": number}
+                fails = number == 2 and shape == 1
+                rows.append(row | ({"failed": "no"} if fails else {"us": {1: 5.0, 2: 1.0}.get(number, 9.0)}))
+    expected = {(kernel, most): changes[1] for kernel, most, _, changes in tune.CANDIDATES}
+    pdl = [{"what": "pdl", "pdl": on, "us": 4.0 - on} for on in (False, True)]
+    for checked, wanted in ((0.01, True), (0.9, False)):
+        chosen = tune.choose([*rows, *pdl, {"what": "check", "pdl": True, "w4_y": checked}], tune.SHAPES)
+        for (kernel, most), change in expected.items():
+            settings = next(settings for limit, settings in chosen[kernel] if limit == most)
+            few = most is not None or kernel == "dp4a"
+            assert settings == {**change, "pdl": wanted and few}

@@ -103,7 +103,7 @@ def _values(rows: list[dict], **wanted: str) -> list[float]:
 
 
 def _size(rows: list[dict], model: str) -> dict | None:
-    values = _values(rows, model=model, method="freeact", setting=SETTING, metric="size_ratio")
+    values = _values(rows, model=model, group="preset", method="freeact", setting=SETTING, metric="size_ratio")
     if not values:
         return None
     how = (

@@ -223,7 +223,8 @@ class Runner:
             return
         queue, gpus = iter(waiting), self._gpus()
         threads = [
-            threading.Thread(target=self._work, args=(queue, gpus[i % len(gpus)])) for i in range(self.options.jobs)
+            threading.Thread(target=self._work, args=(queue, gpus[i % len(gpus)] if gpus else None))
+            for i in range(self.options.jobs)
         ]
         for thread in threads:
             thread.start()

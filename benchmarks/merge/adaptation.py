@@ -30,6 +30,7 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from benchmarks._results import command_line, write  # noqa: E402
+from benchmarks.merge.adaptation_claims import summary  # noqa: E402
 from benchmarks.merge.kit import STATE_STEP, TARGET, TASKS, Gift, load_gift, load_kit, take  # noqa: E402
 from benchmarks.merge.texts import padded  # noqa: E402
 from mergekit_ot.adaptation import attach_residuals  # noqa: E402
@@ -225,6 +226,7 @@ def main() -> None:
         rows += numbers
     if not options.rows:
         seeds = sorted({row["seed"] for row in rows if "seed" in row})
+        rows += summary(rows)
         print(write(options.name, rows, "benchmarks.merge.adaptation_claims", command_line(), seeds))
 
 

@@ -8,6 +8,8 @@ from benchmarks._results import claim
 
 
 CONTROLS = ("none", "shrink")
+#: Metrics of single runs: loss on validation and on held-out text.
+MEASURED = ("valid", "nll")
 
 
 def table(rows: list[dict], task: str, metric: str) -> dict[str, float]:
@@ -17,7 +19,7 @@ def table(rows: list[dict], task: str, metric: str) -> dict[str, float]:
     """
     settings: dict[tuple, dict[str, list[float]]] = {}
     for row in rows:
-        if row.get("task") == task and row["when"] == "after":
+        if row.get("task") == task and row["when"] == "after" and row["metric"] in MEASURED:
             place = settings.setdefault((row["arm"], row.get("share"), row["seed"], row["rate"]), {})
             place[row["metric"]] = row["value"]
     by_seed: dict[tuple, dict] = {}
@@ -30,12 +32,29 @@ def table(rows: list[dict], task: str, metric: str) -> dict[str, float]:
     for arm, share in {(arm, share) for arm, share, _ in by_seed}:
         found = [values for (a, s, _), values in by_seed.items() if (a, s) == (arm, share)]
         if len(found) == seeds:
-            means[arm, share] = {name: statistics.fmean(values[name] for values in found) for name in ("valid", "nll")}
+            means[arm, share] = {name: statistics.fmean(values[name] for values in found) for name in MEASURED}
     best: dict[str, dict[str, float]] = {}
     for (arm, _), values in sorted(means.items(), key=lambda item: str(item[0])):
         if arm not in best or values["valid"] < best[arm]["valid"]:
             best[arm] = values
     return {arm: values[metric] for arm, values in best.items()}
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """Rows for the table in the docs: mean held-out loss over seeds of every arm, before adaptation and after it."""
+    found = []
+    for task in sorted({row["task"] for row in rows if "task" in row}):
+        before: dict[str, dict[int, float]] = {}  # settings of an arm start alike
+        for row in rows:
+            if (row.get("task"), row.get("when"), row["metric"]) == (task, "before", "nll"):
+                before.setdefault(row["arm"], {})[row["seed"]] = row["value"]
+        for arm, after in table(rows, task, "nll").items():
+            values = {"before": statistics.fmean(before[arm].values()), "after": after}
+            found += [
+                {"task": task, "arm": arm, "when": when, "metric": "mean nll", "value": value}
+                for when, value in values.items()
+            ]
+    return found
 
 
 def claims(rows: list[dict]) -> list[dict]:

@@ -56,6 +56,8 @@ def main() -> None:
         {"metric": "confidence below which the gate closes", "value": DEFAULT_MIN_CONFIDENCE},
     ]
     tasks = [task for task in options.tasks if (options.kit / task / "texts.json").is_file()]
+    if not tasks:
+        parser.error(f"--kit {options.kit} holds none of {options.tasks}; benchmarks/merge/kit.py writes it")
     for i, seed in enumerate(options.seeds):
         for task in tasks:
             rows += confidences(task, seed, options)

@@ -46,7 +46,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     ids = torch.randint(0, config.vocab_size, (args.samples, args.length), generator=torch.Generator().manual_seed(1))
     settings = FreeActConfig(
-        dataset=ids, n_samples=args.samples, seq_len=args.length, batch_size=args.batch, progress=False,
+        dataset=ids, n_samples=args.samples, seq_len=args.length, batch_size=args.batch, progress=True,
         across_processes=args.across,
     )  # fmt: skip
     tokens = args.samples * args.length // int(os.environ.get("WORLD_SIZE", 1))

@@ -164,21 +164,22 @@ class Shape:
         ]
 
 
-MEASURED = {
-    "linear": {
-        "bf16": "whole_bf16",
-        "freeact": "whole_freeact",
-        "int4 weight-only": "whole_int4_weight_only",
-        "int8 dynamic": "whole_int8_dynamic",
-        "fake quantization": "whole_fake",
+# in the order of measuring: what the claims need, the parts of ours, peers
+MEASURED = (
+    {
+        ("linear", "bf16"): "whole_bf16",
+        ("linear", "freeact"): "whole_freeact",
+        ("kernel", "freeact product"): "part_product",
     },
-    "kernel": {
-        "freeact round": "part_round",
-        "freeact product": "part_product",
-        "freeact bare product": "part_bare_product",
-        "float8 product": "part_float8",
+    {
+        ("kernel", "freeact round"): "part_round",
+        ("kernel", "freeact bare product"): "part_bare_product",
+        ("kernel", "float8 product"): "part_float8",
+        ("linear", "int4 weight-only"): "whole_int4_weight_only",
+        ("linear", "fake quantization"): "whole_fake",
     },
-}
+    {("linear", "int8 dynamic"): "whole_int8_dynamic"},
+)
 
 
 def wanted(provider: str, n: int) -> bool:
@@ -190,7 +191,7 @@ def wanted(provider: str, n: int) -> bool:
 
 def copy_bandwidth(device: str) -> float:
     """Bytes a second that a copy reads and writes."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    source = torch.ones(1 << 27, dtype=torch.float64, device=device)
     target = torch.empty_like(source)
     us, _ = graph_microseconds([lambda: target.copy_(source)])
     return 2 * source.nbytes / us * 1e6
@@ -202,6 +203,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--only", nargs="+", help="measure these providers only")
+    parser.add_argument("--suffix", default="", help="added to providers' names, for runs with other settings")
     parser.add_argument("--cache", type=int, default=250_000_000, help="bytes to go through between two uses")
     args = parser.parse_args()
     begin = time.monotonic()
@@ -215,22 +218,29 @@ def main() -> None:
             file.flush()
 
         row(what="roof", provider="copy", metric="bytes_per_second", value=copy_bandwidth("cuda"))
-        for d, m in SHAPES:
-            shape = Shape(d, m, "cuda", args.cache)
-            for n in TOKENS:
-                for what, providers in MEASURED.items():
-                    for provider, method in providers.items():
+        shapes = {size: Shape(*size, "cuda", args.cache) for size in SHAPES}
+        for providers in MEASURED:
+            for (d, m), shape in shapes.items():
+                for n in TOKENS:
+                    for (what, provider), method in providers.items():
                         if not wanted(provider, n) or time.monotonic() - begin > args.seconds:
                             continue
-                        labels = {"what": what, "provider": provider, "n": n, "k": d, "m": m, "metric": "microseconds"}
+                        if args.only and provider not in args.only:
+                            continue
+                        labels = {
+                            "what": what,
+                            "provider": provider + args.suffix,
+                            "n": n,
+                            "k": d,
+                            "m": m,
+                            "metric": "microseconds",
+                        }
                         try:
                             value, spread = graph_microseconds(getattr(shape, method)(n))
                         except Exception as error:
                             row(**labels, value=None, note=f"{type(error).__name__}: {error}"[:200])
                         else:
                             row(**labels, value=value, spread=spread)
-            del shape
-            torch.cuda.empty_cache()
         for name, reason in ops.failures().items():
             row(what="failure", provider=name, metric="failed", value=1.0, note=reason)
         row(what="time", provider="all", metric="seconds", value=time.monotonic() - begin)

@@ -64,7 +64,7 @@ def groups() -> list[list[str]]:
 @torch.no_grad()
 def quantized(config: PretrainedConfig, device: str, **changes) -> PreTrainedModel:
     """The same quantized with the default preset (`changes` to its settings) and random numbers for all it stores."""
-    settings = FreeActConfig(**changes)
+    settings = FreeActConfig(**{"token_types": ["text", "sink"], **changes})
     settings.input_groups, settings.weight_dtype = {"*": groups()}, "bfloat16"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -89,6 +89,8 @@ def quantized(config: PretrainedConfig, device: str, **changes) -> PreTrainedMod
             module.qscale.fill_(0.02 / 4.6)
             if module.type_bias is not None:
                 module.type_bias.normal_(std=0.02)
+            if module.type_shift is not None:
+                module.type_shift.normal_(std=0.02)
             if module.low_rank is not None:
                 module.low_rank.random_(-127, 128)
                 module.low_rank_scale.fill_(0.02 / 73)

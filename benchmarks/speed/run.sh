@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The GPU benchmark; every row is written as it comes.
 #
-#   bash benchmarks/speed/run.sh kernels OUT [SECONDS] [GPU]          tuning, linears, our model (one GPU to itself)
+#   bash benchmarks/speed/run.sh kernels OUT [SECONDS] [GPU]          linears, our model (one GPU to itself)
 #   bash benchmarks/speed/run.sh models  OUT [SECONDS] [GPU] [GPU]    the bf16 model and calibration (one or two GPUs)
+#   bash benchmarks/speed/run.sh tune    OUT [SECONDS] [GPU]          launch settings, to OUT/launches.json
 #   python -m benchmarks.speed.collect OUT                            afterwards, where git is
 #
 # A step that fails or takes too long is left out and the next one goes on.
@@ -20,18 +21,23 @@ step() { # step GPU LIMIT LOG MODULE ARGUMENTS...
     echo "$((SECONDS - begin)) s: $*" >>"$out/steps.log"
 }
 
-if [[ "$part" == kernels ]]; then
-    OMP_NUM_THREADS=1 step "$first" 40 compile benchmarks.speed.tune --compile-only --workers "${WORKERS:-24}" --seconds 38
-    step "$first" 42 tune benchmarks.speed.tune --seconds 34
-    [[ -s "$out/launches.json" ]] && export FREEACT_LAUNCHES="$out/launches.json"
+case "$part" in
+tune)
+    OMP_NUM_THREADS=1 step "$first" $((seconds / 2)) compile benchmarks.speed.tune --compile-only --workers "${WORKERS:-24}"
+    step "$first" "$seconds" tune benchmarks.speed.tune --seconds $((seconds / 2 - 8))
+    ;;
+kernels)
+    step "$first" 45 model benchmarks.speed.model --provider freeact --run graph
     step "$first" 62 linear benchmarks.speed.linear --seconds 50
-    step "$first" 40 model benchmarks.speed.model --provider freeact --run graph
-    step "$first" 90 model benchmarks.speed.model --provider freeact --run compile
-else
-    step "$first" 60 calibrate benchmarks.speed.calibrate --layers 2 &
+    FREEACT_LAUNCHES=benchmarks/speed/dependent.json step "$first" 30 linear benchmarks.speed.linear --seconds 20 \
+        --only freeact "freeact round" "freeact product" --suffix " dependent"
+    step "$first" 100 model benchmarks.speed.model --provider freeact --run compile --skip-compiled-prefill
+    ;;
+models)
+    step "$first" 110 calibrate benchmarks.speed.calibrate --layers 2 &
     if [[ -z "$second" ]]; then wait; fi
     step "${second:-$first}" 40 model benchmarks.speed.model --provider bf16 --run graph
-    step "${second:-$first}" 75 model benchmarks.speed.model --provider bf16 --run compile
+    step "${second:-$first}" 100 model benchmarks.speed.model --provider bf16 --run compile --skip-compiled-prefill
     wait
     left=$((seconds - (SECONDS - begin)))
     if [[ -n "$second" ]] && ((left > 20)); then
@@ -39,7 +45,8 @@ else
             --layers 2 --across --out "$out" >>"$out/across.log" 2>&1
         echo "$((SECONDS - begin)) s: calibration on two GPUs" >>"$out/steps.log"
     fi
-fi
+    ;;
+esac
 python -c "import json; from benchmarks._results import machine_name; print(json.dumps(machine_name()))" >"$out/machine.json"
 cat "$out/steps.log" "$out/failed.log" 2>/dev/null
 exit 0

@@ -21,7 +21,7 @@ def make(name: str, folder: Path, measure: dict, device: str, seed: int) -> dict
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(measure["source"])
+    tokenizer = AutoTokenizer.from_pretrained(measure["source"])  # all that can fail comes before the training
     cuts = measure.get("cuts", CUTS)
     streams, held_out = [], []
     for text, path in measure["texts"].items():

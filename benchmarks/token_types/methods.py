@@ -23,6 +23,7 @@ PUBLISHED: dict[str, dict] = {
 }
 OURS: dict[str, dict] = {"freeact": {"preset": "freeact"}}
 ABLATIONS: dict[str, dict] = {
+    "freeact calibration=learned": {"preset": "freeact", "calibration": "learned"},
     "freeact types=text+sink": {"preset": "freeact", "token_types": ["text", "sink"]},
     "freeact types=text": {"preset": "freeact", "token_types": ["text"]},
     "freeact centring=shared": {"preset": "freeact", "centring": "shared"},
@@ -37,6 +38,7 @@ ABLATIONS: dict[str, dict] = {
     "freeact-paper exclusive=none": {"preset": "freeact-paper", "exclusive": "none"},
 }
 METHODS = {**PUBLISHED, **OURS, **ABLATIONS}
+LEARNED = ("flatquant", "freeact-paper", "freeact calibration=learned", "freeact-paper exclusive=none")
 DRAWS_NOTHING = ("rtn", "smoothquant")  # one seed is all there is, but for the calibration samples
 
 

@@ -14,13 +14,13 @@ from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.linear import FreeActLinear
 
 
-def check_checkpoint(files: list[str] | None) -> list[str]:
-    """Refuse files that are no whole safetensors, before the model is built; returns the names of their tensors.
+def check_checkpoint(files: list[str] | None) -> dict[str, str]:
+    """Refuse files that are no whole safetensors, before the model is built; returns names and types of their tensors.
 
     Raises:
         `ValueError`: for a pickle, an unreadable header, or a file shorter than its header says; names the file.
     """
-    names: list[str] = []
+    names: dict[str, str] = {}
     for path in files or []:
         path = os.fspath(path)
         if not path.endswith(".safetensors"):
@@ -30,7 +30,7 @@ def check_checkpoint(files: list[str] | None) -> list[str]:
             )
         try:
             with safe_open(path, "pt") as file:  # opening checks the whole header: types, shapes, offsets, file size
-                names.extend(file.keys())
+                names |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(
                 f"{path!r} ({os.path.getsize(path)} bytes) is truncated or damaged ({error}). Fetch or save it again."
@@ -38,32 +38,59 @@ def check_checkpoint(files: list[str] | None) -> list[str]:
     return names
 
 
-def check_names(model: nn.Module, names: list[str]) -> None:
-    """Refuse a checkpoint with parts of quantized modules that the config does not ask for.
+#: Types as safetensors names them.
+TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8",
+    torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+}  # fmt: skip
 
-    transformers would leave them out with a warning, and the layer would compute something else.
+
+FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+def check_names(model: nn.Module, names: dict[str, str]) -> None:
+    """Refuse a checkpoint with parts of quantized modules that the config does not ask for, or of another type.
+
+    transformers would leave them out with a warning, or convert them, and the layer would compute something else.
 
     Raises:
         `ValueError`: naming the first of them.
     """
     known: dict[str, set[str]] = {CACHE_NAME: set()}
     wanted: dict[str, set[str]] = {}
+    types: dict[str, str] = {}
+    prefix = getattr(model, "base_model_prefix", "")
     for name, module in model.named_modules():
         if isinstance(module, (FreeActLinear, FreeActInput, CacheMeanBuffers)):
             leaf = name.rpartition(".")[2]
             known.setdefault(leaf, set()).update(module._buffers)
             wanted.setdefault(leaf, set()).update(k for k, tensor in module._buffers.items() if tensor is not None)
-    stray = []
-    for name in names:
+            for key, tensor in {**module._parameters, **module._buffers}.items():
+                if (
+                    tensor is not None
+                ):  # a checkpoint of the whole model may be loaded into its inner one, and vice versa
+                    own = f"{name}.{key}"
+                    types |= dict.fromkeys(
+                        (own, f"{prefix}.{own}", own.removeprefix(f"{prefix}.")), TYPES[tensor.dtype]
+                    )
+    stray, wrong = [], []
+    for name, found in names.items():
         parent, _, leaf = name.rpartition(".")
         parent = parent.rpartition(".")[2]
         ours = leaf in known.get(parent, ()) or parent == CACHE_NAME
         if ours and leaf not in wanted.get(parent, ()):
             stray.append(name)
+        elif found != types.get(name, found if found in FLOATING or ours else None):
+            wrong.append(f"{name} ({found})")
     if stray:
         raise ValueError(
             f"{len(stray)} tensors of the checkpoint do not belong to a model of its quantization_config, the first are "
             f"{stray[:3]}: the config was changed after saving. Restore it, or fetch or save the model again."
+        )
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} tensors of the checkpoint have types that they cannot have been saved with, the first are "
+            f"{wrong[:3]}: the file is damaged, or not of this model. Fetch or save it again."
         )
 
 

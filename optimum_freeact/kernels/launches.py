@@ -13,15 +13,15 @@ from functools import cache
 from optimum_freeact.kernels.triton_state import INTERPRETED
 
 
-# Per kernel: (rows at most, settings). Rounding: `rows` x `chunk` x `steps` of a program of the projection, `elements` of
-# a program that corrects (per 16 rows), `programs` that finish. Products: BM rows of codes, BN outputs, BK bytes, GROUP
+# Per kernel: (rows at most, settings). Rounding: `rows` x `chunk` x `steps` of a program of the projection, `correct_rows`
+# x `elements` of a program that corrects, `programs` that finish. Products: BM rows of codes, BN outputs, BK bytes, GROUP
 # blocks of outputs in a row. `pdl`: programmatic dependent launch.
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
-        (64, {"rows": 16, "chunk": 256, "steps": 1, "project_warps": 4, "elements": 256, "correct_warps": 4,
-              "programs": 132, "finish_warps": 4, "pdl": False}),
-        (None, {"rows": 32, "chunk": 128, "steps": 8, "project_warps": 4, "elements": 256, "correct_warps": 4,
-                "programs": 792, "finish_warps": 4, "pdl": False}),
+        (64, {"rows": 16, "chunk": 256, "steps": 1, "project_warps": 4, "correct_rows": 16, "elements": 128,
+              "correct_warps": 4, "programs": 132, "finish_warps": 4, "pdl": False}),
+        (None, {"rows": 32, "chunk": 128, "steps": 8, "project_warps": 4, "correct_rows": 64, "elements": 256,
+                "correct_warps": 8, "programs": 792, "finish_warps": 4, "pdl": False}),
     ],
     "dp4a": [(1, {"words": 4096, "warps": 4, "pdl": False}), (None, {"words": 2048, "warps": 2, "pdl": False})],
     "w4": [
@@ -46,7 +46,10 @@ def _settings() -> dict[str, list[tuple[int | None, dict]]]:
 
 
 def _filled(name: str, entries: list) -> list[tuple[int | None, dict]]:
-    return [(most, {**_find(DEFAULTS[name], most or 1 << 62), **settings}) for most, settings in entries]
+    named = [most for most, _ in entries]
+    kept = [(most, settings) for most, settings in DEFAULTS[name] if most not in named]
+    changed = [(most, {**_find(DEFAULTS[name], most or 1 << 62), **settings}) for most, settings in entries]
+    return sorted(kept + changed, key=lambda entry: entry[0] or 1 << 62)
 
 
 def _find(entries: list[tuple[int | None, dict]], n: int) -> dict:

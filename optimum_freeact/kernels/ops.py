@@ -28,6 +28,15 @@ def failures() -> dict[str, str]:
     return dict(_failed)
 
 
+def make_ready(device: torch.device) -> None:
+    """Allocate what the kernels keep on a device, before any CUDA graph is captured there."""
+    if device.type != "cuda" or "w4_linear[many]" in _failed:
+        return
+    from optimum_freeact.kernels.w4_triton import counters
+
+    counters(device)
+
+
 def _attempt(name: str, kernel, fallback):
     """`kernel()`, or from its first failure on `fallback()`."""
     if name not in _failed:

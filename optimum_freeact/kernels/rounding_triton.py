@@ -153,11 +153,11 @@ def _correct(
         HAS_CHANNEL,
     )  # fmt: skip
     peak = tl.full((ROWS,), 1e-30, tl.float32)
-    for part in range(PARTS):
+    for part in tl.static_range(PARTS):
         peak = tl.maximum(peak, tl.load(peak_ptr + part * n + tokens, mask=alive, other=0.0))
     if RANK > 0:
         p = tl.zeros((ROWS, PR), tl.float32)
-        for part in range(PARTS):
+        for part in tl.static_range(PARTS):
             p += tl.load(part_ptr + (part * n + tokens)[:, None] * PR + r[None, :], mask=alive[:, None], other=0.0)
         p = p * scale[None, :]
         if tl.program_id(1) == 0:
@@ -230,9 +230,10 @@ def round_rows(
         CHUNK=chunk, STEPS=steps, DOT=DOT_TYPE, PDL=bool(pdl), num_warps=launch["project_warps"], num_stages=3, **pdl,
     )  # fmt: skip
     nb = max(1, min(launch["elements"] // pb, pa))
-    _correct[(triton.cdiv(n, 16), triton.cdiv(tables.a, nb))](
+    block = launch["correct_rows"]
+    _correct[(triton.cdiv(n, block), triton.cdiv(tables.a, nb))](
         x, types, tables.mean, tables.channel_scale, tables.basis, tables.basis_scale, tables.right, part, peak, turned,
-        branch, undo, n, n_means, **has, A=tables.a, B=tables.b, PB=pb, ROWS=16, NB=nb, PARTS=parts, LIMIT=HEADROOM,
+        branch, undo, n, n_means, **has, A=tables.a, B=tables.b, PB=pb, ROWS=block, NB=nb, PARTS=parts, LIMIT=HEADROOM,
         DOT=DOT_TYPE, PDL=bool(pdl), num_warps=launch["correct_warps"], num_stages=2, **pdl,
     )  # fmt: skip
     big = pa * pb > 8192

@@ -143,14 +143,21 @@ def _w4_linear(
     )
 
 
-_COUNTERS: dict[torch.device, torch.Tensor] = {}
+COUNTERS = 65536  # blocks of outputs whose parts are summed; one per block of a launch
+_counters_of: dict[torch.device, torch.Tensor] = {}
 
 
-def _counters(device: torch.device, size: int) -> torch.Tensor:
-    """Zeros that each launch leaves as zeros; one buffer per device."""
-    if device not in _COUNTERS or len(_COUNTERS[device]) < size:
-        _COUNTERS[device] = torch.zeros(max(size, 8192), dtype=torch.int32, device=device)
-    return _COUNTERS[device]
+def counters(device: torch.device) -> torch.Tensor:
+    """Zeros that each launch leaves as zeros, one buffer per device: launches that split rows run one after the other.
+
+    To be made before a CUDA graph is captured, or it would lie in the graph's own memory ([`ops.make_ready`]).
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device not in _counters_of:
+        _counters_of[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return _counters_of[device]
 
 
 def w4_linear(
@@ -174,18 +181,20 @@ def w4_linear(
         types = None
     launch = {**w4_launch(n, m, half), **(options or {})}
     blocks = triton.cdiv(n, launch["BM"]) * triton.cdiv(m, launch["BN"])
-    split, partial, counters = launch["SPLIT"], None, None
+    split, partial, count = launch["SPLIT"], None, None
     if split > 1:
         if n > launch["BM"]:
             raise ValueError(f"SPLIT={split} needs all {n} tokens in one block, got BM={launch['BM']}.")
         size = split * triton.cdiv(m, launch["BN"]) * launch["BN"] * launch["BM"]
         partial = torch.empty(size, dtype=torch.int32, device=y.device)
-        counters = _counters(y.device, blocks)
+        if blocks > COUNTERS:
+            raise ValueError(f"SPLIT={split} serves up to {COUNTERS} blocks of outputs, got {blocks}.")
+        count = counters(y.device)
     width = rows.branch.shape[1] if rows.branch is not None else branch_width(0, n_bias)
     pdl = launch_pdl(launch["pdl"])
     _w4_linear[(blocks, split)](
         rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, weight.row_sum, low_rank,
-        weight.low_rank_scale, bias, y, n, m, n_bias, partial, counters, HALF=half, HAS_TYPES=types is not None,
+        weight.low_rank_scale, bias, y, n, m, n_bias, partial, count, HALF=half, HAS_TYPES=types is not None,
         HAS_BIAS=bias is not None, RANK=rank, PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
         GROUP=launch["GROUP"], SPLIT=split, PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
         num_warps=launch["warps"], num_stages=launch["stages"], **pdl,

@@ -42,6 +42,7 @@ class KernelRows(NamedTuple):
             there.
         types (`torch.Tensor` of shape `(n,)`, *optional*): Token types.
         shape (`torch.Size`): Leading shape of the input, whose product is n.
+        native (`bool`): Whether the kernels in C made them.
     """
 
     codes: torch.Tensor
@@ -49,6 +50,7 @@ class KernelRows(NamedTuple):
     branch: torch.Tensor
     types: torch.Tensor | None
     shape: torch.Size
+    native: bool
 
 
 class FreeActInput(nn.Module):
@@ -97,7 +99,7 @@ class FreeActInput(nn.Module):
         self._last: tuple | None = None
         self._tables: InputTables | None = None
         self._native: NativeSide | None = None
-        self._prepared = False
+        self._prepared = self._offloaded = False
         self.reader_settings: list[tuple[int, int | None]] = []  # bits and group size of each linear
         self._is_hf_initialized = True  # transformers must not initialise these tensors: they are always loaded
         self.register_buffer("clip", torch.ones(n_types))
@@ -151,7 +153,8 @@ class FreeActInput(nn.Module):
     def prepare(self) -> None:
         """Choose what runs on the device where the tensors are, and make the tables that a kernel reads."""
         self._prepared, self._tables, self._native, self._last = True, None, None, None
-        if self.clip.device.type == "meta" or not self.reader_settings:
+        self._offloaded = self.clip.device.type == "meta"
+        if self._offloaded or not self.reader_settings:
             return
         plans = {
             plan(
@@ -187,6 +190,12 @@ class FreeActInput(nn.Module):
         return result
 
     def _round(self, x: torch.Tensor) -> RoundedInput | KernelRows:
+        if self._offloaded and self.clip.device.type != "meta":  # here for this call only
+            self.prepare()
+            try:
+                return self._round(x)
+            finally:
+                self._tables, self._native, self._offloaded = None, None, True
         if self._tables is not None and self._kernel_serves(x):
             return self._kernel_rows(x)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -221,9 +230,9 @@ class FreeActInput(nn.Module):
         tables = self._tables
         flat = x.reshape(-1, self.in_features).contiguous()
         if self._native is not None and not torch.compiler.is_compiling():
-            return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1])
+            return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1], True)
         found = ops.round_rows(flat, types, *tables.tensors(), tables.a, tables.b, self.bits, self.symmetric)
-        return KernelRows(*found, types, x.shape[:-1])
+        return KernelRows(*found, types, x.shape[:-1], self._native is not None)
 
     def __deepcopy__(self, memo: dict) -> FreeActInput:
         self._last = None
@@ -231,6 +240,11 @@ class FreeActInput(nn.Module):
 
     def __reduce_ex__(self, protocol: int) -> None:  # noqa: ARG002
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._prepared:
+            self.prepare()
 
     def _apply(self, fn, recurse: bool = True) -> FreeActInput:
         self._tables = self._native = None

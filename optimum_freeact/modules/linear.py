@@ -145,7 +145,9 @@ class FreeActLinear(nn.Linear):
         )
         if chosen.name == "torch":
             self._codes = codes
-        elif chosen.name == "native":
+        elif chosen.name == "triton":
+            ops.make_ready(self.weight.device)
+        else:
             self._native = NativeWeight(self.kernel_weight())
 
     def kernel_weight(self) -> Weight:
@@ -182,7 +184,7 @@ class FreeActLinear(nn.Linear):
         if self._native is not None and not torch.compiler.is_compiling():
             y = self._native.linear(Rows(rows.codes, rows.stats, rows.branch), rows.types, dtype, self.source.bits)
         else:
-            y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, self._native is not None)
+            y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, rows.native)
         return y.view(*rows.shape, self.out_features)
 
     def _integer_product(self, rounded, dtype: torch.dtype) -> torch.Tensor:
@@ -219,6 +221,11 @@ class FreeActLinear(nn.Linear):
 
     def __reduce_ex__(self, protocol: int) -> None:  # noqa: ARG002
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._row_sum is not None or self._bias_rows is not None:
+            self.prepare()
 
     def _apply(self, fn, recurse: bool = True) -> FreeActLinear:
         prepared = self._row_sum is not None or self._bias_rows is not None

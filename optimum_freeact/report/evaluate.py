@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +17,9 @@ class TextScore(NamedTuple):
     n_tokens: int
 
 
-def tokenize_windows(text: str, tokenizer, window: int, n_windows: int | None = None, skip: int = 0) -> torch.Tensor:
+def tokenize_windows(
+    text: str, tokenizer: Any, window: int, n_windows: int | None = None, skip: int = 0
+) -> torch.Tensor:
     """Non-overlapping windows of token ids, shape `(n_windows, window)`.
 
     Args:

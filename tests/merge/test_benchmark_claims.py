@@ -62,6 +62,12 @@ def test_adaptation_takes_the_best_control_and_the_arm_that_validation_chose():
     assert one["holds"]
     assert "'teacher' against 'teacher, random donor'" in one["how"]
     assert "2 seed(s)" in one["how"]
+    means = {(row["arm"], row["when"]): row["value"] for row in adaptation_claims.summary(rows)}
+    assert means["none", "before"] == 9.0
+    assert means["none", "after"] == pytest.approx(2.0)
+    assert means["teacher", "after"] == pytest.approx(1.85)
+    assert ("stream", "after") not in means
+    assert adaptation_claims.claims([*rows, *adaptation_claims.summary(rows)]) == [one]
     rows += adapted("french", "none", 0, 4.0, 4.0) + adapted("french", "teacher", 0, 3.9, 3.98, share=0.5)
     (one,) = adaptation_claims.claims(rows)
     assert one["value"] == pytest.approx(0.02)  # the smallest over tasks

@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from trl_mlc.early_exit import check_layer, decoder_of
 from trl_mlc.evaluation.geometry import language_geometry
@@ -60,8 +62,8 @@ class EvaluationReport:
 
 
 def evaluate_model(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: Any,
     rows: Iterable[Mapping],
     anchor: str = "en",
     languages: Sequence[str] | None = None,
