@@ -83,7 +83,8 @@ def join_translations(
 def shuffled_translations(dataset: Dataset, seed: int = 0) -> Dataset:
     """The negative control: every row gets another row's translations, moved as a whole.
 
-    A gain that survives this is not due to translation. No row keeps its own.
+    A gain that survives this is not due to the tie between an anchor prompt and its translations. The translations of a
+    row stay together, so among themselves they are still translations. No row keeps its own.
 
     Args:
         dataset (`datasets.Dataset`): with the column; at least two rows.

@@ -37,8 +37,10 @@ def claims(rows: list[dict]) -> list[dict]:
     found.append(
         claim("mlc.transfer.english_accuracy_drop", drop, "<=", MOST_DROP, f"aligned - {OURS}, means over seeds")
     )
-    ratio = mean(OURS, "perplexity_english") / mean(ALIGNED, "perplexity_english")
-    how = f"{OURS} / aligned, means over seeds, Debian Handbook"
+    # medians: one diverged seed would decide a mean of perplexities, and a diverged aligned run would make ours look good
+    ours, aligned = (statistics.median(values(rows, name, "perplexity_english")) for name in (OURS, ALIGNED))
+    ratio = ours / aligned
+    how = f"{OURS} / aligned, medians over seeds, Debian Handbook"
     found.append(claim("mlc.transfer.english_perplexity_ratio", ratio, "<=", MOST_PERPLEXITY, how))
     ours, shuffled = values(rows, OURS, "accuracy_transfer"), values(rows, SHUFFLED, "accuracy_transfer")
     if min(len(ours), len(shuffled)) > 1:

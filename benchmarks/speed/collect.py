@@ -13,7 +13,7 @@ from benchmarks._results import write
 
 
 FILES = ("linear.jsonl", "model.jsonl", "calibrate.jsonl")
-COMMAND = "bash benchmarks/speed/run.sh OUT"
+COMMAND = "bash benchmarks/speed/run.sh kernels OUT && bash benchmarks/speed/run.sh models OUT"
 
 
 def read_rows(folder: Path) -> list[dict]:

@@ -20,7 +20,7 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
         (64, {"rows": 16, "chunk": 256, "steps": 1, "project_warps": 4, "correct_rows": 16, "elements": 128,
               "correct_warps": 4, "programs": 132, "finish_warps": 4, "pdl": False}),
-        (None, {"rows": 32, "chunk": 128, "steps": 8, "project_warps": 4, "correct_rows": 64, "elements": 256,
+        (None, {"rows": 32, "chunk": 128, "steps": 8, "project_warps": 4, "correct_rows": 32, "elements": 256,
                 "correct_warps": 8, "programs": 792, "finish_warps": 4, "pdl": False}),
     ],
     "dp4a": [(1, {"words": 4096, "warps": 4, "pdl": False}), (None, {"words": 2048, "warps": 2, "pdl": False})],
@@ -30,6 +30,9 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "pdl": False}),
     ],
 }  # fmt: skip
+
+
+MOST_PARTS = 16
 
 
 @cache
@@ -61,6 +64,8 @@ def round_launch(n: int, d: int) -> dict:
     found = dict(_find(_settings()["round"], n))
     if n > 64 and n < 1024:  # too few blocks of rows to fill the GPU: more parts of each row
         found["steps"] = max(1, found["steps"] // 4)
+    if n <= 64:  # more parts than this no longer fit into registers where they are summed
+        found["steps"] = max(found["steps"], -(-d // (MOST_PARTS * found["chunk"])))
     if d > 8192 and n > 64:
         found["steps"] *= 2
     return found

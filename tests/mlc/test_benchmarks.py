@@ -47,6 +47,19 @@ def test_transfer_claims_are_means_over_seeds():
     assert transfer_claims.claims(rows[:5]) == []
 
 
+def test_a_diverged_seed_of_the_aligned_run_does_not_buy_the_perplexity_claim():
+    perplexity = {"aligned": (10.0, 30_000.0, 10.0), "ours": (11.0, 11.0, 11.0)}
+    rows = [
+        {"method": method, "seed": seed, "metric": metric, "value": value if metric == "perplexity_english" else 1.0}
+        for method, seeds in perplexity.items()
+        for seed, value in enumerate(seeds)
+        for metric in ("perplexity_english", "variance_x100_seen", "variance_x100_held_out", "accuracy_english")
+    ]
+    found = {c["id"]: c for c in transfer_claims.claims(rows)}["mlc.transfer.english_perplexity_ratio"]
+    assert found["value"] == pytest.approx(1.1)
+    assert not found["holds"]
+
+
 def test_the_map_chooses_what_comes_nearest_to_all_claims():
     from benchmarks.mlc.transfer_claims import choose
 
