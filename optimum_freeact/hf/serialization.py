@@ -59,6 +59,7 @@ def check_names(model: nn.Module, names: dict[str, str]) -> None:
     known: dict[str, set[str]] = {CACHE_NAME: set()}
     wanted: dict[str, set[str]] = {}
     types: dict[str, str] = {}
+    by_key: dict[str, set[str]] = {}  # for names that transformers or a loader maps to its own
     prefix = getattr(model, "base_model_prefix", "")
     for name, module in model.named_modules():
         if isinstance(module, (FreeActLinear, FreeActInput, CacheMeanBuffers)):
@@ -70,6 +71,7 @@ def check_names(model: nn.Module, names: dict[str, str]) -> None:
                     tensor is not None
                 ):  # a checkpoint of the whole model may be loaded into its inner one, and vice versa
                     own = f"{name}.{key}"
+                    by_key.setdefault(key, set()).add(TYPES[tensor.dtype])
                     types |= dict.fromkeys(
                         (own, f"{prefix}.{own}", own.removeprefix(f"{prefix}.")), TYPES[tensor.dtype]
                     )
@@ -80,7 +82,9 @@ def check_names(model: nn.Module, names: dict[str, str]) -> None:
         ours = leaf in known.get(parent, ()) or parent == CACHE_NAME
         if ours and leaf not in wanted.get(parent, ()):
             stray.append(name)
-        elif found != types.get(name, found if found in FLOATING or ours else None):
+        elif found != types.get(name, found) or not (
+            name in types or found in FLOATING or ours or found in by_key.get(leaf, ())
+        ):
             wrong.append(f"{name} ({found})")
     if stray:
         raise ValueError(

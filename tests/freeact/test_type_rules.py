@@ -157,7 +157,7 @@ WRONG_RULES = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), WRONG_RULES, ids=[str(c) for c, _ in WRONG_RULES])
+@pytest.mark.parametrize(("changes", "message"), WRONG_RULES, ids=[str(i) for i in range(len(WRONG_RULES))])
 def test_wrong_rules_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         with_rules(**changes)
