@@ -24,14 +24,14 @@ if TYPE_CHECKING:  # for type checkers and editors; names are imported on first 
     from optimum_freeact.report.evaluate import score_text as score_text
     from optimum_freeact.report.evaluate import tokenize_windows as tokenize_windows
     from optimum_freeact.token_types import TokenTyper as TokenTyper
-    from optimum_freeact.token_types import given_types as given_types
+    from optimum_freeact.type_state import given_types as given_types
 
 # imported on first use, so that importing the package stays cheap
 _LAZY = {
     "FreeActInput": "optimum_freeact.modules.activation",
     "FreeActLinear": "optimum_freeact.modules.linear",
     "TokenTyper": "optimum_freeact.token_types",
-    "given_types": "optimum_freeact.token_types",
+    "given_types": "optimum_freeact.type_state",
     "quantize": "optimum_freeact.api",
     "save": "optimum_freeact.api",
     "score_text": "optimum_freeact.report.evaluate",

@@ -26,8 +26,8 @@ from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.numerics.hadamard import flat_rotation
 from optimum_freeact.numerics.kronecker import factor_pair
-from optimum_freeact.token_types import TypeState
 from optimum_freeact.transforms.affine_map import InputMap
+from optimum_freeact.type_state import TypeState
 
 
 SHAPES = ((4096, 14336), (14336, 4096), (4096, 4096))

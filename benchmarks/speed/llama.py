@@ -17,8 +17,8 @@ from optimum_freeact.modules.surgery import build_empty
 from optimum_freeact.numerics.affine import fake_quantize
 from optimum_freeact.numerics.hadamard import flat_rotation
 from optimum_freeact.numerics.kronecker import factor_pair, kron_apply
-from optimum_freeact.token_types import attach_state
 from optimum_freeact.transforms.affine_map import InputMap
+from optimum_freeact.type_state import attach_state
 
 
 SHAPES = {

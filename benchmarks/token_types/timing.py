@@ -10,7 +10,7 @@ from torch import nn
 
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.surgery import replace_group
-from optimum_freeact.token_types import TypeState
+from optimum_freeact.type_state import TypeState
 
 
 # name -> (d, key/value width, intermediate): SmolLM2-135M, Llama-3.2-1B, Llama-3-8B

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from optimum_freeact.calibration.prepared import batches as split_batches
-from optimum_freeact.token_types import TypeState
+from optimum_freeact.type_state import TypeState
 
 
 class _Stop(Exception):  # noqa: N818

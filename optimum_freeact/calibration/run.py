@@ -20,8 +20,9 @@ from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.kv_means import cache_means
 from optimum_freeact.modules.layout import find_blocks, find_decoder, is_plain_linear, unquantized_parameters
-from optimum_freeact.token_types import TokenTyper, attach_state, install_typing
+from optimum_freeact.token_types import TokenTyper, install_typing
 from optimum_freeact.type_rules import resolve
+from optimum_freeact.type_state import attach_state
 
 
 logger = logging.getLogger(__name__)

@@ -56,7 +56,7 @@ class FreeActHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             from optimum_freeact.hf.serialization import check_checkpoint, check_names
             from optimum_freeact.modules.surgery import build_empty
-            from optimum_freeact.token_types import attach_state
+            from optimum_freeact.type_state import attach_state
 
             names = check_checkpoint(kwargs.get("checkpoint_files"))
             build_empty(model, self.quantization_config, attach_state(model))

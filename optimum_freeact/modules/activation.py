@@ -14,8 +14,8 @@ from optimum_freeact.kernels.native import NativeSide
 from optimum_freeact.kernels.tables import InputTables, make_native_tables, make_tables
 from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, round_codes
 from optimum_freeact.numerics.kronecker import factor_pair
-from optimum_freeact.token_types import TypeState
 from optimum_freeact.transforms.affine_map import InputMap, pick
+from optimum_freeact.type_state import TypeState
 
 
 class RoundedInput(NamedTuple):

@@ -14,8 +14,9 @@ from optimum_freeact.modules.kv_store import CacheSpec
 from optimum_freeact.modules.layout import find_decoder
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.surgery import input_name, quantized_linears
-from optimum_freeact.token_types import TokenTyper, attach_state, install_typing
+from optimum_freeact.token_types import TokenTyper, install_typing
 from optimum_freeact.type_rules import check_against
+from optimum_freeact.type_state import attach_state
 
 
 def activate(model: nn.Module, config: FreeActConfig) -> None:

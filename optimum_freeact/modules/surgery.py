@@ -14,9 +14,9 @@ from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.layout import find_blocks, find_decoder
 from optimum_freeact.modules.linear import FreeActLinear
-from optimum_freeact.token_types import TypeState
 from optimum_freeact.transforms.exclusive import share_of
 from optimum_freeact.type_rules import SINK
+from optimum_freeact.type_state import TypeState
 
 
 def input_name(group: list[str]) -> str:

@@ -16,7 +16,7 @@ from optimum_freeact.modules.layout import block_linears, find_blocks
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.surgery import build_empty
 from optimum_freeact.report.sizes import QuantizedSize, Rest, quantized_size, tensor_bytes, unquantized
-from optimum_freeact.token_types import TypeState
+from optimum_freeact.type_state import TypeState
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from optimum_freeact.moments import Moments
 from optimum_freeact.numerics.affine import fake_quantize
 from optimum_freeact.numerics.hadamard import flat_rotation
 from optimum_freeact.numerics.kronecker import factor_pair, kron_apply
-from optimum_freeact.token_types import TokenTyper, attach_state, install_typing
+from optimum_freeact.token_types import TokenTyper, install_typing
 from optimum_freeact.type_rules import resolve
+from optimum_freeact.type_state import attach_state
 
 
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64)

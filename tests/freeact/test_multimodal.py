@@ -7,7 +7,7 @@ from optimum_freeact.api import quantize
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.layout import find_blocks
 from optimum_freeact.modules.surgery import quantized_linears
-from optimum_freeact.token_types import given_types
+from optimum_freeact.type_state import given_types
 from tests.helpers.quantized import distance
 from tests.helpers.tiny_multimodal import AUDIO, IMAGE, MULTIMODAL, tiny_multimodal
 

@@ -1,0 +1,139 @@
+"""The calibration batches on their way through the blocks, and the moments of what each linear reads from them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from optimum_freeact.calibration.capture import Batch, run_block
+from optimum_freeact.calibration.ranks import Ranks
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.moments import Moments
+from optimum_freeact.numerics.metrics import relative_error
+from optimum_freeact.type_state import TypeState
+
+
+NO_TYPE = -1  # of padding
+
+
+class Stream:
+    """The batches' hidden states in the quantized model and, where needed, in the full-precision one."""
+
+    def __init__(self, batches: list[Batch], config: FreeActConfig, device: torch.device, state: TypeState):
+        self.batches, self.device, self.state = batches, device, state
+        self.propagate = config.propagate_error
+        self.paired = config.error_correction and config.propagate_error
+        self.keep_outputs = config.calibration == "learned"
+        self.actual = [batch.hidden for batch in batches]
+        self.exact = list(self.actual) if self.paired else None
+
+    def _types(self, batch: Batch, like: torch.Tensor) -> torch.Tensor:
+        types = batch.types
+        types = torch.zeros(like.shape[:-1], dtype=torch.long) if types is None else types
+        if batch.padding is not None and batch.padding.numel() == types.numel():
+            types = types.reshape(-1).masked_fill(batch.padding.reshape(-1).to(types.device), NO_TYPE)
+        return types.to(self.device).flatten()
+
+    @torch.no_grad()
+    def observe(self, block: nn.Module, index: int, inputs: dict[str, nn.Linear], moments: dict[str, Moments]):
+        """Run the full-precision block on all batches and stream the moments of the named linears' inputs.
+
+        Returns the last batch's output, against which the quantized block is measured, and the outputs that become
+        the next full-precision inputs.
+        """
+        seen = _Seen()
+        hooks = [linear.register_forward_pre_hook(_keep(seen, name)) for name, linear in inputs.items()]
+        outputs = []
+        for i, batch in enumerate(self.batches):
+            self.state.types = None if batch.types is None else batch.types.to(self.device)
+            if self.paired:
+                self.exact[i] = run_block(block, self.exact[i], batch.calls[index], self.device)
+                paired = dict(seen)
+                seen.clear()
+            else:
+                paired = {}
+            last = i == len(self.batches) - 1
+            needed = last or not self.propagate or self.keep_outputs
+            if inputs or needed:
+                output = self._run_observed(block, index, i, seen, None if needed else len(inputs))
+                for name, x in seen.items():
+                    y = paired.get(name)
+                    types = self._types(batch, x) if x.shape[:-1].numel() == batch.hidden.shape[:-1].numel() else None
+                    types = (
+                        torch.zeros(x.shape[:-1].numel(), dtype=torch.long, device=x.device)
+                        if types is None
+                        else types
+                    )
+                    rows, y = x.flatten(0, -2), None if y is None else y.flatten(0, -2)
+                    if batch.padding is not None:
+                        real = types != NO_TYPE
+                        rows, y, types = rows[real], None if y is None else y[real], types[real]
+                    moments[name].update(rows, types, y)
+                seen.clear()
+                outputs.append(output if needed else None)
+        for hook in hooks:
+            hook.remove()
+        return outputs
+
+    def _run_observed(self, block: nn.Module, index: int, i: int, seen: dict, enough: int | None):
+        """Output of the block on batch `i`; with `enough`, it stops (and gives `None`) once so many inputs are seen."""
+        seen.enough = enough
+        try:
+            return run_block(block, self.actual[i], self.batches[i].calls[index], self.device)
+        except _AllSeen:
+            return None
+        finally:
+            seen.enough = None
+
+    def run(self, block: nn.Module, index: int, i: int) -> torch.Tensor:
+        """Output of the block on batch `i` as the quantized model feeds it."""
+        batch = self.batches[i]
+        self.state.types = None if batch.types is None else batch.types.to(self.device)
+        return run_block(block, self.actual[i], batch.calls[index], self.device)
+
+    @torch.no_grad()
+    def input_moments(self, block: nn.Module, index: int, linear: nn.Linear, n_types: int, ranks: Ranks) -> Moments:
+        """Moments of what a linear reads in the block as it is now."""
+        seen, found = _Seen(), Moments(linear.in_features, n_types, self.device)
+        hook = linear.register_forward_pre_hook(_keep(seen, "input"))
+        for i, batch in enumerate(self.batches):
+            self.run(block, index, i)
+            x, types = seen["input"].flatten(0, -2), self._types(batch, seen["input"])
+            real = types != NO_TYPE
+            found.update(x[real], types[real])
+            seen.clear()
+        hook.remove()
+        ranks.reduce(found)
+        return found
+
+    @torch.no_grad()
+    def advance(self, block: nn.Module, index: int, reference: list[torch.Tensor]) -> float:
+        """Run the quantized block to get the next inputs; returns the relative error on the last batch."""
+        error = 0.0
+        for i in range(len(self.batches)):
+            last = i == len(self.batches) - 1
+            if self.propagate or last:
+                output = self.run(block, index, i)
+                if last:
+                    error = relative_error(output, reference[-1])
+            self.actual[i] = output if self.propagate else reference[i]
+        return error
+
+
+class _AllSeen(Exception):  # noqa: N818
+    """Raised in a block when the inputs of all its linears are known: its last product is not needed."""
+
+
+class _Seen(dict):
+    """Inputs by name; `enough` is how many end the block's run early."""
+
+    enough: int | None = None
+
+
+def _keep(seen: _Seen, name: str):
+    def hook(module: nn.Module, args: tuple) -> None:  # noqa: ARG001
+        seen[name] = args[0]
+        if seen.enough is not None and len(seen) >= seen.enough:
+            raise _AllSeen
+
+    return hook
