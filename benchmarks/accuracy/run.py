@@ -28,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import _results
+from benchmarks._lanes import gpus, run_in_lanes
 from benchmarks.accuracy.claims import claims, excess, expected
 from benchmarks.accuracy.jobs import SCHEMES, SLICES, Job, Plan, Text, absent, bits, perform
 
@@ -221,31 +222,7 @@ class Runner:
             for job in waiting:
                 self._one(job, None)
             return
-        queue, gpus = iter(waiting), self._gpus()
-        threads = [
-            threading.Thread(target=self._work, args=(queue, gpus[i % len(gpus)] if gpus else None))
-            for i in range(self.options.jobs)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    def _gpus(self) -> list[str]:
-        if self.options.device == "cpu":
-            return [""]
-        import torch
-
-        given = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
-
-    def _work(self, queue, gpu: str) -> None:
-        while True:
-            with self._lock:
-                job = next(queue, None)
-            if job is None:
-                return
-            self._one(job, gpu)
+        run_in_lanes(waiting, self.options.jobs, gpus(self.options.device), self._one)
 
     def _one(self, job: Job, gpu: str | None) -> None:
         """Run one job, or say why not; its rows go to the store."""

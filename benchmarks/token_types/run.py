@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import _results
+from benchmarks._lanes import gpus, run_in_lanes
 from benchmarks.token_types.claims import LOSS, MODELS, claims, losses, won_back
 from benchmarks.token_types.jobs import Job, perform
 from benchmarks.token_types.methods import ABLATIONS, DRAWS_NOTHING, FP, LEARNED, METHODS, OURS, PUBLISHED
@@ -161,37 +162,19 @@ class Runner:
                 begun = time.perf_counter()
                 self._keep(job, self._here(job), begun)
             return
-        queue, gpus = iter(waiting), self._gpus()
-        threads = [threading.Thread(target=self._work, args=(queue, gpus[i % len(gpus)])) for i in range(slots)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    def _gpus(self) -> list[str]:
-        if self.options.device == "cpu":
-            return [""]
-        import torch
-
-        given = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+        run_in_lanes(waiting, slots, gpus(self.options.device), self._one)
 
     def gpu_count(self) -> int:
         """How many can train at a time."""
-        return len(self._gpus())
+        return len(gpus(self.options.device))
 
-    def _work(self, queue, gpu: str) -> None:
-        while True:
-            with self._lock:
-                job = next(queue, None)
-            if job is None:
-                return
-            begun = time.perf_counter()
-            left = None if self.options.stop_seconds is None else self.options.stop_seconds - (begun - self.start)
-            if job.group == "time":
-                left = min(TIMING_SECONDS, TIMING_SECONDS if left is None else left)
-            told = {"error": "not started: the time was up"} if left is not None and left < 5 else None
-            self._keep(job, told or self._process(job, gpu, left), begun)
+    def _one(self, job: Job, gpu: str) -> None:
+        begun = time.perf_counter()
+        left = None if self.options.stop_seconds is None else self.options.stop_seconds - (begun - self.start)
+        if job.group == "time":
+            left = min(TIMING_SECONDS, TIMING_SECONDS if left is None else left)
+        told = {"error": "not started: the time was up"} if left is not None and left < 5 else None
+        self._keep(job, told or self._process(job, gpu, left), begun)
 
     def _here(self, job: Job) -> dict:
         try:
