@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
 
@@ -18,6 +21,13 @@ def full_mask(
     if attention_mask is None:
         return mask
     return mask.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(dtype).min)
+
+
+def understand_remote_fields(config: PretrainedConfig, fields: dict[str, Any]) -> None:
+    """Take from the `fields` of a configuration that was written for remote code what transformers calls otherwise."""
+    if fields.get("rope_theta") is not None and config.rope_parameters is None:
+        config.rope_parameters = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+    fields.pop("auto_map", None)  # remote code that is not needed
 
 
 class Bidirectional:

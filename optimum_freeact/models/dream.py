@@ -12,7 +12,7 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
 
-from optimum_freeact.models.bidirectional import Bidirectional
+from optimum_freeact.models.bidirectional import Bidirectional, understand_remote_fields
 
 
 class DreamConfig(Qwen2Config):
@@ -28,9 +28,7 @@ class DreamConfig(Qwen2Config):
     shifted_logits: bool = True
 
     def __post_init__(self, **kwargs):
-        if kwargs.get("rope_theta") is not None and self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": kwargs.pop("rope_theta")}
-        kwargs.pop("auto_map", None)  # remote code that is not needed
+        understand_remote_fields(self, kwargs)
         super().__post_init__(**kwargs)
 
 

@@ -13,7 +13,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
-from optimum_freeact.models.bidirectional import Bidirectional
+from optimum_freeact.models.bidirectional import Bidirectional, understand_remote_fields
 
 
 # LLaDA's name of a setting -> Llama's
@@ -63,9 +63,7 @@ class LladaConfig(LlamaConfig):
             value = kwargs.pop(theirs, None)
             if value is not None:
                 setattr(self, ours, value)
-        if kwargs.get("rope_theta") is not None and self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": kwargs.pop("rope_theta")}
-        kwargs.pop("auto_map", None)  # remote code that is not needed
+        understand_remote_fields(self, kwargs)
         super().__post_init__(**kwargs)
 
 
