@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -134,10 +138,24 @@ def evaluate(
     click.echo(f"report: {folder / 'report.md'}")
 
 
+@contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """A polite end from outside (SIGTERM: a scheduler, `timeout`) counts as Ctrl-C, so that nothing half-made is left."""
+    if threading.current_thread() is not threading.main_thread():  # handlers belong to the main thread
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; prints expected errors as one line on stderr and returns 1."""
     try:
-        cli.main(args=arguments, prog_name="mergekit-ot", standalone_mode=False)
+        with ended_like_ctrl_c():
+            cli.main(args=arguments, prog_name="mergekit-ot", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -142,6 +144,19 @@ def quiet_libraries(quiet: bool) -> Iterator[None]:
             chatter.enable_progress_bar()
 
 
+@contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """A polite end from outside (SIGTERM: a scheduler, `timeout`) counts as Ctrl-C, so that nothing half-made is left."""
+    if threading.current_thread() is not threading.main_thread():  # handlers belong to the main thread
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (by default the process's); returns the exit code."""
     try:
@@ -152,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from safetensors import SafetensorError
 
     try:
-        with quiet_libraries(args.quiet):
+        with ended_like_ctrl_c(), quiet_libraries(args.quiet):
             return command_named(args.command)(args) or 0
     except KeyboardInterrupt:
         print(f"\nfreeact {args.command}: interrupted. {_how_to_resume(args)}", file=sys.stderr)

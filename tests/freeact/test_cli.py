@@ -1,7 +1,10 @@
 """`freeact` as a user runs it, through `main([...])`, on tiny models: results, files, wrong inputs, interruptions."""
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -360,9 +363,18 @@ def test_an_interrupted_calibration_resumes_to_the_same_bits(home, tmp_path, cap
     )
 
 
-def test_an_interruption_without_a_resume_dir_says_how_to_have_one(home, tmp_path, capsys, monkeypatch):
-    def stop(*_args, **_kwargs):
-        raise KeyboardInterrupt
+def ctrl_c(*_args, **_kwargs):
+    raise KeyboardInterrupt
+
+
+def end_of_the_job(*_args, **_kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+
+
+@pytest.mark.parametrize("stop", [ctrl_c, end_of_the_job])
+def test_an_interruption_without_a_resume_dir_says_how_to_have_one(home, tmp_path, capsys, monkeypatch, stop):
+    before = signal.getsignal(signal.SIGTERM)
 
     monkeypatch.setattr("optimum_freeact.calibration.blockwise._quantize_block", stop)
     words = ["--dataset", str(home / "text.txt"), *SMALL]
@@ -372,6 +384,7 @@ def test_an_interruption_without_a_resume_dir_says_how_to_have_one(home, tmp_pat
     monkeypatch.setattr("optimum_freeact.commands.evaluate.score", stop)
     assert main(["evaluate", *paths(home, "model"), "--text", str(home / "other.txt"), *WINDOWS]) == 130
     assert "Nothing was written" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # --- evaluate, inspect -------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """The command line end to end on tiny models, the examples' recipes, and a light import."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,3 +79,16 @@ def test_every_exported_name_resolves():
         assert getattr(mergekit_ot, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mergekit_ot.nothing  # noqa: B018
+
+
+def test_the_end_of_a_job_counts_as_ctrl_c(capsys, monkeypatch, tmp_path):
+    def end_of_the_job(*_args, **_kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("mergekit_ot.cli.load_recipe", end_of_the_job)
+    (tmp_path / "r.yml").write_text("merge_method: transport\n")
+    assert main(["check", str(tmp_path / "r.yml")]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
