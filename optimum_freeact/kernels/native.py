@@ -163,6 +163,10 @@ class NativeWeight:
         self._struct = _Weight(*map(_at, parts), self.m, weight.packed.shape[1], rank, n_bias)
         self.address = ctypes.addressof(self._struct)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is held, the transposed copy of the branch's factors included."""
+        return [tensor for tensor in (*self.weight, self._low_rank) if tensor is not None]
+
     def __deepcopy__(self, memo: dict) -> NativeWeight:
         return NativeWeight(copy.deepcopy(self.weight, memo))
 
