@@ -11,7 +11,7 @@ from optimum_freeact.presets import PRESETS
 from optimum_freeact.type_rules import AUTO, check_names, check_rule
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BITS = (4, 8, 16)
 CHOICES = {
     "weight_bits": BITS,
@@ -68,14 +68,15 @@ class FreeActConfig(QuantizationConfigMixin):
 
     Args:
         preset (`str`, *optional*, defaults to `"freeact"`):
-            `"rtn"`, `"smoothquant"`, `"quarot"`, `"flatquant"`, `"freeact-paper"` or `"freeact"`.
+            `"rtn"`, `"smoothquant"`, `"quarot"`, `"flatquant"`, `"freeact-paper"`, `"freeact-fast"` or
+            `"freeact"`.
         weight_bits, activation_bits (`int`, *optional*, defaults to 4): 4, 8 or 16 (16: not rounded).
         kv_bits (`int`, *optional*, defaults to 16): 4, 8 or 16, for the KV cache of every forward that uses one.
-        weight_group_size (`int`, *optional*): Columns per weight scale; must divide every linear's input size. The
-            default is one scale per output channel, which integer kernels need.
-        activation_group_size (`int`, *optional*): Entries per grid of an activation; must divide every linear's input
-            size. The default is one grid per token, which integer kernels need: with groups the product runs in
-            floating point. For `calibration="closed_form"` only.
+        weight_group_size (`int`, *optional*): Columns of a (transformed) weight that share a scale: one float per row times
+            one byte per group; `None` for one scale per row. A size given here must divide every linear's input size; a
+            preset's is replaced by the largest of 32 and 16 that does, or `None`, and recorded.
+        activation_group_size (`int`, *optional*): Entries of a (transformed) activation that share a grid, made at run time;
+            `None` for one grid per token. Divides as `weight_group_size` does.
         activation_symmetric (`bool`, *optional*): Symmetric or asymmetric grid per token.
         transform (`str`, *optional*): `"none"`, `"hadamard"`, `"kronecker"` (closed form or learned) or `"orthogonal"`
             (dense random; for comparison, d^2 numbers per input).
@@ -191,10 +192,10 @@ class FreeActConfig(QuantizationConfigMixin):
         for name in ("weight_group_size", "activation_group_size"):
             if getattr(self, name) is not None:
                 self._check_int(name, minimum=2)
-        if self.activation_group_size is not None and self.calibration == "learned":
+        if self.format_version == 1 and self.weight_group_size is not None:
             raise ValueError(
-                "calibration='learned' has one grid per token: leave activation_group_size out, or use "
-                f"calibration='closed_form'; got activation_group_size={self.activation_group_size!r}."
+                "This checkpoint has format version 1 with weight_group_size set: its scales of groups were floats, which "
+                "this release does not read. Quantize the full-precision model again."
             )
         for name in ("activation_clip", "weight_clip"):
             value = getattr(self, name)
@@ -248,6 +249,11 @@ class FreeActConfig(QuantizationConfigMixin):
         if AUTO in self.token_types:
             raise ValueError(f"token_types={self.token_types} is not resolved yet: the model's config decides.")
         return len(self.token_types)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Arguments that the caller named; the others are the preset's, or defaults."""
+        return tuple(self.__dict__.get("_given", ()))
 
     @property
     def pooled_types(self) -> list[int]:

@@ -248,7 +248,7 @@ class GroupFit:
             if rounded is None:
                 module.set_weight(target[rows].unsqueeze(1), None)
             else:
-                module.set_weight(rounded.codes[rows], rounded.scale[rows])
+                module.set_weight(*(None if part is None else part[rows] for part in rounded))
             bias = None if linear.bias is None else linear.bias.detach().to(target.device)
             bias = output_biases(self.moments, stored, self.original[rows], bias, self.compensation)
             if bias is not None:

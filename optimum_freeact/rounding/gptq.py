@@ -12,7 +12,7 @@ import logging
 import torch
 
 from optimum_freeact.numerics.affine import code_range
-from optimum_freeact.rounding.rtn import RoundedWeight, search_scale
+from optimum_freeact.rounding.rtn import RoundedWeight, search_scale, split_scale
 
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ def gptq(
 ) -> RoundedWeight:
     """Round a weight so that the error of its output on inputs with the given second moments is small.
 
-    Columns are processed in the order of falling input energy (the paper's `act_order`), which needs one scale per
-    row; with groups the natural order is kept.
+    Columns are processed in the order of falling input energy (the paper's `act_order`). Scales are chosen first, each for
+    its own group of neighbouring columns, so that any order will do.
 
     Args:
         weight (`torch.Tensor` of shape `(out, in)`): Floating point; not modified.
@@ -80,25 +80,23 @@ def gptq(
         [`RoundedWeight`] in the columns' original order.
     """
     n = weight.shape[1]
-    per_channel = group_size == n
-    order = torch.argsort(moments.diagonal(), descending=True) if per_channel else torch.arange(n)
-    order = order.to(weight.device)
+    grouped = weight.float().unflatten(-1, (-1, group_size))
+    scale = search_scale(grouped, bits, moments.diagonal().float().view(-1, group_size), clip)  # (out, groups, 1)
+    scale, bytes_ = split_scale(scale, (grouped == 0).all(-1, keepdim=True))
+    order = torch.argsort(moments.diagonal(), descending=True).to(weight.device)
     moments = moments[order][:, order]
     factor, added = inverse_factor(moments, damping)
-    work = weight.float()[:, order]
-    energy = moments.diagonal().float().view(-1, group_size)
-    scale = search_scale(work.unflatten(-1, (-1, group_size)), bits, energy, clip)  # (out, groups, 1)
-    steps = (
-        scale.squeeze(-1).mT.contiguous().repeat_interleave(group_size, 0)
-    )  # (in, out) or, per channel, a broadcast
-    original, work = work.mT.contiguous(), work.mT.contiguous()
+    steps = scale if bytes_ is None else scale * bytes_
+    steps = steps.squeeze(-1).mT.contiguous()[order // group_size]  # (in, out)
+    original = weight.float()[:, order].mT.contiguous()
+    work = original.clone()
     codes = _round_columns(work, steps, factor.float(), code_range(bits))
     moments = (moments + added * torch.eye(n, dtype=moments.dtype, device=moments.device)).float()
     for _ in range(passes):
         _descend(codes, original, steps, moments, code_range(bits))
     restored = torch.empty_like(weight, dtype=torch.float32)
     restored[:, order] = codes.mT
-    return RoundedWeight(restored.unflatten(-1, (-1, group_size)), scale)
+    return RoundedWeight(restored.unflatten(-1, (-1, group_size)), scale, bytes_)
 
 
 def _round_columns(

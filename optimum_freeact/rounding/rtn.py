@@ -14,11 +14,49 @@ from optimum_freeact.numerics.affine import QParams, quantize, round_codes, symm
 CLIP_GRID = (1.0, 0.95, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.65, 0.6)
 
 
+MAX_GROUP_SCALE = 255  # one byte a group
+
+
 class RoundedWeight(NamedTuple):
-    """Integer codes (floating dtype) of shape `(out, groups, group_size)` and scales of shape `(out, groups, 1)`."""
+    """Integer codes of a weight and what they are multiplied with.
+
+    Args:
+        codes (`torch.Tensor` of shape `(out, groups, group_size)`): Integers in a floating dtype.
+        scale (`torch.Tensor` of shape `(out, 1, 1)`): One number per output row.
+        group_scale (`torch.Tensor` of shape `(out, groups, 1)`, *optional*): Integers from 1 to 255 in a floating dtype, by
+            which a group's scale is larger than `scale`; `None` where a row is one group.
+    """
 
     codes: torch.Tensor
     scale: torch.Tensor
+    group_scale: torch.Tensor | None = None
+
+    @property
+    def steps(self) -> torch.Tensor:
+        """Effective scale of each group, shape `(out, groups, 1)`."""
+        return self.scale if self.group_scale is None else self.scale * self.group_scale
+
+    @property
+    def values(self) -> torch.Tensor:
+        """What the codes stand for, shape `(out, groups, group_size)`."""
+        return self.codes * self.steps
+
+
+def split_scale(scale: torch.Tensor, is_zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales of groups as one float a row times one byte a group; the largest group of each row keeps its scale.
+
+    Args:
+        scale (`torch.Tensor` of shape `(out, groups, 1)`): Positive.
+        is_zero (`torch.Tensor` of shape `(out, groups, 1)`): Groups without a weight that is not zero: any scale does.
+
+    Returns:
+        `torch.Tensor` of shape `(out, 1, 1)` and, with several groups, bytes of shape `(out, groups, 1)` in the same dtype.
+    """
+    if scale.shape[1] == 1:
+        return scale, None
+    largest = torch.where(is_zero, 0.0, scale).amax(1, keepdim=True)
+    row = torch.where(largest == 0, torch.ones_like(largest), largest / MAX_GROUP_SCALE)
+    return row, torch.where(is_zero, 1.0, (scale / row).round_().clamp_(1, MAX_GROUP_SCALE))
 
 
 def search_scale(
@@ -62,5 +100,6 @@ def round_to_nearest(
         clip (`float` or `torch.Tensor` of shape `(out, groups, 1)`, *optional*): Fixed ratio; searched by default.
     """
     grouped = weight.unflatten(-1, (-1, group_size))
-    scale = search_scale(grouped, bits, clip=clip)
-    return RoundedWeight(quantize(grouped, QParams(scale, None), bits), scale)
+    scale, bytes_ = split_scale(search_scale(grouped, bits, clip=clip), (grouped == 0).all(-1, keepdim=True))
+    steps = scale if bytes_ is None else scale * bytes_
+    return RoundedWeight(quantize(grouped, QParams(steps, None), bits), scale, bytes_)

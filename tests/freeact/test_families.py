@@ -126,9 +126,29 @@ def test_presets_run_on_a_tiny_model():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_groups_of_columns(group, bits, tmp_path):
     model = quantized(weight_group_size=group, weight_bits=bits)
-    assert model.model.layers[0].mlp.up_proj.qscale.shape == (96, 64 // group)
+    linear = model.model.layers[0].mlp.up_proj
+    assert linear.qscale.shape == (96, 1)
+    assert linear.weight_group_scale.shape == (96, 64 // group)
+    assert linear.weight_group_scale.dtype == torch.uint8
+    assert linear.weight_group_scale.min() >= 1
+    assert (linear.weight_group_scale.amax(1) == 255).all()
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(reload(tmp_path)), logits(model))
+
+
+def test_a_preset_s_group_size_that_does_not_divide_is_replaced_and_recorded(tmp_path, caplog):
+    """48 columns: groups of 16; 36 columns: one grid a row. A size that the caller gave is refused instead."""
+    for width, expected in ((48, 16), (36, None)):
+        caplog.clear()
+        model = quantized(model={"intermediate_size": width})
+        settings = model.config.quantization_config
+        assert (settings.weight_group_size, settings.activation_group_size) == (expected, expected)
+        assert f"weight_group_size=32 of preset 'freeact' does not divide in_features={width}" in caplog.text
+        assert (model.model.layers[0].mlp.up_proj.weight_group_scale is not None) == (expected is not None)
+        model.save_pretrained(tmp_path / str(width))
+        assert torch.equal(logits(reload(tmp_path / str(width))), logits(model))
+        with pytest.raises(ValueError, match=f"weight_group_size=32 does not divide in_features={width}"):
+            quantized(model={"intermediate_size": width}, weight_group_size=32)
 
 
 def test_finer_grids_of_activations_lose_less_and_survive_the_disk(tmp_path):
