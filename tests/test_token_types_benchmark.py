@@ -35,9 +35,9 @@ def by_id(rows):
 
 
 def test_the_gap_won_back_is_what_flatquant_loses_and_we_do_not():
-    rows = rows_of(flatquant=0.4, freeact=[0.1, 0.2], freeact_paper=0.3)
-    assert losses(rows, "diffusion", "freeact", "w4a4") == pytest.approx({0: 3.6, 1: 3.7})
-    assert won_back(rows, "diffusion", "freeact", "w4a4") == pytest.approx(1 - 0.15 / 0.4)
+    rows = rows_of(flatquant=0.4, freeact_fast=[0.1, 0.2], freeact_paper=0.3)
+    assert losses(rows, "diffusion", "freeact-fast", "w4a4") == pytest.approx({0: 3.6, 1: 3.7})
+    assert won_back(rows, "diffusion", "freeact-fast", "w4a4") == pytest.approx(1 - 0.15 / 0.4)
     found = by_id(rows)
     assert found["token_types.diffusion.w4a4.gap_won_back_over_flatquant"]["holds"]
     assert found["token_types.diffusion.w4a4.ours_minus_freeact_paper"]["value"] == pytest.approx(0.375)
@@ -46,8 +46,8 @@ def test_the_gap_won_back_is_what_flatquant_loses_and_we_do_not():
 
 def test_a_quantized_cache_is_compared_with_full_precision_through_a_cache():
     whole, cached = (
-        rows_of(flatquant=0.4, freeact=0.1),
-        rows_of(setting="w4a4kv4", mode="cached", flatquant=0.8, freeact=0.6),
+        rows_of(flatquant=0.4, freeact_fast=0.1),
+        rows_of(setting="w4a4kv4", mode="cached", flatquant=0.8, freeact_fast=0.6),
     )
     found = by_id(whole + cached)
     assert found["token_types.diffusion.w4a4.gap_won_back_over_flatquant"]["value"] == pytest.approx(0.75)
@@ -57,10 +57,10 @@ def test_a_quantized_cache_is_compared_with_full_precision_through_a_cache():
 
 
 def test_a_seed_that_was_not_measured_does_not_count():
-    rows = rows_of(flatquant=0.4, freeact=[0.1, 0.3])
+    rows = rows_of(flatquant=0.4, freeact_fast=[0.1, 0.3])
     rows[-1] = {**rows[-1], "value": None, "note": "the time was up"}
-    assert losses(rows, "diffusion", "freeact", "w4a4") == pytest.approx({0: 3.6})
-    assert won_back([r for r in rows if r["method"] != "fp"], "diffusion", "freeact", "w4a4") is None
+    assert losses(rows, "diffusion", "freeact-fast", "w4a4") == pytest.approx({0: 3.6})
+    assert won_back([r for r in rows if r["method"] != "fp"], "diffusion", "freeact-fast", "w4a4") is None
 
 
 def test_time_and_share_of_the_types():

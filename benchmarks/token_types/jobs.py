@@ -1,16 +1,10 @@
-"""One job: one model of this benchmark, quantized one way, and everything that is scored on it.
-
-    python -m benchmarks.token_types.jobs RESULT.json < JOB.json
-
-A job runs in a process of its own; `perform` does the same in this one.
-"""
+"""One job: one model of this benchmark, quantized one way, and everything that is scored on it."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +24,7 @@ class Job:
         model: `diffusion`, `vlm` or `three_types`.
         method: Name in the rows; `fp` is full precision, `train` makes the model.
         settings: The first is quantized; a second differs only in the cache's bits and shares its weights.
-        quantize: Fields of `FreeActConfig` beside the bits.
+        quantize: Fields of `FreeActConfig` beside the bits; `times_samples` multiplies the calibration samples.
         measure: Sizes of calibration and scoring, of the world.
         folder: Where the model and its data lie.
     """
@@ -84,7 +78,7 @@ def perform(job: Job) -> list[dict]:
 
     if job.threads:
         torch.set_num_threads(job.threads)
-    if job.group == "time":
+    if job.group in ("time", "warm"):
         from benchmarks.token_types.timing import measure
 
         return [row(job, job.settings[0], **told) for told in measure(job.device, **job.measure)]
@@ -113,14 +107,18 @@ def _quantize(job: Job, home: Any, data: dict):
     from optimum_freeact import FreeActConfig
 
     calibration = {k: job.measure[k] for k in ("n_samples", "seq_len", "batch_size") if k in job.measure}
+    fields = dict(job.quantize)
+    calibration["n_samples"] *= fields.pop("times_samples", 1)
     config = FreeActConfig(
-        **{**calibration, **job.quantize},
+        **{**calibration, **fields},
         **bits(job.settings[0]),
         seed=job.seed,
         dataset=data["calibration"],
         calibration_device=job.device,
         progress=False,
     )
+    if job.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     model = home.load(
         Path(job.folder), quantization_config=config, device_map=None if job.device == "cpu" else {"": job.device}
@@ -174,21 +172,3 @@ def _change_cache(model: Any, kv_bits: int) -> None:
     config = model.hf_quantizer.quantization_config
     config.kv_bits = kv_bits
     activate(model, config)
-
-
-def main(result: str) -> int:
-    """Read a job from standard input and write its rows or its error."""
-    job = Job.from_json(sys.stdin.read())
-    try:
-        told = {"rows": perform(job)}
-    except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        told = {"error": f"{type(error).__name__}: {error}"}
-    Path(result).write_text(json.dumps(told), encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from statistics import median
 
@@ -38,9 +39,10 @@ class _Linears(nn.Module):
         return total + self.down_proj(wide).flatten()[0]
 
 
-def build(shape: tuple[int, int, int], n_types: int, device: str) -> tuple[nn.Module, TypeState]:
-    """Random quantized layers of the default preset, ready to run."""
-    config = FreeActConfig(token_types=NAMES[n_types], type_rules={"mask": [0]} if n_types == 3 else None)
+def build(shape: tuple[int, int, int], n_types: int, device: str, preset: str) -> tuple[nn.Module, TypeState]:
+    """Random quantized layers, ready to run."""
+    rules = {"mask": [0]} if n_types == 3 else None
+    config = FreeActConfig(preset=preset, token_types=NAMES[n_types], type_rules=rules)
     state, layers = TypeState(), _Linears(*shape)
     generator = torch.Generator(device=device).manual_seed(0)
     for group in (["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]):
@@ -49,19 +51,21 @@ def build(shape: tuple[int, int, int], n_types: int, device: str) -> tuple[nn.Mo
         for target in targets:
             target.weight.data.random_(0, 256, generator=generator)
             target.qscale.fill_(0.01)
+            if target.weight_group_scale is not None:
+                target.weight_group_scale.fill_(100)
             target.prepare()
         getattr(source, "prepare", lambda: None)()
     return layers.to(device), state
 
 
 @torch.no_grad()
-def measure(device: str, tokens: list[int], shapes: list[str], repeats: int = 30) -> list[dict]:
+def measure(device: str, tokens: list[int], shapes: list[str], presets: list[str], repeats: int = 30) -> list[dict]:
     """Rows with the median seconds for one and for three types, timed alternately, and their ratio."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows = []
-    for name in shapes:
+    for preset, name in itertools.product(presets, shapes):
         d, _, inner = SHAPES[name]
-        made = {n: build(SHAPES[name], n, device) for n in NAMES}
+        made = {n: build(SHAPES[name], n, device, preset) for n in NAMES}
         for n_tokens in tokens:
             x = torch.randn(1, n_tokens, d, device=device, dtype=dtype)
             wide = torch.randn(1, n_tokens, inner, device=device, dtype=dtype)
@@ -77,7 +81,7 @@ def measure(device: str, tokens: list[int], shapes: list[str], repeats: int = 30
                     if turn >= 3:
                         seconds[n].append(spent)
             middle = {n: median(values) for n, values in seconds.items()}
-            head = {"shape": name, "tokens": n_tokens, "mode": mode}
+            head = {"preset": preset, "shape": name, "tokens": n_tokens, "mode": mode}
             rows += [{"metric": f"seconds_{n}_types", "value": value, **head} for n, value in middle.items()]
             rows.append({"metric": "three_types_time_ratio", "value": middle[3] / middle[1], **head})
     return rows

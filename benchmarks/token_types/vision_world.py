@@ -81,7 +81,7 @@ def score(model, data: dict, measure: dict, setting: str, folder: str) -> list[d
             scores.append((vision.score_exact(model, scenes, cells[: measure["exact"]], batch, True), {}))
         if measure["candidates"]:
             few = cells[: measure["exact"]]
-            scores.append((vision.score_retrieval(model, scenes, few, measure["candidates"], use_cache), {}))
+            scores.append((vision.score_retrieval(model, scenes, few, measure["candidates"], batch, use_cache), {}))
         for told, more in scores:
             rows += [{"metric": metric, "value": value, "mode": mode, **more} for metric, value in told.items()]
     return rows
