@@ -60,8 +60,10 @@ def plan(options: argparse.Namespace, inputs: dict) -> tuple[list[Job], list[Job
 
 def _urgency(job: Job, first_seed: int) -> tuple:
     """What claims need comes first, the longest of it before the rest; further seeds before ablations."""
-    stage = 1 if job.method == FP[0] or job.method in CLAIMED else 2 if job.method in CONTROLS else 3
-    if job.group == "ablation":
+    stage = 1 if job.method in CLAIMED else 2 if job.method in CONTROLS else 3
+    if job.method == FP[0]:
+        stage = 0
+    elif job.group == "ablation":
         stage = 6
     elif job.seed != first_seed:
         stage = 4 if job.method in CLAIMED else 5
