@@ -90,7 +90,8 @@ def quantized(config: PretrainedConfig, device: str, **changes) -> PreTrainedMod
             if module.type_bias is not None:
                 module.type_bias.normal_(std=0.02)
             if module.type_shift is not None:
-                module.type_shift.normal_(std=0.02)
+                module.type_shift.random_(-127, 128)
+                module.type_shift_scale.fill_(3e-4)
             if module.low_rank is not None:
                 module.low_rank.random_(-127, 128)
                 module.low_rank_scale.fill_(0.02 / 73)

@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.token_types.methods import bits
 
 
+SHIFTS = ("type_shift", "type_shift_scale")  # tables of the types beyond the first
 PLACES = ("source", "texts", "pictures")  # entries of `measure` that say where something lies
 
 
@@ -155,10 +156,10 @@ def sizes(model: Any) -> dict[str, float]:
             inner |= {id(t) for t in tensors}
         if isinstance(module, FreeActLinear):
             plain += 2 * module.in_features * module.out_features
-        for name in ("mean", "clip", "keep", "type_shift"):
+        for name in ("mean", "clip", "keep", *SHIFTS):
             table = module._buffers.get(name) if isinstance(module, (FreeActInput, FreeActLinear)) else None
             if table is not None:
-                further = table if name == "type_shift" else table[1:]
+                further = table if name in SHIFTS else table[1:]
                 typed += further.numel() * further.element_size()
     others = {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in inner}
     whole = packed + sum(2 * t.numel() for t in others.values())
