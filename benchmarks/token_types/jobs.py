@@ -148,6 +148,7 @@ def sizes(model: Any) -> dict[str, float]:
     from optimum_freeact.modules.linear import FreeActLinear
 
     packed = plain = typed = 0
+    own_columns: dict[int, int] = {}
     inner: set[int] = set()
     for module in model.modules():
         if isinstance(module, (FreeActInput, FreeActLinear)):
@@ -161,6 +162,12 @@ def sizes(model: Any) -> dict[str, float]:
             if table is not None:
                 further = table if name in SHIFTS else table[1:]
                 typed += further.numel() * further.element_size()
+        if isinstance(module, FreeActInput) and module.uses is not None:  # columns that single types use, a byte each
+            columns = int((~module.uses[1:].all(0)).sum()) if len(module.uses) > 1 else 0
+            own_columns[id(module)] = columns
+            typed += columns * module.in_features
+        if isinstance(module, FreeActLinear):
+            typed += own_columns.get(id(module.source), 0) * module.out_features
     others = {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in inner}
     whole = packed + sum(2 * t.numel() for t in others.values())
     return {"size_ratio": packed / plain, "per_type_parameter_share": typed / whole}

@@ -40,6 +40,8 @@ ABLATIONS: dict[str, dict] = {
     "freeact-fast centring=none": {**_FAST, "centring": "none"},
     "freeact-fast low_rank=0": {**_FAST, "low_rank": 0},
     "freeact-fast low_rank=48": {**_FAST, "low_rank": 48},
+    "freeact-fast type_rank=4": {**_FAST, "type_rank": 4},
+    "freeact-fast low_rank=12 type_rank=4": {**_FAST, "low_rank": 12, "type_rank": 4},
     "freeact-fast samples=x3": {**_FAST, "times_samples": 3},
     "freeact-fast exclusive=fixed": {**_FAST, "exclusive": "fixed"},
     "freeact-fast exclusive=closed_form": {**_FAST, "exclusive": "closed_form"},

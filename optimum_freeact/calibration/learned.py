@@ -36,7 +36,7 @@ class LearnedInput(nn.Module):
         fixed = source.input_map(torch.float32)
         self.fixed, self.bits, self.symmetric, self.state = fixed, source.bits, source.symmetric, source.state
         self.group = source.group_size or source.in_features
-        self._typed = {name: getattr(fixed, name) for name in ("keep", "left_out", "leaves_out")}
+        self._typed = {name: getattr(fixed, name) for name in ("keep", "left_out", "leaves_out", "uses")}
         self.left = nn.Parameter(fixed.left.clone())
         self.right = nn.Parameter(fixed.right.clone())
         scale = fixed.channel_scale

@@ -73,6 +73,7 @@ class FreeActInput(nn.Module):
         group_size (`int`, *optional*): Entries per grid; one grid per token by default.
         masked (`bool`, *optional*, defaults to `False`): Whether some coordinates belong to single types.
         n_left_out (`int`, *optional*, defaults to 0): Directions that single types leave out.
+        type_rank (`int`, *optional*, defaults to 0): Further columns of the basis for each type alone.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class FreeActInput(nn.Module):
         group_size: int | None = None,
         masked: bool = False,
         n_left_out: int = 0,
+        type_rank: int = 0,
     ):
         super().__init__()
         self.in_features, self.bits, self.symmetric, self.n_readers = in_features, bits, symmetric, n_readers
@@ -107,6 +109,8 @@ class FreeActInput(nn.Module):
         self.register_buffer("mean", torch.zeros(n_means, in_features, dtype=torch.bfloat16) if n_means else None)
         self.register_buffer("channel_scale", torch.ones(in_features) if channel_scale else None)
         # one byte a number: z and L are computed from the stored basis, so rounding it costs no exactness
+        rank += n_types * type_rank
+        self.register_buffer("uses", torch.ones(n_types, rank, dtype=torch.bool) if type_rank else None)
         self.register_buffer("basis", torch.zeros(in_features, rank, dtype=torch.int8) if rank else None)
         self.register_buffer("basis_scale", torch.ones(rank) if rank else None)
         a, b = factor_pair(in_features)
@@ -119,7 +123,7 @@ class FreeActInput(nn.Module):
 
     def input_map(self, dtype: torch.dtype = torch.float32) -> InputMap:
         """The stored map as an [`InputMap`] in `dtype`."""
-        names = ("mean", "channel_scale", "left", "right", "dense", "keep", "left_out", "leaves_out")
+        names = ("mean", "channel_scale", "left", "right", "dense", "keep", "left_out", "leaves_out", "uses")
         found = InputMap(**{n: None if getattr(self, n) is None else getattr(self, n).to(dtype) for n in names})
         if self.basis is not None:
             found.basis = self.basis.to(dtype) * self.basis_scale.to(dtype)
@@ -148,7 +152,7 @@ class FreeActInput(nn.Module):
     @property
     def masked(self) -> bool:
         """Whether token types differ in more than means and clips."""
-        return self.keep is not None or self.left_out is not None
+        return self.keep is not None or self.left_out is not None or self.uses is not None
 
     def prepare(self) -> None:
         """Choose what runs on the device where the tensors are, and make the tables that a kernel reads."""

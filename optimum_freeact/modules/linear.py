@@ -234,8 +234,9 @@ class FreeActLinear(nn.Linear):
         weight = self.transformed_weight(torch.float64)
         scaled = source.restore_weight(weight) / (1 if source.channel_scale is None else source.channel_scale)
         if source.basis is not None:
-            branch = self.low_rank.double() * self.low_rank_scale.double()
-            scaled = scaled - scaled @ source.basis @ source.basis.mT + branch @ source.basis.mT
+            own = slice(None) if source.uses is None else source.uses[0].bool()  # columns that type 0 uses
+            basis, branch = source.basis[:, own], self.low_rank.double() * self.low_rank_scale.double()
+            scaled = scaled - scaled @ basis @ basis.mT + branch[:, own] @ basis.mT
         weight = scaled if source.channel_scale is None else scaled * source.channel_scale
         bias = None if self.type_bias is None else self.type_bias[0].double()
         if source.mean is not None:

@@ -35,6 +35,13 @@ def rank_of(config: FreeActConfig, in_features: int) -> int:
     return min(config.low_rank, in_features // 8)
 
 
+def type_rank_of(config: FreeActConfig, in_features: int) -> int:
+    """Further columns of the branch for each type alone; 0 where nothing is rounded."""
+    if config.weight_bits == config.activation_bits == 16:
+        return 0
+    return min(config.type_rank, in_features // (8 * config.n_types))
+
+
 def is_masked(config: FreeActConfig, group: list[str]) -> bool:
     """Whether the input of these linears has coordinates that belong to single types."""
     several = len([name for name in config.token_types if name != SINK]) > 1
@@ -143,6 +150,7 @@ def replace_group(
             state=state,
             masked=is_masked(config, group),
             n_left_out=n_left_out,
+            type_rank=type_rank_of(config, n),
         )
         replaced = []
         for name in group:
