@@ -67,6 +67,7 @@ def measure(device: str, tokens: list[int], shapes: list[str], presets: list[str
         d, _, inner = SHAPES[name]
         made = {n: build(SHAPES[name], n, device, preset) for n in NAMES}
         for n_tokens in tokens:
+            torch.manual_seed(0)
             x = torch.randn(1, n_tokens, d, device=device, dtype=dtype)
             wide = torch.randn(1, n_tokens, inner, device=device, dtype=dtype)
             types = torch.arange(n_tokens, device=device).remainder(2).mul(2).unsqueeze(0)
@@ -84,7 +85,31 @@ def measure(device: str, tokens: list[int], shapes: list[str], presets: list[str
             head = {"preset": preset, "shape": name, "tokens": n_tokens, "mode": mode}
             rows += [{"metric": f"seconds_{n}_types", "value": value, **head} for n, value in middle.items()]
             rows.append({"metric": "three_types_time_ratio", "value": middle[3] / middle[1], **head})
+            if n_tokens > 1:
+                rows += [{**row, **head} for row in differences(*made[3], x, wide, types)]
     return rows
+
+
+def differences(
+    layers: nn.Module, state: TypeState, x: torch.Tensor, wide: torch.Tensor, types: torch.Tensor
+) -> list[dict]:
+    """Outputs of a mixed batch that differ in any bit from those of batches of one type: of the same shape, and of the
+    type's own tokens alone (which may be so few that another kernel runs them).
+    """
+    same = own = 0
+    for name, linear in layers.named_children():
+        if not isinstance(linear, nn.Linear):
+            continue
+        given = wide if name == "down_proj" else x
+        state.types = types
+        mixed = linear(given.clone())
+        for kind in types.unique().tolist():
+            chosen = types == kind
+            state.types = torch.full_like(types, kind)
+            same += int((linear(given.clone())[chosen] != mixed[chosen]).sum())
+            state.types = types[chosen].unsqueeze(0)
+            own += int((linear(given[chosen].unsqueeze(0))[0] != mixed[chosen]).sum())
+    return [{"metric": f"mixed_batch_differences_{name}", "value": n} for name, n in (("same", same), ("own", own))]
 
 
 def _call(layers: nn.Module, state: TypeState, x: torch.Tensor, wide: torch.Tensor):
