@@ -82,7 +82,10 @@ def perform(job: Job) -> list[dict]:
     if job.group in ("time", "warm"):
         from benchmarks.token_types.timing import measure
 
-        return [row(job, job.settings[0], **told) for told in measure(job.device, **job.measure)]
+        return [
+            {**row(job, job.settings[0], told["metric"], told["value"]), **told}
+            for told in measure(job.device, **job.measure)
+        ]
     home = world(job.model)
     if job.method == "train":
         start = time.perf_counter()

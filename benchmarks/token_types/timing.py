@@ -82,7 +82,7 @@ def measure(device: str, tokens: list[int], shapes: list[str], presets: list[str
                     if turn >= 3:
                         seconds[n].append(spent)
             middle = {n: median(values) for n, values in seconds.items()}
-            head = {"preset": preset, "shape": name, "tokens": n_tokens, "mode": mode}
+            head = {"method": preset, "shape": name, "tokens": n_tokens, "mode": mode}
             rows += [{"metric": f"seconds_{n}_types", "value": value, **head} for n, value in middle.items()]
             rows.append({"metric": "three_types_time_ratio", "value": middle[3] / middle[1], **head})
             if n_tokens > 1:
