@@ -57,8 +57,11 @@ def first_text() -> Path:
 
 def split_text(source: Path, out: Path) -> tuple[Path, Path]:
     """One paragraph a line; the first three quarters to calibrate on, the rest held out."""
-    lines = [" ".join(part.split()) for part in source.read_text(encoding="utf-8").split("\n\n")]
-    lines = [line for line in lines if len(line) > 40] or source.read_text(encoding="utf-8").splitlines()
+    text = source.read_text(encoding="utf-8").strip()
+    parts = text.split("\n\n") if "\n\n" in text else text.splitlines()  # paragraphs, or one a line already
+    lines = [line for part in parts if len(line := " ".join(part.split())) > 40]
+    if len(lines) < 8:
+        raise SystemExit(f"{source} has {len(lines)} paragraphs of more than 40 characters; at least 8 are needed.")
     cut = len(lines) * 3 // 4
     paths = out / "calibration.txt", out / "held-out.txt"
     for path, part in zip(paths, (lines[:cut], lines[cut:])):
