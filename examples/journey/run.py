@@ -110,7 +110,8 @@ def merge(target: Path, donor: Path, text: Path, folder: Path, options: argparse
         "dtype": "bfloat16",
     }
     (folder / "recipe.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    run("mergekit_ot", "run", folder / "recipe.yml", folder / "1-merged", "--plans", folder / "plans")
+    where = ["--device", options.device] if options.device != "cpu" else []
+    run("mergekit_ot", "run", folder / "recipe.yml", folder / "1-merged", "--plans", folder / "plans", *where)
     return folder / "1-merged"
 
 
