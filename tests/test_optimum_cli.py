@@ -18,7 +18,12 @@ START = "from optimum.commands.optimum_cli import main; main()"
 
 
 def optimum_cli(*words, code: str = START) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
 
