@@ -102,6 +102,11 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     export.add_argument("model", metavar="MODEL", help="a model quantized by freeact")
     export.add_argument("out", metavar="OUT", help="folder to write; appears only when everything went well")
     export.add_argument("--tokenizer", metavar="NAME", help="folder or name of the tokenizer; default: the model's")
+    export.add_argument(
+        "--layout", choices=("auto", "packed"), default="auto",
+        help="how codes are stored: auto, as transformers reads them (packed for weights alone, else a byte each), or packed "
+        "in any case, as vLLM wants them beside integer activations; default %(default)s",
+    )  # fmt: skip
     export.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
     _add_quiet(export)
 
