@@ -30,7 +30,7 @@ class FreeActLinear(nn.Linear):
     - `weight` (`uint8`, shape `(out, groups, bytes)`): packed codes of V. Named and shaped so that a program without
       this package fails with a size mismatch instead of running on random weights.
     - `qscale` (`float32`, shape `(out, 1)`): scale of each row's codes; absent at 16 bits.
-    - `weight_group_scale` (`uint8`, shape `(out, groups)`): 1 to 255, by which a group's codes are multiplied before
+    - `weight_group_scale` (`int8`, shape `(out, groups)`): -127 to 127, by which a group's codes are multiplied before
       `qscale`; absent where a row is one group.
     - `type_bias` (`float32`, shape `(1, out)`): output bias of token type 0, and `type_shift` (`bfloat16`, at 16 bits
       `float32`, shape `(n_means - 1, out)`): how much more the other types have; absent without bias and
@@ -70,7 +70,7 @@ class FreeActLinear(nn.Linear):
         self.register_parameter("bias", None)
         self.register_buffer("qscale", torch.ones(out_features, 1) if bits < 16 else None)
         grouped = bits < 16 and groups > 1
-        ones = torch.ones(out_features, groups, dtype=torch.uint8) if grouped else None
+        ones = torch.ones(out_features, groups, dtype=torch.int8) if grouped else None
         self.register_buffer("weight_group_scale", ones)
         rows = 1 if source.mean is None else len(source.mean)
         self.register_buffer("type_bias", torch.zeros(1, out_features) if bias or source.mean is not None else None)
