@@ -1,31 +1,21 @@
-/* The two kernels in C, for CPUs: what kernels/reference.py specifies, in float32, from packed weights.
+/* Quantized linears on CPUs: what kernels/reference.py specifies, in float32, from packed weights.
  *
- * Plain loops that compilers vectorise, but for the product of bytes, which has AVX2 intrinsics: unsigned nibbles times
- * signed codes add up in pairs to 16 bits, and those are widened before they can overflow. Built without
- * -ffinite-math-only: NaN goes through.
+ * A row of the input is rounded to codes, on one grid or on one for every `group` columns. Products run in panels of LANES
+ * rows of the weight: their words are transposed, so that a lane holds one row; four nibbles times four codes add up in a
+ * lane, exactly; scales follow in floating point, per group or once. A panel's words are transposed once for all rows of
+ * the input. Built without -ffinite-math-only: NaN goes through.
+ *
+ * Codes of 32 columns lie together, the even ones before the odd ones, as the nibbles of 16 bytes of a weight have them.
  */
 
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "native_vectors.h"
 
-static inline float bf16_to_float(uint16_t value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &bits, 4);
-    return result;
-}
-
-static inline uint16_t float_to_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40); /* NaN stays NaN */
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+#define GROUP 32    /* columns whose codes lie together; grids of a group are multiples of it */
+#define CHUNK 512   /* columns of a panel that are transposed at a time */
+#define TOKENS 8    /* rows of the input whose sums stay in registers */
+#define KEPT 4194304 /* bytes of scratch that a thread keeps for its next call */
 
 /* out[rows, m] = in[rows, k] * right[k, m], row-major */
 static void product(const float *restrict in, const float *restrict right, float *restrict out, long rows, long k, long m) {
@@ -44,181 +34,21 @@ static void product(const float *restrict in, const float *restrict right, float
     }
 }
 
-/* Constants of one input, reference.InputTables; absent parts are NULL. `left` is transposed. */
+/* Constants of one input, reference.InputTables; absent parts are NULL. `left` is transposed. `group` columns share a
+ * grid: a multiple of GROUP, or all. */
 typedef struct {
     const uint16_t *mean;
     const float *channel;
     const int8_t *basis;
     const float *basis_scale, *left, *right, *clip;
-    long a, b, n_means, n_clips, rank, width;
+    long a, b, n_means, n_clips, rank, width, group;
     int bits, symmetric;
 } Side;
 
-/* x (n, d) float32 or bfloat16; codes (n, d): even columns, then odd ones; stats (3, n).
- * Returns 0, or 1 where memory is short. */
-int freeact_round_rows(
-    const Side *side, const void *x, int x_bf16, const int64_t *types, int8_t *codes, float *stats, float *branch, long n,
-    int threads) {
-    const uint16_t *mean = side->mean;
-    const float *channel = side->channel, *left = side->left, *right = side->right, *clip = side->clip;
-    const float *basis_scale = side->basis_scale;
-    const int8_t *basis = side->basis;
-    const long a = side->a, b = side->b, n_means = side->n_means, n_clips = side->n_clips;
-    const long rank = side->rank, width = side->width;
-    const int bits = side->bits, symmetric = side->symmetric;
-    const long d = a * b, half = d / 2;
-    const float qmin = -(float)(1 << (bits - 1)), qmax = (float)((1 << (bits - 1)) - 1);
-    int failed = 0;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && n > 1) reduction(| : failed)
-    for (long row = 0; row < n; row++) {
-        float *u = malloc(2 * d * sizeof(float));
-        if (!u) {
-            failed |= 1;
-            continue;
-        }
-        float *t = u + d;
-        const long kind = types ? types[row] : 0;
-        if (x_bf16) {
-            const uint16_t *from = (const uint16_t *)x + row * d;
-            for (long i = 0; i < d; i++) u[i] = bf16_to_float(from[i]);
-        } else {
-            memcpy(u, (const float *)x + row * d, d * sizeof(float));
-        }
-        if (mean) {
-            const uint16_t *m = mean + (kind < n_means ? kind : n_means - 1) * d;
-            for (long i = 0; i < d; i++) u[i] -= bf16_to_float(m[i]);
-        }
-        if (channel)
-            for (long i = 0; i < d; i++) u[i] *= channel[i];
-        if (rank) {
-            float *p = branch + row * width;
-            for (long r = 0; r < width; r++) {
-                float sum = 0.0f;
-                if (r < rank) {
-                    const int8_t *v = basis + r * d;
-                    for (long i = 0; i < d; i++) sum += u[i] * (float)v[i];
-                    sum *= basis_scale[r];
-                }
-                p[r] = sum;
-            }
-            for (long r = 0; r < rank; r++) {
-                const float share = p[r] * basis_scale[r];
-                const int8_t *v = basis + r * d;
-                for (long i = 0; i < d; i++) u[i] -= share * (float)v[i];
-            }
-        }
-        product(u, right, t, a, b, b);
-        product(left, t, u, a, a, b);
-        float low = u[0], high = u[0], bad = 0.0f;
-        for (long i = 0; i < d; i++) {
-            low = u[i] < low ? u[i] : low;
-            high = u[i] > high ? u[i] : high;
-            bad += u[i] * 0.0f; /* NaN from NaN and infinity */
-        }
-        const float ratio = clip[kind < n_clips ? kind : n_clips - 1];
-        float scale, offset;
-        if (symmetric) {
-            const float peak = fabsf(low) > fabsf(high) ? fabsf(low) : fabsf(high);
-            scale = peak * ratio / (qmax + 0.5f);
-            if (scale == 0.0f) scale = 1.0f;
-            offset = 0.0f;
-        } else {
-            const float middle = high / 2 + low / 2, reach = (high / 2 - low / 2) * ratio;
-            scale = reach / ((qmax - qmin) / 2);
-            if (scale == 0.0f) scale = 1.0f;
-            offset = middle - reach - (reach > 0 ? scale * qmin : 0.0f);
-        }
-        int8_t *q = codes + row * d;
-        int32_t total = 0;
-        if (bad == 0.0f) {
-            for (long i = 0; i < half; i++) {
-                float even = rintf((u[2 * i] - offset) / scale), odd = rintf((u[2 * i + 1] - offset) / scale);
-                even = even < qmin ? qmin : even > qmax ? qmax : even;
-                odd = odd < qmin ? qmin : odd > qmax ? qmax : odd;
-                q[i] = (int8_t)even;
-                q[half + i] = (int8_t)odd;
-                total += (int32_t)even + (int32_t)odd;
-            }
-        } else {
-            memset(q, 0, d);
-            scale = offset = NAN;
-        }
-        stats[row] = scale;
-        stats[n + row] = offset;
-        stats[2 * n + row] = (float)total;
-        free(u);
-    }
-    return failed;
-}
-
-#define TOKENS 4
-#define BLOCK 64
-
-/* Sums of (code + 8) times codes, for `outs` rows of weights from `w` on and `tokens` rows of codes from `x` on; both are
- * constants where this is called, so that the sums stay in registers. `steps` 32-byte steps cannot overflow 16 bits. */
-static inline __attribute__((always_inline)) void dots(
-    const uint8_t *w, const int8_t *x, int outs, int tokens, long half, int steps, int32_t *sums, long stride) {
-    long k = 0;
-    int32_t total[4][TOKENS] = {{0}};
-#if defined(__AVX2__)
-    const __m256i nibble = _mm256_set1_epi8(0x0f), ones = _mm256_set1_epi16(1);
-    const long ahead = (outs * half) * (half < 600 ? 2 : 1);
-    __m256i wide[4][TOKENS];
-    for (int o = 0; o < outs; o++)
-        for (int t = 0; t < tokens; t++) wide[o][t] = _mm256_setzero_si256();
-    while (k + 32 <= half) {
-        __m256i narrow[4][TOKENS];
-        for (int o = 0; o < outs; o++)
-            for (int t = 0; t < tokens; t++) narrow[o][t] = _mm256_setzero_si256();
-        const long left = (half - k) / 32, now = left < steps ? left : steps;
-        for (long s = 0; s < now; s++, k += 32) {
-            __m256i low[4], high[4];
-            if (tokens == 1) { /* rows follow each other in memory: fetch those that come next */
-                _mm_prefetch((const char *)(w + ahead + outs * k), _MM_HINT_T0);
-                _mm_prefetch((const char *)(w + ahead + outs * k + 64), _MM_HINT_T0);
-            }
-            for (int o = 0; o < outs; o++) {
-                const __m256i bytes = _mm256_loadu_si256((const __m256i *)(w + o * half + k));
-                low[o] = _mm256_and_si256(bytes, nibble);
-                high[o] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
-            }
-            for (int t = 0; t < tokens; t++) {
-                const __m256i even = _mm256_loadu_si256((const __m256i *)(x + t * 2 * half + k));
-                const __m256i odd = _mm256_loadu_si256((const __m256i *)(x + t * 2 * half + half + k));
-                for (int o = 0; o < outs; o++) {
-                    const __m256i both =
-                        _mm256_add_epi16(_mm256_maddubs_epi16(low[o], even), _mm256_maddubs_epi16(high[o], odd));
-                    narrow[o][t] = _mm256_add_epi16(narrow[o][t], both);
-                }
-            }
-        }
-        for (int o = 0; o < outs; o++)
-            for (int t = 0; t < tokens; t++)
-                wide[o][t] = _mm256_add_epi32(wide[o][t], _mm256_madd_epi16(narrow[o][t], ones));
-    }
-    for (int o = 0; o < outs; o++)
-        for (int t = 0; t < tokens; t++) {
-            __m128i sum =
-                _mm_add_epi32(_mm256_castsi256_si128(wide[o][t]), _mm256_extracti128_si256(wide[o][t], 1));
-            sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
-            sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1));
-            total[o][t] = _mm_cvtsi128_si32(sum);
-        }
-#else
-    (void)steps;
-#endif
-    for (; k < half; k++)
-        for (int o = 0; o < outs; o++)
-            for (int t = 0; t < tokens; t++)
-                total[o][t] += (w[o * half + k] & 15) * (int32_t)x[t * 2 * half + k] +
-                               (w[o * half + k] >> 4) * (int32_t)x[t * 2 * half + half + k];
-    for (int o = 0; o < outs; o++)
-        for (int t = 0; t < tokens; t++) sums[t * stride + o] = total[o][t];
-}
-
-/* What one linear stores, reference.Weight; absent parts are NULL. `low_rank` is transposed. */
+/* What one linear stores, reference.Weight; absent parts are NULL. `low_rank` is transposed; `group_scale` lies in panels:
+ * (panels, groups of GROUP columns, LANES). */
 typedef struct {
-    const uint8_t *packed;
+    const uint8_t *packed, *group_scale;
     const float *qscale;
     const int32_t *row_sum;
     const int8_t *low_rank;
@@ -226,56 +56,400 @@ typedef struct {
     long m, half, rank, n_bias;
 } Weight;
 
-/* y (n, m) float32 or bfloat16; `width` columns of the branch, `bits` of the codes. */
-void freeact_w4_linear(
-    const Weight *weight, const int8_t *codes, const float *stats, const float *branch, const int64_t *types, void *y,
-    int y_bf16, long n, long width, int bits, int threads) {
-    const uint8_t *packed = weight->packed;
-    const float *qscale = weight->qscale, *low_rank_scale = weight->low_rank_scale, *bias = weight->bias;
-    const int32_t *row_sum = weight->row_sum;
-    const int8_t *low_rank = weight->low_rank;
-    const long m = weight->m, half = weight->half, rank = weight->rank, n_bias = weight->n_bias;
-    const int steps = bits == 4 ? 64 : 4; /* 64 * 2 * 2 * 15 * 8 and 4 * 2 * 2 * 15 * 128 stay below 2^15 */
-    const long blocks = (m + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (long at = 0; at < blocks; at++) {
-        const long from = at * BLOCK, count = m - from < BLOCK ? m - from : BLOCK;
-        for (long first = 0; first < n; first += TOKENS) {
-            const int tokens = n - first < TOKENS ? (int)(n - first) : TOKENS;
-            const int8_t *x = codes + first * 2 * half;
-            int32_t sums[TOKENS * BLOCK];
-            long o = 0;
-            if (tokens == TOKENS)
-                for (; o + 2 <= count; o += 2)
-                    dots(packed + (from + o) * half, x, 2, TOKENS, half, steps, sums + o, BLOCK);
-            else
-                for (int t = 0; t < tokens; t++)
-                    for (o = 0; o + 4 <= count; o += 4)
-                        dots(packed + (from + o) * half, x + t * 2 * half, 4, 1, half, steps, sums + t * BLOCK + o, BLOCK);
-            for (; o < count; o++)
-                for (int t = 0; t < tokens; t++)
-                    dots(packed + (from + o) * half, x + t * 2 * half, 1, 1, half, steps, sums + t * BLOCK + o, BLOCK);
-            for (int t = 0; t < tokens; t++) {
-                const long row = first + t, kind = types ? types[row] : 0;
-                const float scale = stats[row], offset = stats[n + row];
-                const int32_t shift = 8 * (int32_t)stats[2 * n + row];
-                float value[BLOCK];
-                for (long i = 0; i < count; i++)
-                    value[i] = ((float)(sums[t * BLOCK + i] - shift) * scale + offset * (float)row_sum[from + i]) * qscale[from + i];
-                for (long r = 0; r < rank; r++) {
-                    const float p = branch[row * width + r] * low_rank_scale[r];
-                    const int8_t *factor = low_rank + r * m + from;
-                    for (long i = 0; i < count; i++) value[i] += p * (float)factor[i];
-                }
-                if (n_bias) {
-                    const float *added = bias + (kind < n_bias ? kind : n_bias - 1) * m + from;
-                    for (long i = 0; i < count; i++) value[i] += added[i];
-                }
-                if (y_bf16)
-                    for (long i = 0; i < count; i++) ((uint16_t *)y)[row * m + from + i] = float_to_bf16(value[i]);
-                else
-                    memcpy((float *)y + row * m + from, value, count * sizeof(float));
-            }
+/* Rounded rows: codes (n, padded d), the grids of each (n, grids) and the sums of their codes, the branch (n, width). */
+typedef struct {
+    int8_t *codes;
+    float *scale, *offset, *total, *branch;
+    long n, stride, grids;
+} Rows;
+
+static long padded(long d) { return (d + GROUP - 1) / GROUP * GROUP; }
+
+/* Grid and codes of `size` values; `q` takes them in their natural order. */
+static void round_values(
+    const float *restrict u, long size, float ratio, int bits, int symmetric, int8_t *restrict q, float *scale_out,
+    float *offset_out, float *total_out) {
+    const float qmin = -(float)(1 << (bits - 1)), qmax = (float)((1 << (bits - 1)) - 1);
+    float low = u[0], high = u[0], bad = 0.0f;
+    for (long i = 0; i < size; i++) {
+        low = u[i] < low ? u[i] : low;
+        high = u[i] > high ? u[i] : high;
+        bad += u[i] * 0.0f; /* NaN from NaN and infinity */
+    }
+    float scale, offset;
+    if (symmetric) {
+        const float peak = fabsf(low) > fabsf(high) ? fabsf(low) : fabsf(high);
+        scale = peak * ratio / (qmax + 0.5f);
+        if (scale == 0.0f) scale = 1.0f;
+        offset = 0.0f;
+    } else {
+        const float middle = high / 2 + low / 2, reach = (high / 2 - low / 2) * ratio;
+        scale = reach / ((qmax - qmin) / 2);
+        if (scale == 0.0f) scale = 1.0f;
+        offset = middle - reach - (reach > 0 ? scale * qmin : 0.0f);
+    }
+    int32_t total = 0;
+    if (bad == 0.0f) {
+        for (long i = 0; i < size; i++) {
+            float code = rintf((u[i] - offset) / scale);
+            code = code < qmin ? qmin : code;
+            code = code > qmax ? qmax : code;
+            q[i] = (int8_t)(int32_t)code;
+            total += (int32_t)code;
+        }
+    } else {
+        memset(q, 0, size);
+        scale = offset = NAN;
+    }
+    *scale_out = scale, *offset_out = offset, *total_out = (float)total;
+}
+
+/* Round one row; `u` is scratch for 3 d floats. */
+static void round_row(const Side *side, const void *x, int x_bf16, long kind, const Rows *rows, long row, float *restrict u) {
+    const long d = side->a * side->b, rank = side->rank;
+    float *restrict t = u + d;
+    int8_t *natural = (int8_t *)(u + 2 * d);
+    if (x_bf16) {
+        const uint16_t *from = (const uint16_t *)x + row * d;
+        for (long i = 0; i < d; i++) u[i] = bf16_to_float(from[i]);
+    } else {
+        memcpy(u, (const float *)x + row * d, d * sizeof(float));
+    }
+    if (side->mean) {
+        const uint16_t *m = side->mean + (kind < side->n_means ? kind : side->n_means - 1) * d;
+        for (long i = 0; i < d; i++) u[i] -= bf16_to_float(m[i]);
+    }
+    if (side->channel)
+        for (long i = 0; i < d; i++) u[i] *= side->channel[i];
+    if (rank) {
+        float *p = rows->branch + row * side->width;
+        for (long r = 0; r < side->width; r++) p[r] = 0.0f;
+        for (long r = 0; r < rank; r++) {
+            const int8_t *v = side->basis + r * d;
+            float sum = 0.0f;
+            for (long i = 0; i < d; i++) sum += u[i] * (float)v[i];
+            p[r] = sum * side->basis_scale[r];
+        }
+        long r = 0;
+        for (; r + 4 <= rank; r += 4) {
+            const int8_t *v = side->basis + r * d;
+            const float p0 = p[r] * side->basis_scale[r], p1 = p[r + 1] * side->basis_scale[r + 1];
+            const float p2 = p[r + 2] * side->basis_scale[r + 2], p3 = p[r + 3] * side->basis_scale[r + 3];
+            for (long i = 0; i < d; i++)
+                u[i] -= p0 * (float)v[i] + p1 * (float)v[d + i] + p2 * (float)v[2 * d + i] + p3 * (float)v[3 * d + i];
+        }
+        for (; r < rank; r++) {
+            const int8_t *v = side->basis + r * d;
+            const float share = p[r] * side->basis_scale[r];
+            for (long i = 0; i < d; i++) u[i] -= share * (float)v[i];
         }
     }
+    product(u, side->right, t, side->a, side->b, side->b);
+    product(side->left, t, u, side->a, side->a, side->b);
+    const float ratio = side->clip[kind < side->n_clips ? kind : side->n_clips - 1];
+    const long grids = rows->grids;
+    float *scale = rows->scale + row * grids, *offset = rows->offset + row * grids, *total = rows->total + row * grids;
+    int bad = 0;
+    for (long g = 0; g < grids; g++) {
+        const long from = g * side->group, size = d - from < side->group ? d - from : side->group;
+        round_values(u + from, size, ratio, side->bits, side->symmetric, natural + from, scale + g, offset + g, total + g);
+        bad |= isnan(scale[g]);
+    }
+    if (bad) /* what is not finite is in every coordinate after a rotation: the whole row is lost */
+        for (long g = 0; g < grids; g++) scale[g] = offset[g] = NAN;
+    int8_t *restrict q = rows->codes + row * rows->stride;
+    for (long i = d; i < rows->stride; i++) natural[i] = 0;
+    for (long from = 0; from < rows->stride; from += GROUP)
+        for (long j = 0; j < GROUP / 2; j++) {
+            q[from + j] = natural[from + 2 * j];
+            q[from + GROUP / 2 + j] = natural[from + 2 * j + 1];
+        }
 }
+
+/* What follows a panel's sums in a row of the output: value[i] for its `count` outputs from `first` on. */
+INLINE void finish(const Weight *weight, const float *p, long kind, float *value, long first, long count) {
+    for (long r = 0; r < weight->rank; r++) {
+        const float share = p[r] * weight->low_rank_scale[r];
+        const int8_t *factor = weight->low_rank + r * weight->m + first;
+        if (count == LANES)
+            for (long i = 0; i < LANES; i++) value[i] += share * (float)factor[i];
+        else
+            for (long i = 0; i < count; i++) value[i] += share * (float)factor[i];
+    }
+    if (weight->n_bias) {
+        const float *added = weight->bias + (kind < weight->n_bias ? kind : weight->n_bias - 1) * weight->m + first;
+        for (long i = 0; i < count; i++) value[i] += added[i];
+    }
+}
+
+/* Sums of `tokens` rows (a constant) with the `words` words of a chunk at `panel`. With `grouped` (a constant) each GROUP
+ * columns are scaled at once: codes as scale * (sum of nibbles * code) + offset * (sum of nibbles) + constant, times the
+ * weight's own scale of the group. Without, integers are added up. */
+INLINE void chunk_sums(
+    const Ints *panel, long words, const float *group_scale, const float *nibbles, const int8_t *codes, long stride,
+    const float *grids, long grid_stride, void *sums, int tokens, int grouped) {
+    Floats reals[TOKENS];
+    Ints wholes[TOKENS];
+    for (int t = 0; t < tokens; t++) {
+        if (grouped)
+            reals[t] = load_floats((float *)sums + t * LANES);
+        else
+            wholes[t] = load_ints((int32_t *)sums + t * LANES);
+    }
+    for (long word = 0, group = 0; word < words; word += 4, group++) {
+        Ints now[TOKENS];
+        for (int t = 0; t < tokens; t++) now[t] = grouped ? zeros() : wholes[t];
+        for (int q = 0; q < 4; q++) {
+            const Ints both = panel[word + q], even = low_nibbles(both), odd = high_nibbles(both);
+            for (int t = 0; t < tokens; t++) {
+                const int8_t *x = codes + t * stride + group * GROUP + 4 * q;
+                now[t] = dots(dots(now[t], even, every_int(x)), odd, every_int(x + GROUP / 2));
+            }
+        }
+        if (grouped) {
+            const Floats scale = load_floats(group_scale + group * LANES), total = load_floats(nibbles + group * LANES);
+            for (int t = 0; t < tokens; t++) {
+                const float *grid = grids + t * grid_stride + 3 * group;
+                const Floats shift = multiply_add(total, every_float(grid[1]), every_float(grid[2]));
+                reals[t] = multiply_add(scale, multiply_add(to_floats(now[t]), every_float(grid[0]), shift), reals[t]);
+            }
+        } else {
+            for (int t = 0; t < tokens; t++) wholes[t] = now[t];
+        }
+    }
+    for (int t = 0; t < tokens; t++) {
+        if (grouped)
+            store_floats((float *)sums + t * LANES, reals[t]);
+        else
+            store_ints((int32_t *)sums + t * LANES, wholes[t]);
+    }
+}
+
+/* One panel's outputs for all rows. `grids` holds (n, groups, 3): scale, offset, constant; NULL where rows and weight have
+ * one grid each. `sums` is scratch (n, LANES). */
+static void panel(
+    const Weight *weight, const Rows *rows, const float *grids, long groups, const int64_t *types, long width, void *y,
+    int y_bf16, long index, float *sums) {
+    const long first = index * LANES, n = rows->n, half = weight->half;
+    const long count = weight->m - first < LANES ? weight->m - first : LANES, words = rows->stride / 8;
+    const uint8_t *starts[LANES];
+    for (long i = 0; i < LANES; i++) starts[i] = weight->packed + (first + (i < count ? i : count - 1)) * half;
+    const int more = first + 2 * LANES <= weight->m;
+    memset(sums, 0, n * LANES * sizeof(float));
+    for (long from = 0; from < words; from += CHUNK / 8) {
+        const long now = words - from < CHUNK / 8 ? words - from : CHUNK / 8;
+        Ints block[CHUNK / 8];
+        float group_scale[CHUNK / GROUP * LANES], nibbles[CHUNK / GROUP * LANES];
+        for (long word = 0; word < now; word += WORDS) {
+            const long at = 4 * (from + word);
+            if (at + 4 * WORDS <= half) {
+                if (more)
+                    for (long i = 0; i < LANES; i++) __builtin_prefetch(starts[i] + LANES * half + at, 0, 3);
+                transpose(starts, at, block + word);
+            } else { /* the last words of a row: what lies beyond it counts as zero */
+                uint8_t tail[LANES][4 * WORDS];
+                const uint8_t *tails[LANES];
+                for (long i = 0; i < LANES; i++) {
+                    memset(tail[i], 0, sizeof(tail[i]));
+                    if (half > at) memcpy(tail[i], starts[i] + at, half - at);
+                    tails[i] = tail[i];
+                }
+                transpose(tails, 0, block + word);
+            }
+        }
+        if (grids) {
+            const int8_t one[4] = {1, 1, 1, 1};
+            for (long g = 0; g < now / 4; g++) {
+                Ints total = zeros();
+                for (int q = 0; q < 4; q++) {
+                    const Ints both = block[4 * g + q], ones = every_int(one);
+                    total = dots(dots(total, low_nibbles(both), ones), high_nibbles(both), ones);
+                }
+                store_floats(nibbles + g * LANES, to_floats(total));
+                const uint8_t *scales = weight->group_scale;
+                store_floats(
+                    group_scale + g * LANES,
+                    scales ? bytes_to_floats(scales + ((index * groups + from / 4 + g) * LANES)) : every_float(1.0f));
+            }
+        }
+        long token = 0;
+        const int8_t *codes = rows->codes + 8 * from;
+        const float *grid = grids ? grids + 3 * (from / 4) : NULL;
+#define RUN(count, grouped)                                                                                               \
+    chunk_sums(                                                                                                           \
+        block, now, group_scale, nibbles, codes + token * rows->stride, rows->stride, grid + token * 3 * groups,          \
+        3 * groups, sums + token * LANES, count, grouped)
+        if (grids) {
+            for (; token + TOKENS <= n; token += TOKENS) RUN(TOKENS, 1);
+            for (; token + 2 <= n; token += 2) RUN(2, 1);
+            for (; token < n; token++) RUN(1, 1);
+        } else {
+            for (; token + TOKENS <= n; token += TOKENS) RUN(TOKENS, 0);
+            for (; token + 2 <= n; token += 2) RUN(2, 0);
+            for (; token < n; token++) RUN(1, 0);
+        }
+#undef RUN
+    }
+    for (long row = 0; row < n; row++) {
+        const long kind = types ? types[row] : 0;
+        float value[LANES];
+        if (grids) {
+            for (long i = 0; i < count; i++) value[i] = sums[row * LANES + i] * weight->qscale[first + i];
+        } else {
+            const int32_t *wholes = (const int32_t *)sums + row * LANES, shift = 8 * (int32_t)rows->total[row];
+            const float scale = rows->scale[row], offset = rows->offset[row];
+            for (long i = 0; i < count; i++)
+                value[i] = ((float)(wholes[i] - shift) * scale + offset * (float)weight->row_sum[first + i]) *
+                           weight->qscale[first + i];
+        }
+        finish(weight, rows->branch + row * width, kind, value, first, count);
+        if (y_bf16)
+            for (long i = 0; i < count; i++) ((uint16_t *)y)[row * weight->m + first + i] = float_to_bf16(value[i]);
+        else
+            memcpy((float *)y + row * weight->m + first, value, count * sizeof(float));
+    }
+}
+
+/* Scale, offset and constant of every GROUP columns of every row, where a product needs them: (n, groups, 3). */
+static void spread_grids(const Rows *rows, long d, long group, float *grids) {
+    const long groups = rows->stride / GROUP;
+    for (long row = 0; row < rows->n; row++)
+        for (long g = 0; g < groups; g++) {
+            const long at = row * rows->grids + g * GROUP / group;
+            const long real = d - g * GROUP < GROUP ? d - g * GROUP : GROUP;
+            const float scale = rows->scale[at], offset = rows->offset[at];
+            int32_t total = 0;
+            const int8_t *q = rows->codes + row * rows->stride + g * GROUP;
+            for (long i = 0; i < GROUP; i++) total += q[i];
+            float *out = grids + 3 * (row * groups + g);
+            out[0] = scale, out[1] = offset, out[2] = -8.0f * ((float)total * scale + (float)real * offset);
+        }
+}
+
+static _Thread_local char *kept = NULL;
+static _Thread_local size_t kept_bytes = 0;
+
+static void *scratch(size_t bytes) {
+    if (bytes > kept_bytes) {
+        free(kept);
+        kept = malloc(bytes);
+        kept_bytes = kept ? bytes : 0;
+    }
+    return kept;
+}
+
+/* All linears that read one input, from its n rows `x` (float32 or bfloat16) to their outputs `ys[i]` (n, m_i).
+ * Returns 0, or 1 where memory is short. */
+int freeact_linears(
+    const Side *side, const Weight *const *weights, void *const *ys, long count, const void *x, int x_bf16,
+    const int64_t *types, int y_bf16, long n, int threads) {
+    const long d = side->a * side->b, stride = padded(d), grids = (d + side->group - 1) / side->group;
+    const long groups = stride / GROUP;
+    int grouped = grids > 1, failed = 0;
+    for (long i = 0; i < count; i++) grouped |= weights[i]->group_scale != NULL;
+    const size_t floats = (size_t)n * (3 * grids + side->width + (grouped ? 3 * groups : 0));
+    float *base = scratch(floats * sizeof(float) + (size_t)n * stride + 64);
+    if (!base) return 1;
+    Rows rows = {.n = n, .stride = stride, .grids = grids};
+    rows.scale = base, rows.offset = base + n * grids, rows.total = base + 2 * n * grids, rows.branch = base + 3 * n * grids;
+    float *spread = grouped ? rows.branch + n * side->width : NULL;
+    rows.codes = (int8_t *)(base + floats);
+    long starts[9] = {0};
+    for (long i = 0; i < count; i++) starts[i + 1] = starts[i] + (weights[i]->m + LANES - 1) / LANES;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
+    {
+        float *u = malloc((3 * d + GROUP) * sizeof(float)), *sums = malloc(n * LANES * sizeof(float) + 1);
+        failed |= !u || !sums;
+#pragma omp for schedule(static)
+        for (long row = 0; row < n; row++)
+            if (u) round_row(side, x, x_bf16, types ? types[row] : 0, &rows, row, u);
+        if (grouped) {
+#pragma omp single
+            spread_grids(&rows, d, side->group, spread);
+        }
+#pragma omp for schedule(static)
+        for (long at = 0; at < starts[count]; at++) {
+            long i = 0;
+            while (at >= starts[i + 1]) i++;
+            if (sums)
+                panel(weights[i], &rows, spread, groups, types, side->width, ys[i], y_bf16, at - starts[i], sums);
+        }
+        free(u);
+        free(sums);
+    }
+    if (kept_bytes > KEPT) {
+        free(kept);
+        kept = NULL, kept_bytes = 0;
+    }
+    return failed;
+}
+
+/* The rounding alone, as reference.round_rows gives it: codes (n, d), even columns before odd ones; stats (3, n, grids). */
+int freeact_round_rows(
+    const Side *side, const void *x, int x_bf16, const int64_t *types, int8_t *codes, float *stats, float *branch, long n,
+    int threads) {
+    const long d = side->a * side->b, stride = padded(d), grids = (d + side->group - 1) / side->group, half = d / 2;
+    Rows rows = {.n = n, .stride = stride, .grids = grids, .branch = branch};
+    rows.scale = stats, rows.offset = stats + n * grids, rows.total = stats + 2 * n * grids;
+    rows.codes = malloc(n * stride + 1);
+    int failed = !rows.codes;
+    if (failed) return 1;
+#pragma omp parallel num_threads(threads) if (threads > 1 && n > 1) reduction(| : failed)
+    {
+        float *u = malloc((3 * d + GROUP) * sizeof(float));
+        failed |= !u;
+#pragma omp for
+        for (long row = 0; row < n; row++) {
+            if (!u) continue;
+            round_row(side, x, x_bf16, types ? types[row] : 0, &rows, row, u);
+            for (long i = 0; i < half; i++) {
+                const int8_t *q = rows.codes + row * stride + i / 16 * GROUP + i % 16;
+                codes[row * d + i] = q[0];
+                codes[row * d + half + i] = q[GROUP / 2];
+            }
+        }
+        free(u);
+    }
+    free(rows.codes);
+    return failed;
+}
+
+/* The product alone, of rows as `freeact_round_rows` gives them, `group` columns a grid; y (n, m). */
+int freeact_w4_linear(
+    const Weight *weight, const int8_t *codes, const float *stats, const float *branch, const int64_t *types, void *y,
+    int y_bf16, long n, long width, long group, int threads) {
+    const long half = weight->half, d = 2 * half, stride = padded(d), grids = (d + group - 1) / group;
+    const long groups = stride / GROUP;
+    const int grouped = grids > 1 || weight->group_scale != NULL;
+    Rows rows = {.n = n, .stride = stride, .grids = grids};
+    rows.scale = (float *)stats, rows.offset = rows.scale + n * grids, rows.total = rows.scale + 2 * n * grids;
+    rows.branch = (float *)branch;
+    rows.codes = calloc(n * stride + 1, 1);
+    float *spread = grouped ? malloc(n * groups * 3 * sizeof(float) + 1) : NULL;
+    int failed = !rows.codes || (grouped && !spread);
+    if (!failed) {
+        for (long row = 0; row < n; row++)
+            for (long i = 0; i < half; i++) {
+                int8_t *q = rows.codes + row * stride + i / 16 * GROUP + i % 16;
+                q[0] = codes[row * d + i];
+                q[GROUP / 2] = codes[row * d + half + i];
+            }
+        if (grouped) spread_grids(&rows, d, group, spread);
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
+        {
+            float *sums = malloc(n * LANES * sizeof(float) + 1);
+            failed |= !sums;
+#pragma omp for schedule(static)
+            for (long at = 0; at < (weight->m + LANES - 1) / LANES; at++)
+                if (sums) panel(weight, &rows, spread, groups, types, width, y, y_bf16, at, sums);
+            free(sums);
+        }
+    }
+    free(rows.codes);
+    free(spread);
+    return failed;
+}
+
+/* Rows of a weight that a panel holds, and how its bytes are multiplied. */
+long freeact_lanes(void) { return LANES; }
+const char *freeact_kind(void) { return KIND; }
