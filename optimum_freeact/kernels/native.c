@@ -17,38 +17,51 @@
 #define TOKENS 8    /* rows of the input whose sums stay in registers */
 #define KEPT 4194304 /* bytes of scratch that a thread keeps for its next call */
 
-/* out[rows, m] = in[rows, k] * right[k, m], row-major */
-static void product(const float *restrict in, const float *restrict right, float *restrict out, long rows, long k, long m) {
-    for (long i = 0; i < rows; i++) {
-        float *restrict o = out + i * m;
-        const float *restrict u = in + i * k;
-        for (long j = 0; j < m; j++) o[j] = 0.0f;
-        long c = 0;
-        for (; c + 4 <= k; c += 4) {
-            const float *restrict r = right + c * m;
-            const float u0 = u[c], u1 = u[c + 1], u2 = u[c + 2], u3 = u[c + 3];
-            for (long j = 0; j < m; j++) o[j] += u0 * r[j] + u1 * r[m + j] + u2 * r[2 * m + j] + u3 * r[3 * m + j];
+/* `rows` (a constant) rows of in[., k] * right[k, stride], `vectors` (a constant) vectors of columns */
+INLINE void tile(const float *in, const float *right, float *out, long k, long stride, int rows, int vectors) {
+    Floats sums[8][2];
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vectors; v++) sums[i][v] = no_floats();
+    for (long c = 0; c < k; c++)
+        for (int v = 0; v < vectors; v++) {
+            const Floats r = load_floats(right + c * stride + v * LANES);
+            for (int i = 0; i < rows; i++) sums[i][v] = multiply_add(every_float(in[i * k + c]), r, sums[i][v]);
         }
-        for (; c < k; c++)
-            for (long j = 0; j < m; j++) o[j] += u[c] * right[c * m + j];
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vectors; v++) store_floats(out + i * stride + v * LANES, sums[i][v]);
+}
+
+/* out[rows, stride] = in[rows, k] * right[k, stride], row-major; `stride` is a multiple of 16 */
+static void product(const float *in, const float *right, float *out, long rows, long k, long stride) {
+    long j = 0;
+    for (; j + 2 * LANES <= stride; j += 2 * LANES) {
+        long i = 0;
+        for (; i + 4 <= rows; i += 4) tile(in + i * k, right + j, out + i * stride + j, k, stride, 4, 2);
+        for (; i < rows; i++) tile(in + i * k, right + j, out + i * stride + j, k, stride, 1, 2);
+    }
+    for (; j < stride; j += LANES) {
+        long i = 0;
+        for (; i + 8 <= rows; i += 8) tile(in + i * k, right + j, out + i * stride + j, k, stride, 8, 1);
+        for (; i < rows; i++) tile(in + i * k, right + j, out + i * stride + j, k, stride, 1, 1);
     }
 }
 
-/* Constants of one input, reference.InputTables; absent parts are NULL. `left` is transposed. `group` columns share a
- * grid: a multiple of GROUP, or all. */
+/* Constants of one input, reference.InputTables; absent parts are NULL. `left` is transposed, the columns of `right` padded to
+ * `b_padded`, a multiple of 16. `group` columns share a grid: a multiple of GROUP, or all. */
 typedef struct {
     const uint16_t *mean;
     const float *channel;
     const int8_t *basis;
     const float *basis_scale, *left, *right, *clip;
-    long a, b, n_means, n_clips, rank, width, group;
+    long a, b, b_padded, n_means, n_clips, rank, width, group;
     int bits, symmetric;
 } Side;
 
 /* What one linear stores, reference.Weight; absent parts are NULL. `low_rank` is transposed; `group_scale` lies in panels:
  * (panels, groups of GROUP columns, LANES). */
 typedef struct {
-    const uint8_t *packed, *group_scale;
+    const uint8_t *packed;
+    const int8_t *group_scale;
     const float *qscale;
     const int32_t *row_sum;
     const int8_t *low_rank;
@@ -56,25 +69,33 @@ typedef struct {
     long m, half, rank, n_bias;
 } Weight;
 
-/* Rounded rows: codes (n, padded d), the grids of each (n, grids) and the sums of their codes, the branch (n, width). */
+/* Rounded rows: codes (n, padded d), the grids of each (n, grids), the branch (n, width), and what products need of the grids,
+ * three numbers for every GROUP columns (n, groups, 3), or for the whole row (n, 1, 3): see `spread_grids`. */
 typedef struct {
     int8_t *codes;
-    float *scale, *offset, *total, *branch;
+    float *scale, *offset, *branch, *spread;
     long n, stride, grids;
+    int grouped;
 } Rows;
 
 static long padded(long d) { return (d + GROUP - 1) / GROUP * GROUP; }
 
-/* Grid and codes of `size` values; `q` takes them in their natural order. */
+/* Grid and codes of `size` values, a multiple of 16; `q` takes them in their natural order. */
 static void round_values(
-    const float *restrict u, long size, float ratio, int bits, int symmetric, int8_t *restrict q, float *scale_out,
-    float *offset_out, float *total_out) {
+    const float *u, long size, float ratio, int bits, int symmetric, int8_t *q, float *scale_out, float *offset_out) {
     const float qmin = -(float)(1 << (bits - 1)), qmax = (float)((1 << (bits - 1)) - 1);
-    float low = u[0], high = u[0], bad = 0.0f;
-    for (long i = 0; i < size; i++) {
-        low = u[i] < low ? u[i] : low;
-        high = u[i] > high ? u[i] : high;
-        bad += u[i] * 0.0f; /* NaN from NaN and infinity */
+    Floats lows = load_floats(u), highs = lows, bads = no_floats();
+    for (long i = 0; i < size; i += LANES) {
+        const Floats v = load_floats(u + i);
+        lows = least(lows, v), highs = most(highs, v);
+        bads = multiply_add(v, no_floats(), bads); /* NaN from NaN and infinity */
+    }
+    float low_lanes[LANES], high_lanes[LANES];
+    store_floats(low_lanes, lows), store_floats(high_lanes, highs);
+    float low = low_lanes[0], high = high_lanes[0];
+    for (int i = 1; i < LANES; i++) {
+        low = low_lanes[i] < low ? low_lanes[i] : low;
+        high = high_lanes[i] > high ? high_lanes[i] : high;
     }
     float scale, offset;
     if (symmetric) {
@@ -88,27 +109,76 @@ static void round_values(
         if (scale == 0.0f) scale = 1.0f;
         offset = middle - reach - (reach > 0 ? scale * qmin : 0.0f);
     }
-    int32_t total = 0;
-    if (bad == 0.0f) {
-        for (long i = 0; i < size; i++) {
-            float code = rintf((u[i] - offset) / scale);
-            code = code < qmin ? qmin : code;
-            code = code > qmax ? qmax : code;
-            q[i] = (int8_t)(int32_t)code;
-            total += (int32_t)code;
-        }
-    } else {
+    if (isnan(sum_floats(bads))) {
         memset(q, 0, size);
         scale = offset = NAN;
+    } else {
+        const Floats by = every_float(scale), from = every_float(offset), first = every_float(qmin), last = every_float(qmax);
+        for (long i = 0; i < size; i += LANES) {
+            const Floats step = divide(subtract(load_floats(u + i), from), by);
+            store_bytes(q + i, to_ints(least(most(step, first), last)));
+        }
     }
-    *scale_out = scale, *offset_out = offset, *total_out = (float)total;
+    *scale_out = scale, *offset_out = offset;
 }
 
-/* Round one row; `u` is scratch for 3 d floats. */
-static void round_row(const Side *side, const void *x, int x_bf16, long kind, const Rows *rows, long row, float *restrict u) {
+/* Split the strongest directions off: p[r] = u . v_r, u -= sum_r p[r] v_r. */
+static void split_branch(const Side *side, float *u, float *p) {
     const long d = side->a * side->b, rank = side->rank;
-    float *restrict t = u + d;
-    int8_t *natural = (int8_t *)(u + 2 * d);
+    for (long r = rank; r < side->width; r++) p[r] = 0.0f;
+    for (long r = 0; r < rank; r += 4) {
+        const int8_t *v[4];
+        Floats sums[4];
+        for (int k = 0; k < 4; k++) v[k] = side->basis + (r + k < rank ? r + k : rank - 1) * d, sums[k] = no_floats();
+        for (long i = 0; i < d; i += LANES) {
+            const Floats x = load_floats(u + i);
+            for (int k = 0; k < 4; k++) sums[k] = multiply_add(x, signed_to_floats(v[k] + i), sums[k]);
+        }
+        for (int k = 0; k < 4 && r + k < rank; k++) p[r + k] = sum_floats(sums[k]) * side->basis_scale[r + k];
+    }
+    for (long r = 0; r < rank; r += 4) {
+        const int8_t *v[4];
+        Floats share[4];
+        for (int k = 0; k < 4; k++) {
+            v[k] = side->basis + (r + k < rank ? r + k : rank - 1) * d;
+            share[k] = every_float(r + k < rank ? -p[r + k] * side->basis_scale[r + k] : 0.0f);
+        }
+        for (long i = 0; i < d; i += LANES) {
+            Floats x = load_floats(u + i);
+            for (int k = 0; k < 4; k++) x = multiply_add(share[k], signed_to_floats(v[k] + i), x);
+            store_floats(u + i, x);
+        }
+    }
+}
+
+/* What products need of a row's grids. With groups: scale s, offset o and constant c of each, such that the group's share of
+ * a product is s * (sum of nibbles * codes) + o * (sum of nibbles) + c. Else: scale, offset, 8 * sum of codes. */
+static void spread_grids(const Rows *rows, long d, long group, long row) {
+    const long groups = rows->stride / GROUP, wide = rows->grouped ? groups : 1;
+    float *out = rows->spread + 3 * row * wide;
+    int32_t whole = 0;
+    for (long g = 0; g < groups; g++) {
+        const long at = row * rows->grids + g * GROUP / group, real = d - g * GROUP < GROUP ? d - g * GROUP : GROUP;
+        const int8_t *q = rows->codes + row * rows->stride + g * GROUP;
+        int32_t total = 0;
+        for (long i = 0; i < GROUP; i++) total += q[i];
+        whole += total;
+        if (!rows->grouped) continue;
+        out[3 * g] = rows->scale[at], out[3 * g + 1] = rows->offset[at];
+        out[3 * g + 2] = -8.0f * ((float)total * rows->scale[at] + (float)real * rows->offset[at]);
+    }
+    if (!rows->grouped) out[0] = rows->scale[row], out[1] = rows->offset[row], out[2] = 8.0f * (float)whole;
+}
+
+static size_t row_scratch(const Side *side) {
+    return (2 * side->a * side->b_padded + 2 * side->a * side->b + GROUP) * sizeof(float);
+}
+
+/* Round one row; `u` is scratch of `row_scratch` bytes. */
+static void round_row(const Side *side, const void *x, int x_bf16, long kind, const Rows *rows, long row, float *restrict u) {
+    const long a = side->a, b = side->b, d = a * b, wide = a * side->b_padded;
+    float *restrict t = u + d, *restrict z = t + wide;
+    int8_t *natural = (int8_t *)(z + wide);
     if (x_bf16) {
         const uint16_t *from = (const uint16_t *)x + row * d;
         for (long i = 0; i < d; i++) u[i] = bf16_to_float(from[i]);
@@ -121,65 +191,28 @@ static void round_row(const Side *side, const void *x, int x_bf16, long kind, co
     }
     if (side->channel)
         for (long i = 0; i < d; i++) u[i] *= side->channel[i];
-    if (rank) {
-        float *p = rows->branch + row * side->width;
-        for (long r = 0; r < side->width; r++) p[r] = 0.0f;
-        for (long r = 0; r < rank; r++) {
-            const int8_t *v = side->basis + r * d;
-            float sum = 0.0f;
-            for (long i = 0; i < d; i++) sum += u[i] * (float)v[i];
-            p[r] = sum * side->basis_scale[r];
-        }
-        long r = 0;
-        for (; r + 4 <= rank; r += 4) {
-            const int8_t *v = side->basis + r * d;
-            const float p0 = p[r] * side->basis_scale[r], p1 = p[r + 1] * side->basis_scale[r + 1];
-            const float p2 = p[r + 2] * side->basis_scale[r + 2], p3 = p[r + 3] * side->basis_scale[r + 3];
-            for (long i = 0; i < d; i++)
-                u[i] -= p0 * (float)v[i] + p1 * (float)v[d + i] + p2 * (float)v[2 * d + i] + p3 * (float)v[3 * d + i];
-        }
-        for (; r < rank; r++) {
-            const int8_t *v = side->basis + r * d;
-            const float share = p[r] * side->basis_scale[r];
-            for (long i = 0; i < d; i++) u[i] -= share * (float)v[i];
-        }
-    }
-    product(u, side->right, t, side->a, side->b, side->b);
-    product(side->left, t, u, side->a, side->a, side->b);
+    if (side->rank) split_branch(side, u, rows->branch + row * side->width);
+    product(u, side->right, t, a, b, side->b_padded);
+    product(side->left, t, z, a, a, side->b_padded);
+    if (b == side->b_padded)
+        u = z;
+    else
+        for (long i = 0; i < a; i++) memcpy(u + i * b, z + i * side->b_padded, b * sizeof(float));
     const float ratio = side->clip[kind < side->n_clips ? kind : side->n_clips - 1];
     const long grids = rows->grids;
-    float *scale = rows->scale + row * grids, *offset = rows->offset + row * grids, *total = rows->total + row * grids;
+    float *scale = rows->scale + row * grids, *offset = rows->offset + row * grids;
     int bad = 0;
     for (long g = 0; g < grids; g++) {
         const long from = g * side->group, size = d - from < side->group ? d - from : side->group;
-        round_values(u + from, size, ratio, side->bits, side->symmetric, natural + from, scale + g, offset + g, total + g);
+        round_values(u + from, size, ratio, side->bits, side->symmetric, natural + from, scale + g, offset + g);
         bad |= isnan(scale[g]);
     }
     if (bad) /* what is not finite is in every coordinate after a rotation: the whole row is lost */
         for (long g = 0; g < grids; g++) scale[g] = offset[g] = NAN;
-    int8_t *restrict q = rows->codes + row * rows->stride;
     for (long i = d; i < rows->stride; i++) natural[i] = 0;
     for (long from = 0; from < rows->stride; from += GROUP)
-        for (long j = 0; j < GROUP / 2; j++) {
-            q[from + j] = natural[from + 2 * j];
-            q[from + GROUP / 2 + j] = natural[from + 2 * j + 1];
-        }
-}
-
-/* What follows a panel's sums in a row of the output: value[i] for its `count` outputs from `first` on. */
-INLINE void finish(const Weight *weight, const float *p, long kind, float *value, long first, long count) {
-    for (long r = 0; r < weight->rank; r++) {
-        const float share = p[r] * weight->low_rank_scale[r];
-        const int8_t *factor = weight->low_rank + r * weight->m + first;
-        if (count == LANES)
-            for (long i = 0; i < LANES; i++) value[i] += share * (float)factor[i];
-        else
-            for (long i = 0; i < count; i++) value[i] += share * (float)factor[i];
-    }
-    if (weight->n_bias) {
-        const float *added = weight->bias + (kind < weight->n_bias ? kind : weight->n_bias - 1) * weight->m + first;
-        for (long i = 0; i < count; i++) value[i] += added[i];
-    }
+        split_bytes(natural + from, rows->codes + row * rows->stride + from);
+    if (rows->spread) spread_grids(rows, d, side->group, row);
 }
 
 /* Sums of `tokens` rows (a constant) with the `words` words of a chunk at `panel`. With `grouped` (a constant) each GROUP
@@ -225,12 +258,31 @@ INLINE void chunk_sums(
     }
 }
 
-/* One panel's outputs for all rows. `grids` holds (n, groups, 3): scale, offset, constant; NULL where rows and weight have
- * one grid each. `sums` is scratch (n, LANES). */
+/* Constants of a panel's outputs, LANES floats each: scale, sums of the rows, factors of the branch, biases of the types. */
+static size_t panel_floats(const Weight *weight, long n) { return (size_t)LANES * (n + 2 + weight->rank + weight->n_bias); }
+
+static void panel_constants(const Weight *weight, long first, long count, float *out) {
+    memset(out, 0, LANES * (2 + weight->rank + weight->n_bias) * sizeof(float));
+    memcpy(out, weight->qscale + first, count * sizeof(float));
+    if (weight->row_sum)
+        for (long i = 0; i < count; i++) out[LANES + i] = (float)weight->row_sum[first + i];
+    out += 2 * LANES;
+    for (long r = 0; r < weight->rank; r++, out += LANES) {
+        const int8_t *factor = weight->low_rank + r * weight->m + first;
+        const float scale = weight->low_rank_scale[r];
+        if (count == LANES)
+            store_floats(out, multiply(signed_to_floats(factor), every_float(scale)));
+        else
+            for (long i = 0; i < count; i++) out[i] = (float)factor[i] * scale;
+    }
+    for (long k = 0; k < weight->n_bias; k++, out += LANES)
+        memcpy(out, weight->bias + k * weight->m + first, count * sizeof(float));
+}
+
+/* One panel's outputs for all rows; `sums` is scratch of `panel_floats`. */
 static void panel(
-    const Weight *weight, const Rows *rows, const float *grids, long groups, const int64_t *types, long width, void *y,
-    int y_bf16, long index, float *sums) {
-    const long first = index * LANES, n = rows->n, half = weight->half;
+    const Weight *weight, const Rows *rows, const int64_t *types, long width, void *y, int y_bf16, long index, float *sums) {
+    const long first = index * LANES, n = rows->n, half = weight->half, groups = rows->stride / GROUP;
     const long count = weight->m - first < LANES ? weight->m - first : LANES, words = rows->stride / 8;
     const uint8_t *starts[LANES];
     for (long i = 0; i < LANES; i++) starts[i] = weight->packed + (first + (i < count ? i : count - 1)) * half;
@@ -257,7 +309,7 @@ static void panel(
                 transpose(tails, 0, block + word);
             }
         }
-        if (grids) {
+        if (rows->grouped) {
             const int8_t one[4] = {1, 1, 1, 1};
             for (long g = 0; g < now / 4; g++) {
                 Ints total = zeros();
@@ -266,20 +318,20 @@ static void panel(
                     total = dots(dots(total, low_nibbles(both), ones), high_nibbles(both), ones);
                 }
                 store_floats(nibbles + g * LANES, to_floats(total));
-                const uint8_t *scales = weight->group_scale;
+                const int8_t *scales = weight->group_scale;
                 store_floats(
                     group_scale + g * LANES,
-                    scales ? bytes_to_floats(scales + ((index * groups + from / 4 + g) * LANES)) : every_float(1.0f));
+                    scales ? signed_to_floats(scales + ((index * groups + from / 4 + g) * LANES)) : every_float(1.0f));
             }
         }
         long token = 0;
         const int8_t *codes = rows->codes + 8 * from;
-        const float *grid = grids ? grids + 3 * (from / 4) : NULL;
+        const float *grid = rows->spread + 3 * (from / 4);
 #define RUN(count, grouped)                                                                                               \
     chunk_sums(                                                                                                           \
         block, now, group_scale, nibbles, codes + token * rows->stride, rows->stride, grid + token * 3 * groups,          \
         3 * groups, sums + token * LANES, count, grouped)
-        if (grids) {
+        if (rows->grouped) {
             for (; token + TOKENS <= n; token += TOKENS) RUN(TOKENS, 1);
             for (; token + 2 <= n; token += 2) RUN(2, 1);
             for (; token < n; token++) RUN(1, 1);
@@ -290,40 +342,38 @@ static void panel(
         }
 #undef RUN
     }
+    float *constants = sums + n * LANES;
+    panel_constants(weight, first, count, constants);
+    const Floats qscale = load_floats(constants), row_sum = load_floats(constants + LANES);
+    const float *factors = constants + 2 * LANES, *biases = factors + weight->rank * LANES;
     for (long row = 0; row < n; row++) {
-        const long kind = types ? types[row] : 0;
-        float value[LANES];
-        if (grids) {
-            for (long i = 0; i < count; i++) value[i] = sums[row * LANES + i] * weight->qscale[first + i];
-        } else {
-            const int32_t *wholes = (const int32_t *)sums + row * LANES, shift = 8 * (int32_t)rows->total[row];
-            const float scale = rows->scale[row], offset = rows->offset[row];
-            for (long i = 0; i < count; i++)
-                value[i] = ((float)(wholes[i] - shift) * scale + offset * (float)weight->row_sum[first + i]) *
-                           weight->qscale[first + i];
+        Floats value = load_floats(sums + row * LANES);
+        if (!rows->grouped) {
+            const float *grid = rows->spread + 3 * row;
+            const Ints whole = add_ints(load_ints(sums + row * LANES), every_whole(-(int32_t)grid[2]));
+            value = multiply_add(to_floats(whole), every_float(grid[0]), multiply(every_float(grid[1]), row_sum));
         }
-        finish(weight, rows->branch + row * width, kind, value, first, count);
-        if (y_bf16)
-            for (long i = 0; i < count; i++) ((uint16_t *)y)[row * weight->m + first + i] = float_to_bf16(value[i]);
+        value = multiply(value, qscale);
+        const float *p = rows->branch + row * width;
+        for (long r = 0; r < weight->rank; r++) value = multiply_add(every_float(p[r]), load_floats(factors + r * LANES), value);
+        if (weight->n_bias) {
+            const long kind = types ? types[row] : 0;
+            value = add(value, load_floats(biases + (kind < weight->n_bias ? kind : weight->n_bias - 1) * LANES));
+        }
+        const long at = row * weight->m + first;
+        float lanes[LANES];
+        if (!y_bf16 && count == LANES) {
+            store_floats((float *)y + at, value);
+            continue;
+        }
+        store_floats(lanes, value);
+        if (!y_bf16)
+            memcpy((float *)y + at, lanes, count * sizeof(float));
+        else if (count == LANES)
+            for (int i = 0; i < LANES; i++) ((uint16_t *)y)[at + i] = float_to_bf16(lanes[i]);
         else
-            memcpy((float *)y + row * weight->m + first, value, count * sizeof(float));
+            for (long i = 0; i < count; i++) ((uint16_t *)y)[at + i] = float_to_bf16(lanes[i]);
     }
-}
-
-/* Scale, offset and constant of every GROUP columns of every row, where a product needs them: (n, groups, 3). */
-static void spread_grids(const Rows *rows, long d, long group, float *grids) {
-    const long groups = rows->stride / GROUP;
-    for (long row = 0; row < rows->n; row++)
-        for (long g = 0; g < groups; g++) {
-            const long at = row * rows->grids + g * GROUP / group;
-            const long real = d - g * GROUP < GROUP ? d - g * GROUP : GROUP;
-            const float scale = rows->scale[at], offset = rows->offset[at];
-            int32_t total = 0;
-            const int8_t *q = rows->codes + row * rows->stride + g * GROUP;
-            for (long i = 0; i < GROUP; i++) total += q[i];
-            float *out = grids + 3 * (row * groups + g);
-            out[0] = scale, out[1] = offset, out[2] = -8.0f * ((float)total * scale + (float)real * offset);
-        }
 }
 
 static _Thread_local char *kept = NULL;
@@ -344,35 +394,32 @@ int freeact_linears(
     const Side *side, const Weight *const *weights, void *const *ys, long count, const void *x, int x_bf16,
     const int64_t *types, int y_bf16, long n, int threads) {
     const long d = side->a * side->b, stride = padded(d), grids = (d + side->group - 1) / side->group;
-    const long groups = stride / GROUP;
-    int grouped = grids > 1, failed = 0;
-    for (long i = 0; i < count; i++) grouped |= weights[i]->group_scale != NULL;
-    const size_t floats = (size_t)n * (3 * grids + side->width + (grouped ? 3 * groups : 0));
+    Rows rows = {.n = n, .stride = stride, .grids = grids, .grouped = grids > 1};
+    size_t most = 0;
+    for (long i = 0; i < count; i++) {
+        rows.grouped |= weights[i]->group_scale != NULL;
+        if (panel_floats(weights[i], n) > most) most = panel_floats(weights[i], n);
+    }
+    const size_t floats = (size_t)n * (2 * grids + side->width + 3 * (rows.grouped ? stride / GROUP : 1));
     float *base = scratch(floats * sizeof(float) + (size_t)n * stride + 64);
     if (!base) return 1;
-    Rows rows = {.n = n, .stride = stride, .grids = grids};
-    rows.scale = base, rows.offset = base + n * grids, rows.total = base + 2 * n * grids, rows.branch = base + 3 * n * grids;
-    float *spread = grouped ? rows.branch + n * side->width : NULL;
-    rows.codes = (int8_t *)(base + floats);
+    rows.scale = base, rows.offset = base + n * grids, rows.branch = base + 2 * n * grids;
+    rows.spread = rows.branch + n * side->width, rows.codes = (int8_t *)(base + floats);
     long starts[9] = {0};
     for (long i = 0; i < count; i++) starts[i + 1] = starts[i] + (weights[i]->m + LANES - 1) / LANES;
+    int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
-        float *u = malloc((3 * d + GROUP) * sizeof(float)), *sums = malloc(n * LANES * sizeof(float) + 1);
+        float *u = malloc(row_scratch(side)), *sums = malloc(most * sizeof(float));
         failed |= !u || !sums;
 #pragma omp for schedule(static)
         for (long row = 0; row < n; row++)
             if (u) round_row(side, x, x_bf16, types ? types[row] : 0, &rows, row, u);
-        if (grouped) {
-#pragma omp single
-            spread_grids(&rows, d, side->group, spread);
-        }
 #pragma omp for schedule(static)
         for (long at = 0; at < starts[count]; at++) {
             long i = 0;
             while (at >= starts[i + 1]) i++;
-            if (sums)
-                panel(weights[i], &rows, spread, groups, types, side->width, ys[i], y_bf16, at - starts[i], sums);
+            if (sums) panel(weights[i], &rows, types, side->width, ys[i], y_bf16, at - starts[i], sums);
         }
         free(u);
         free(sums);
@@ -390,22 +437,25 @@ int freeact_round_rows(
     int threads) {
     const long d = side->a * side->b, stride = padded(d), grids = (d + side->group - 1) / side->group, half = d / 2;
     Rows rows = {.n = n, .stride = stride, .grids = grids, .branch = branch};
-    rows.scale = stats, rows.offset = stats + n * grids, rows.total = stats + 2 * n * grids;
+    rows.scale = stats, rows.offset = stats + n * grids;
+    float *total = stats + 2 * n * grids;
     rows.codes = malloc(n * stride + 1);
     int failed = !rows.codes;
     if (failed) return 1;
 #pragma omp parallel num_threads(threads) if (threads > 1 && n > 1) reduction(| : failed)
     {
-        float *u = malloc((3 * d + GROUP) * sizeof(float));
+        float *u = malloc(row_scratch(side));
         failed |= !u;
 #pragma omp for
         for (long row = 0; row < n; row++) {
             if (!u) continue;
             round_row(side, x, x_bf16, types ? types[row] : 0, &rows, row, u);
+            memset(total + row * grids, 0, grids * sizeof(float));
             for (long i = 0; i < half; i++) {
                 const int8_t *q = rows.codes + row * stride + i / 16 * GROUP + i % 16;
                 codes[row * d + i] = q[0];
                 codes[row * d + half + i] = q[GROUP / 2];
+                total[row * grids + 2 * i / side->group] += (float)(q[0] + q[GROUP / 2]);
             }
         }
         free(u);
@@ -419,34 +469,32 @@ int freeact_w4_linear(
     const Weight *weight, const int8_t *codes, const float *stats, const float *branch, const int64_t *types, void *y,
     int y_bf16, long n, long width, long group, int threads) {
     const long half = weight->half, d = 2 * half, stride = padded(d), grids = (d + group - 1) / group;
-    const long groups = stride / GROUP;
-    const int grouped = grids > 1 || weight->group_scale != NULL;
-    Rows rows = {.n = n, .stride = stride, .grids = grids};
-    rows.scale = (float *)stats, rows.offset = rows.scale + n * grids, rows.total = rows.scale + 2 * n * grids;
-    rows.branch = (float *)branch;
+    Rows rows = {.n = n, .stride = stride, .grids = grids, .grouped = grids > 1 || weight->group_scale != NULL};
+    rows.scale = (float *)stats, rows.offset = rows.scale + n * grids, rows.branch = (float *)branch;
     rows.codes = calloc(n * stride + 1, 1);
-    float *spread = grouped ? malloc(n * groups * 3 * sizeof(float) + 1) : NULL;
-    int failed = !rows.codes || (grouped && !spread);
+    rows.spread = malloc(n * (rows.grouped ? stride / GROUP : 1) * 3 * sizeof(float) + 1);
+    int failed = !rows.codes || !rows.spread;
     if (!failed) {
-        for (long row = 0; row < n; row++)
+        for (long row = 0; row < n; row++) {
             for (long i = 0; i < half; i++) {
                 int8_t *q = rows.codes + row * stride + i / 16 * GROUP + i % 16;
                 q[0] = codes[row * d + i];
                 q[GROUP / 2] = codes[row * d + half + i];
             }
-        if (grouped) spread_grids(&rows, d, group, spread);
+            spread_grids(&rows, d, group, row);
+        }
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
         {
-            float *sums = malloc(n * LANES * sizeof(float) + 1);
+            float *sums = malloc(panel_floats(weight, n) * sizeof(float));
             failed |= !sums;
 #pragma omp for schedule(static)
             for (long at = 0; at < (weight->m + LANES - 1) / LANES; at++)
-                if (sums) panel(weight, &rows, spread, groups, types, width, y, y_bf16, at, sums);
+                if (sums) panel(weight, &rows, types, width, y, y_bf16, at, sums);
             free(sums);
         }
     }
     free(rows.codes);
-    free(spread);
+    free(rows.spread);
     return failed;
 }
 

@@ -120,7 +120,8 @@ def _at(tensor: torch.Tensor | None) -> int | None:
 class _Side(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("mean", "channel", "basis", "basis_scale", "left", "right", "clip")),
-        *((name, ctypes.c_long) for name in ("a", "b", "n_means", "n_clips", "rank", "width", "group")),
+        *((name, ctypes.c_long) for name in ("a", "b", "b_padded", "n_means", "n_clips", "rank", "width")),
+        ("group", ctypes.c_long),
         ("bits", ctypes.c_int),
         ("symmetric", ctypes.c_int),
     )
@@ -139,7 +140,7 @@ class NativeWeight:
 
     Args:
         weight ([`Weight`]): As the other kernels read it.
-        group_scale (`torch.Tensor`, `uint8`, shape `(m, groups)`, *optional*): Scale of each group of columns, times
+        group_scale (`torch.Tensor`, `int8`, shape `(m, groups)`, *optional*): Scale of each group of columns, times
             `qscale` of its row; the groups' size is a multiple of 32.
         copies (*optional*): What an earlier one holds as `copies`: the branch's factors and `group_scale` in C's order.
     """
@@ -201,15 +202,16 @@ class NativeSide:
     def __init__(self, tables: InputTables, group: int | None = None):
         self.tables, self.width, self.rank, self.branch = tables, tables.width, tables.rank, tables.branch
         self.group = group or self.width
-        parts = (tables.mean, tables.channel_scale, tables.basis, tables.basis_scale, tables.left, tables.right)
+        self._right = torch.nn.functional.pad(tables.right, (0, -tables.b % 16)).contiguous()
+        parts = (tables.mean, tables.channel_scale, tables.basis, tables.basis_scale, tables.left, self._right)
         n_means = 0 if tables.mean is None else len(tables.mean)
-        sizes = (tables.a, tables.b, n_means, len(tables.clip), tables.rank, tables.branch, self.group)
+        sizes = (tables.a, tables.b, self._right.shape[1], n_means, len(tables.clip), tables.rank, tables.branch, self.group)
         self._struct = _Side(*map(_at, parts), _at(tables.clip), *sizes, tables.bits, tables.symmetric)
         self.address = ctypes.addressof(self._struct)
 
     def tensors(self) -> list[torch.Tensor]:
         """All tables."""
-        return [tensor for tensor in self.tables.tensors() if tensor is not None]
+        return [tensor for tensor in (*self.tables.tensors(), self._right) if tensor is not None]
 
     def __deepcopy__(self, memo: dict) -> NativeSide:
         return NativeSide(copy.deepcopy(self.tables, memo), self.group)

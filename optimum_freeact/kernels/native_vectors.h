@@ -6,6 +6,7 @@
 #ifndef FREEACT_NATIVE_VECTORS_H
 #define FREEACT_NATIVE_VECTORS_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -34,10 +35,18 @@ INLINE Floats load_floats(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void store_floats(float *p, Floats v) { _mm512_storeu_ps(p, v); }
 INLINE Floats every_float(float v) { return _mm512_set1_ps(v); }
 INLINE Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
-INLINE Floats bytes_to_floats(const uint8_t *p) {
-    return to_floats(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
-}
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE Floats signed_to_floats(const int8_t *p) {
+    return to_floats(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+INLINE Floats least(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+INLINE Floats most(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+INLINE Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+INLINE Ints to_ints(Floats v) { return _mm512_cvtps_epi32(v); } /* half to even */
+INLINE void store_bytes(int8_t *p, Ints v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(v)); }
 /* Sixteen rows of sixteen words, `rows[i]` where row i begins -> word k of all rows in out[k] */
 INLINE void transpose(const uint8_t *const *rows, long at, Ints *out) {
     Ints r[16], t[16];
@@ -96,10 +105,21 @@ INLINE Floats load_floats(const float *p) { return _mm256_loadu_ps(p); }
 INLINE void store_floats(float *p, Floats v) { _mm256_storeu_ps(p, v); }
 INLINE Floats every_float(float v) { return _mm256_set1_ps(v); }
 INLINE Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
-INLINE Floats bytes_to_floats(const uint8_t *p) {
-    return to_floats(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-}
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE Floats signed_to_floats(const int8_t *p) {
+    return to_floats(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+INLINE Floats least(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+INLINE Floats most(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+INLINE Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+INLINE Ints to_ints(Floats v) { return _mm256_cvtps_epi32(v); }
+INLINE void store_bytes(int8_t *p, Ints v) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
+}
 INLINE void transpose(const uint8_t *const *rows, long at, Ints *out) {
     Ints r[8], t[8];
     for (int i = 0; i < 8; i++) r[i] = load_ints(rows[i] + at);
@@ -181,21 +201,72 @@ INLINE Floats to_floats(Ints v) {
     EACH r.v[i] = (float)v.v[i];
     return r;
 }
-INLINE Floats bytes_to_floats(const uint8_t *p) {
-    Floats r;
-    EACH r.v[i] = p[i];
-    return r;
-}
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
     EACH c.v[i] += a.v[i] * b.v[i];
     return c;
 }
+INLINE Floats signed_to_floats(const int8_t *p) {
+    Floats r;
+    EACH r.v[i] = p[i];
+    return r;
+}
+INLINE Floats least(Floats a, Floats b) {
+    EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+INLINE Floats most(Floats a, Floats b) {
+    EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+INLINE Floats add(Floats a, Floats b) {
+    EACH a.v[i] += b.v[i];
+    return a;
+}
+INLINE Floats subtract(Floats a, Floats b) {
+    EACH a.v[i] -= b.v[i];
+    return a;
+}
+INLINE Floats multiply(Floats a, Floats b) {
+    EACH a.v[i] *= b.v[i];
+    return a;
+}
+INLINE Floats divide(Floats a, Floats b) {
+    EACH a.v[i] /= b.v[i];
+    return a;
+}
+INLINE Ints to_ints(Floats v) {
+    Ints r;
+    EACH r.v[i] = (int32_t)rintf(v.v[i]);
+    return r;
+}
+INLINE void store_bytes(int8_t *p, Ints v) { EACH p[i] = (int8_t)v.v[i]; }
 INLINE void transpose(const uint8_t *const *rows, long at, Ints *out) {
     for (int k = 0; k < LANES; k++) EACH memcpy(&out[k].v[i], rows[i] + at + 4 * k, 4);
 }
 #endif
 
 #define WORDS LANES /* 32-bit words of a row that one transposition takes: as many as rows */
+
+INLINE Ints every_whole(int32_t value) { return every_int(&value); }
+
+INLINE float sum_floats(Floats v) {
+    float lanes[LANES], sum = 0.0f;
+    store_floats(lanes, v);
+    for (int i = 0; i < LANES; i++) sum += lanes[i];
+    return sum;
+}
+
+/* 32 bytes, the even ones before the odd ones */
+INLINE void split_bytes(const int8_t *restrict from, int8_t *restrict to) {
+#if defined(__AVX2__)
+    const __m256i order = _mm256_setr_epi8(
+        0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const __m256i halves = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *)from), order);
+    _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(halves, 0xd8));
+#else
+    for (int j = 0; j < 16; j++) to[j] = from[2 * j], to[16 + j] = from[2 * j + 1];
+#endif
+}
 
 INLINE float bf16_to_float(uint16_t value) {
     uint32_t bits = (uint32_t)value << 16;
