@@ -205,7 +205,16 @@ class NativeSide:
         self._right = torch.nn.functional.pad(tables.right, (0, -tables.b % 16)).contiguous()
         parts = (tables.mean, tables.channel_scale, tables.basis, tables.basis_scale, tables.left, self._right)
         n_means = 0 if tables.mean is None else len(tables.mean)
-        sizes = (tables.a, tables.b, self._right.shape[1], n_means, len(tables.clip), tables.rank, tables.branch, self.group)
+        sizes = (
+            tables.a,
+            tables.b,
+            self._right.shape[1],
+            n_means,
+            len(tables.clip),
+            tables.rank,
+            tables.branch,
+            self.group,
+        )
         self._struct = _Side(*map(_at, parts), _at(tables.clip), *sizes, tables.bits, tables.symmetric)
         self.address = ctypes.addressof(self._struct)
 
