@@ -40,6 +40,7 @@ VARIANTS = {  # the most important first
     "tied,three": {**TIED, "mlc_languages_per_step": 3},
     "tied,contrast=3": {**TIED, "mlc_contrast": 3.0},
     "tied,layer=15": {**TIED, "mlc_layer": 15},
+    "tied,layer=12": {**TIED, "mlc_layer": 12},
     "tied,language": {**TIED, "mlc_center": "language", "mlc_signed": False},
     "tied,not-centred": {**TIED, "mlc_center": "none"},
     "tied,sharp": {**TIED, "mlc_contrast_temperature": 0.03},
