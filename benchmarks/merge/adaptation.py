@@ -188,16 +188,17 @@ class Bench:
 
     def jobs(self) -> list[Job]:
         """Everything to do, gifts first."""
-        options, runs, gifts = self.options, [], {}
-        for name in options.arms:
-            arm = ARMS[name]
-            for seed in options.seeds:
-                for task in options.tasks:
-                    for gift in self.needs(arm):
-                        gifts.setdefault(self.path(task, seed, gift), Job(task, seed, gift))
-                    for rate, steps, batch in options.settings:
-                        for share in options.shares if arm.teacher else [0.0]:
-                            runs.append(Job(task, seed, name, Setting(rate, steps, batch, share)))
+        runs, gifts = [], {}
+        for group in groups(self.options):
+            for name in group["arms"]:
+                for seed in group["seeds"]:
+                    for task in self.options.tasks:
+                        for gift in self.needs(ARMS[name]):
+                            gifts.setdefault(self.path(task, seed, gift), Job(task, seed, gift))
+                        for rate, steps, batch in group["settings"]:
+                            for share in group["shares"] if ARMS[name].teacher else [0.0]:
+                                runs.append(Job(task, seed, name, Setting(rate, steps, batch, share)))
+        runs = list(dict.fromkeys(runs))
         return [*sorted(gifts.values(), key=lambda job: "plans" in job.name), *runs]
 
     def claim(self, job: Job) -> bool:
@@ -342,6 +343,16 @@ class Bench:
         )
 
 
+def groups(options: argparse.Namespace) -> list[dict]:
+    """Arms with what they may choose: those of the command line, or several such from a file."""
+    own = {name: getattr(options, name) for name in ("arms", "seeds", "settings", "shares")}
+    plan = json.loads(options.plan.read_text()) if options.plan else [{}]
+    made = [own | group for group in plan]
+    for group in made:
+        group["settings"] = [setting(one) if isinstance(one, str) else one for one in group["settings"]]
+    return made
+
+
 def setting(text: str) -> tuple[float, int, int]:
     """`RATE:STEPSxBATCH`."""
     rate, _, size = text.partition(":")
@@ -356,6 +367,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--settings", type=setting, nargs="*", default=[(1e-4, 96, 8), (1e-4, 256, 32)])
     parser.add_argument("--shares", type=float, nargs="*", default=[0.5, 0.9])
+    parser.add_argument("--plan", type=Path, help="JSON list of groups of arms, seeds, settings and shares")
     parser.add_argument("--texts", type=int, default=40)
     parser.add_argument("--alpha", type=float, default=0.05)
     parser.add_argument("--kit", type=Path, default=Path("kit"))

@@ -42,6 +42,7 @@ def options(tmp_path_factory):
         kit=tmp_path / "kit",
         scratch=tmp_path / "scratch",
         rows=tmp_path / "rows.jsonl",
+        plan=None,
         device="cpu",
     )
     monkeypatch.undo()
