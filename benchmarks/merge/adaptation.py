@@ -236,7 +236,7 @@ class Bench:
                 self.run(job)
             else:
                 self.give(job)
-        except (torch.OutOfMemoryError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:
             traceback.print_exc()
             print(f"{job}: {error}", flush=True)
             if not job.setting:
@@ -301,7 +301,7 @@ class Bench:
         )
         ramp = max(1, setting.steps // 10)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: min((step + 1) / ramp, (setting.steps - step) / (setting.steps - ramp))
+            optimiser, lambda step: min((step + 1) / ramp, (setting.steps - step) / max(1, setting.steps - ramp))
         )
 
         def measure(step: int, least: float | None = None) -> dict:
