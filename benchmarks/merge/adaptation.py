@@ -75,6 +75,8 @@ ARMS = {
 #: Of a batch in `writer` arms, the part that is the given texts.
 GIVEN = 0.25
 STREAM_WEIGHT = 1.0
+#: Texts in memory at once; larger batches are summed from such parts.
+AT_ONCE = 16
 #: Steps after which a model is scored; the last is always one.
 SCORED_AFTER = (4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768)
 
@@ -314,8 +316,10 @@ class Bench:
         model.train()
         best = None
         for step in range(1, setting.steps + 1):
-            loss = lesson_loss(model, next(batches), arm, setting.share)
-            loss.backward()
+            batch = next(batches)
+            for start in range(0, len(batch), AT_ONCE):
+                part = batch.pick(range(start, min(start + AT_ONCE, len(batch))))
+                (lesson_loss(model, part, arm, setting.share) * (len(part) / len(batch))).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             schedule.step()

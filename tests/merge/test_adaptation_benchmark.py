@@ -28,6 +28,7 @@ def options(tmp_path_factory):
     for module in (kit, gifts, adaptation):
         monkeypatch.setattr(module, "TASKS", {"code": kit.Task("donor", lambda _: chunks)})
         monkeypatch.setattr(module, "fetch", folders.__getitem__)
+    monkeypatch.setattr(adaptation, "AT_ONCE", 3)
     for name, value in {"WRITINGS": 2, "PROMPT": 8, "WRITTEN": 9, "WRITTEN_TOGETHER": 5, "TOP": 300}.items():
         monkeypatch.setattr(gifts, name, value)
     kit.save_kit(kit.match_all("code", SIZES), tmp_path / "kit" / "code", folders["donor"])
