@@ -26,6 +26,9 @@ CHOICES = {
     "learned_start": ("closed_form", "random"),
     "error_correction": (True, False),
     "propagate_error": (True, False),
+    "sequential": (True, False),
+    "rounding_order": ("energy", "columns"),
+    "rounding_noise": (True, False),
     "exclusive": ("none", "fixed", "closed_form"),
     "attention_compensation": (True, False),
 }
@@ -41,6 +44,9 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-3,
     "epochs": 15,
     "propagate_error": True,
+    "sequential": False,
+    "rounding_order": "energy",
+    "rounding_noise": True,
     "n_samples": 32,
     "seq_len": 512,
     "batch_size": 4,
@@ -117,6 +123,13 @@ class FreeActConfig(QuantizationConfigMixin):
             model's inputs is nearest to the full-precision model's.
         propagate_error (`bool`, *optional*, defaults to `True`): Calibrate each block on the outputs of the quantized
             blocks before it instead of the full-precision ones.
+        sequential (`bool`, *optional*, defaults to `False`): Round all weights first, as GPTQ and QuaRot do: what reaches a
+            linear in calibration has passed the quantized weights of all linears before it, those of its own block
+            included, and no rounding of activations.
+        rounding_order (`str`, *optional*, defaults to `"energy"`): In which order GPTQ rounds the columns: those whose
+            inputs have most energy first, or as they come (`"columns"`).
+        rounding_noise (`bool`, *optional*, defaults to `True`): Whether GPTQ's moments hold the rounding noise of the
+            activations.
         attention_compensation (`bool`, *optional*, defaults to `False`): Give the attention's output the moments that it has
             in full precision, by the weight of the linear that reads it (STaR-Quant; closed form, no cost when running).
         dataset (`str`, `list` or `torch.Tensor`, *optional*): Calibration data: a dataset name (needs `datasets` and a
@@ -218,6 +231,17 @@ class FreeActConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"calibration='learned' learns Kronecker factors: use transform='kronecker' or 'hadamard' (as a start), "
                 f"got {self.transform!r}."
+            )
+        if self.sequential and (
+            self.calibration == "learned"
+            or self.error_correction
+            or self.attention_compensation
+            or not self.propagate_error
+        ):
+            raise ValueError(
+                "sequential=True goes with calibration='closed_form', propagate_error=True, error_correction=False and "
+                f"attention_compensation=False, got {self.calibration!r}, {self.propagate_error}, "
+                f"{self.error_correction} and {self.attention_compensation}."
             )
         if self.attention_compensation and (self.calibration == "learned" or self.error_correction):
             raise ValueError(

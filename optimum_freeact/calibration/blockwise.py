@@ -21,7 +21,7 @@ from optimum_freeact.calibration.learned import build_twins, learn, write_back
 from optimum_freeact.calibration.ranks import Ranks
 from optimum_freeact.calibration.records import BlockRecord
 from optimum_freeact.calibration.resume import BlockStore
-from optimum_freeact.calibration.stream import Stream
+from optimum_freeact.calibration.stream import Stream, exact_activations
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.layout import SharedInputs, block_linears, find_blocks, table_groups
 from optimum_freeact.modules.surgery import (
@@ -139,6 +139,11 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
         if group[0] in exact:  # what it reads, now that the linears before it are quantized
             moments[group[0]] = stream.input_moments(block, index, linears[group[0]], n_types, ranks)
             compensation = fit_compensation(moments[group[0]], exact.pop(group[0]))
+        elif done is None and replaced and config.sequential:
+            with exact_activations(block):
+                moments[group[0]] = stream.input_moments(
+                    block, index, linears[group[0]], n_types, ranks, wanted["peaks"]
+                )
         stored = {} if done is None else done
         n_left_out = stored.get(f"{input_name(group)}.left_out", torch.empty(0, 0)).shape[1]
         source, targets = replace_group(block, group, config, stream.state, device, n_left_out)

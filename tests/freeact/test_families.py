@@ -8,6 +8,7 @@ from torch import nn
 
 from optimum_freeact.api import quantize
 from optimum_freeact.modules import layout
+from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.layout import find_blocks, unquantized_parameters
 from optimum_freeact.modules.surgery import quantized_linears
 from tests.helpers.quantized import distance, logits, quantized, reload, settings
@@ -129,11 +130,36 @@ def test_groups_of_columns(group, bits, tmp_path):
     linear = model.model.layers[0].mlp.up_proj
     assert linear.qscale.shape == (96, 1)
     assert linear.weight_group_scale.shape == (96, 64 // group)
-    assert linear.weight_group_scale.dtype == torch.uint8
-    assert linear.weight_group_scale.min() >= 1
-    assert (linear.weight_group_scale.amax(1) == 255).all()
+    assert linear.weight_group_scale.dtype == torch.int8
+    assert (linear.weight_group_scale.int().abs().amax(1) == 127).all()
+    assert (linear.weight_group_scale != 0).all()
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(reload(tmp_path)), logits(model))
+
+
+def test_weights_first_as_published(monkeypatch):
+    """Every input is measured behind quantized weights and unrounded activations; rounding comes back afterwards."""
+    from optimum_freeact.calibration.stream import Stream
+
+    read = {}
+    plain = Stream.input_moments
+
+    def watched(self, block, index, linear, *args):
+        found = plain(self, block, index, linear, *args)
+        read[index, linear.in_features, linear.out_features] = found.mean()
+        return found
+
+    monkeypatch.setattr(Stream, "input_moments", watched)
+    published = {"preset": "quarot", "sequential": True, "rounding_order": "columns", "rounding_noise": False}
+    model = quantized(**published)
+    assert len(read) == 2 * 3  # the first input of a block is known already
+    assert all(side.bits == 4 for side in model.modules() if isinstance(side, FreeActInput))
+    assert distance(logits(model), logits(quantized(preset="quarot"))) > 1e-3
+    exact = quantized(**published, activation_bits=16)
+    for name, linear in quantized_linears(model).items():  # activations never reached the weights
+        assert torch.equal(linear.weight, exact.get_submodule(name).weight), name
+    with pytest.raises(ValueError, match="sequential=True goes with .*propagate_error=True"):
+        quantized(**published, propagate_error=False)
 
 
 def test_a_preset_s_group_size_that_does_not_divide_is_replaced_and_recorded(tmp_path, caplog):
