@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.token_types.methods import bits
+from benchmarks.token_types.methods import LEARNED, bits
 
 
+SHORT_EPOCHS = 6  # of learned methods where a GPU cannot record steps: they would not end in time
 SHIFTS = ("type_shift", "type_shift_scale")  # tables of the types beyond the first
 PLACES = ("source", "texts", "pictures")  # entries of `measure` that say where something lies
 
@@ -109,10 +110,13 @@ def _quantize(job: Job, home: Any, data: dict):
     import torch
 
     from optimum_freeact import FreeActConfig
+    from optimum_freeact.calibration.step_graph import can_record
 
     calibration = {k: job.measure[k] for k in ("n_samples", "seq_len", "batch_size") if k in job.measure}
     fields = dict(job.quantize)
     calibration["n_samples"] *= fields.pop("times_samples", 1)
+    if job.device == "cuda" and job.method in LEARNED and not can_record():
+        fields["epochs"] = SHORT_EPOCHS
     config = FreeActConfig(
         **{**calibration, **fields},
         **bits(job.settings[0]),
@@ -131,6 +135,8 @@ def _quantize(job: Job, home: Any, data: dict):
     model = model.to(job.device)
     told = model.hf_quantizer.quantization_config
     note = f"{', '.join(told.token_types)}"
+    if told.calibration == "learned":
+        note += f"; {told.epochs} epochs"
     rows = [row(job, job.settings[0], "calibration_seconds", round(seconds, 2), note)]
     if job.device == "cuda":
         rows.append(row(job, job.settings[0], "peak_gb", torch.cuda.max_memory_allocated() / 1e9))

@@ -53,7 +53,10 @@ def plan(options: argparse.Namespace, inputs: dict) -> tuple[list[Job], list[Job
             few = group != "method" or method in DRAWS_NOTHING
             for seed in seeds[:1] if few else seeds:  # the cache's means are measured first, then it is left out
                 settings = ("w4a4",) if group == "ablation" else ("w4a4kv4", "w4a4")
-                jobs.append(Job(method=method, settings=settings, seed=seed, quantize=quantize, group=group, **common))
+                told = {"settings": settings, "seed": seed, "quantize": quantize, "group": group, **common}
+                if seed != seeds[0] or group == "ablation":  # what is dear to score is scored once
+                    told["measure"] = {**measure, "generate": None, "exact": 0, "candidates": 0}
+                jobs.append(Job(method=method, **told))
     jobs.sort(key=lambda job: _urgency(job, seeds[0]))
     return training, jobs
 

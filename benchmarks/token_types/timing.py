@@ -16,6 +16,7 @@ from optimum_freeact.type_state import TypeState
 
 # name -> (d, key/value width, intermediate): SmolLM2-135M, Llama-3.2-1B, Llama-3-8B
 SHAPES = {"135m": (576, 192, 1536), "1b": (2048, 512, 8192), "8b": (4096, 1024, 14336)}
+SECONDS = 1.0  # about as long for each size
 NAMES = {1: ["text"], 3: ["text", "sink", "mask"]}
 
 
@@ -76,7 +77,9 @@ def measure(device: str, tokens: list[int], shapes: list[str], presets: list[str
                 state.types = types if n > 1 else None
                 calls[n], mode = _call(layers, state, x, wide)
             seconds: dict[int, list[float]] = {n: [] for n in NAMES}
-            for turn in range(repeats + 3):
+            one = max(_once(call, device) for call in calls.values())
+            turns = max(min(repeats, 5), min(repeats, int(SECONDS / (20 * one))))
+            for turn in range(turns + 3):
                 for n, call in calls.items():
                     spent = _once(call, device)
                     if turn >= 3:

@@ -86,7 +86,10 @@ def main() -> int:
 
     import benchmarks.token_types.diffusion_world
     import benchmarks.token_types.vision_world  # noqa: F401
+    from benchmarks.token_types.warm import warm_up
 
+    if torch.cuda.is_available():
+        warm_up()
     for line in sys.stdin:
         job, start = Job.from_json(line), time.perf_counter()
         print(f"--- {job.name}", file=sys.stderr, flush=True)
