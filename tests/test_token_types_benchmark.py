@@ -174,7 +174,7 @@ def test_the_miniature_runs_whole(tmp_path, capsys):
     assert noted == "text, sink, mask"
     assert (
         next(r["note"] for r in rows if r["method"] == "freeact-paper" and r["metric"] == "calibration_seconds")
-        == "text, mask"
+        == "text, mask; 1 epochs"
     )
     assert "won back" in capsys.readouterr().out
     before = json.dumps(rows)
