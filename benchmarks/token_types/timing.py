@@ -60,7 +60,7 @@ def build(shape: tuple[int, int, int], n_types: int, device: str, preset: str) -
 
 
 @torch.no_grad()
-def measure(device: str, tokens: list[int], shapes: list[str], presets: list[str], repeats: int = 30) -> list[dict]:
+def measure(device: str, tokens: list[int], shapes: list[str], presets: list[str], repeats: int = 100) -> list[dict]:
     """Rows with the median seconds for one and for three types, timed alternately, and their ratio."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows = []

@@ -88,7 +88,8 @@ def main() -> int:
     import benchmarks.token_types.vision_world  # noqa: F401
     from benchmarks.token_types.warm import warm_up
 
-    if torch.cuda.is_available():
+    asked = select.select([sys.stdin], [], [], 1.0)[0]  # then it is to train, and the others wait for it
+    if torch.cuda.is_available() and not asked:
         warm_up()
     for line in sys.stdin:
         job, start = Job.from_json(line), time.perf_counter()
