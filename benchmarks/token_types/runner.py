@@ -15,6 +15,7 @@ from benchmarks.token_types.worker import Worker
 
 
 TIMING_SECONDS = 70.0  # kept free at the end for the timing, whose kernels were compiled before
+TIMED = ("warm", "time")
 FREE = ("train", "warm", "time")  # groups of jobs that need no trained model
 
 
@@ -54,7 +55,9 @@ class Runner:
         models = dict.fromkeys(job.model for job in jobs if job.group == "train")
         self._homes = {model: self._devices[i % len(self._devices)] for i, model in enumerate(models)}
         lanes = [self._devices[i % len(self._devices)] for i in range(max(slots, len(self._devices)))]
-        threads = [threading.Thread(target=self._lane, args=(i, gpu)) for i, gpu in enumerate(lanes)]
+        threads = [threading.Thread(target=self._lane, args=(i, gpu, False)) for i, gpu in enumerate(lanes)]
+        if any(job.group in TIMED for job in self._waiting):  # a worker of its own, which compiled the kernels itself
+            threads.append(threading.Thread(target=self._lane, args=(len(lanes), self._devices[0], True)))
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -71,10 +74,10 @@ class Runner:
         """Whether the timing still needs this GPU."""
         return gpu == self._devices[0] and any(job.group == "time" for job in self._waiting)
 
-    def _lane(self, index: int, gpu: str) -> None:
+    def _lane(self, index: int, gpu: str, times: bool) -> None:
         worker = Worker(gpu, self.options.threads, self.options.work / "logs" / f"worker_{index}.log")
         worker.start()
-        while (job := self._next(gpu)) is not None:
+        while (job := self._next(gpu, times)) is not None:
             begun = time.perf_counter()
             told = worker.ask(job, self.left(gpu, job))
             with self._change:
@@ -83,18 +86,19 @@ class Runner:
                 self._change.notify_all()
         worker.stop()
 
-    def _next(self, gpu: str) -> Job | None:
+    def _next(self, gpu: str, times: bool) -> Job | None:
         """The first job that may start on a GPU; waits for one; `None` when there will be none."""
         with self._change:
             while True:
                 left = self.left(gpu)
                 over = left is not None and left < 5 and not self._timed_on(gpu)
-                chosen = None if over else next((job for job in self._waiting if self._may(job, gpu)), None)
+                mine = [job for job in self._waiting if (job.group in TIMED) == times]
+                chosen = None if over else next((job for job in mine if self._may(job, gpu)), None)
                 if chosen is not None:
                     self._waiting.remove(chosen)
                     self._running[gpu].append(chosen)
                     return chosen
-                if over or not self._waiting or self._stuck():
+                if over or not mine or self._stuck():
                     return None
                 self._change.wait(1.0)
 

@@ -41,6 +41,7 @@ class StepGraphs:
             with torch.cuda.stream(side):
                 step(batches[0])  # libraries allocate their workspaces, and gradients come into being
                 gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                torch._foreach_zero_(gradients)  # whatever is recorded ran before, so that its code is loaded
                 torch.cuda.synchronize()
                 for i in batches:
                     graph = torch.cuda.CUDAGraph()
