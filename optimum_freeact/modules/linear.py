@@ -94,7 +94,7 @@ class FreeActLinear(nn.Linear):
         self, codes: torch.Tensor, scale: torch.Tensor | None, group_scale: torch.Tensor | None = None
     ) -> None:
         """Store codes `(out, groups, group_size)`, scales `(out, 1, 1)` and of groups `(out, groups, 1)`, as in
-        [`RoundedWeight`][optimum_freeact.rounding.rtn.RoundedWeight]; at 16 bits values, `None`.
+        `rounding.rtn.RoundedWeight`; at 16 bits values, `None`.
         """
         values = codes.to(self.weight_dtype) if self.bits == 16 else codes
         self.weight.data.copy_(pack(values, self.bits))
