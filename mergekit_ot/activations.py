@@ -50,7 +50,7 @@ class Recorder:
 
     def __init__(self, model: PreTrainedModel, structure: Structure, sink: Callable[[str, torch.Tensor], None]):
         self.sink, self.index = sink, None
-        self.handles = []
+        self.handles: list = []
         for i, layer in enumerate(model.layers):
             attention, mlp = layer.self_attn, layer.mlp
             self._on_input(getattr(layer, ATTENTION_NORM), f"stream.{2 * i}")

@@ -31,7 +31,7 @@ class RowStore:
     def __init__(self, folder: str | Path, key: str, dtype: str = "float16"):
         self.folder, self.dtype = Path(folder), np.dtype(dtype)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.meta = {
+        self.meta: dict = {
             "format_version": FORMAT_VERSION,
             "key": key,
             "dtype": dtype,

@@ -57,7 +57,7 @@ def check_model(model: nn.Module, config: FreeActConfig) -> None:
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot be quantized: {reason}")
     prefix, blocks = find_blocks(model)
-    found = {}
+    found: dict = {}
     for index, block in enumerate(blocks):
         names = block_linears(block, f"{prefix}.{index}", config.modules_to_not_convert)
         found |= {f"{prefix}.{index}.{name}": module for name, module in names.items()}
