@@ -159,7 +159,6 @@ def make_plan(options: argparse.Namespace, models: dict[str, str], texts: tuple[
             plan.cpu_cost()
         elif options.sweep:
             plan.full_precision()
-            plan.quarots(_widths(path))
             plan.sweep(_widths(path))
         else:
             plan.full_precision()
@@ -211,6 +210,10 @@ class Store:
                 stream.write(json.dumps(told) + "\n")
 
 
+def _of_model(jobs: list[Job], name: str) -> list[Job]:
+    return [job for job in jobs if job.model == name]
+
+
 class Runner:
     """Starts jobs, `slots` at a time, each in a process with a GPU of its own choice (round robin)."""
 
@@ -224,7 +227,8 @@ class Runner:
     def run(self, jobs: list[Job]) -> None:
         """Run what the store does not have, what claims need first; returns when nothing runs any more."""
         waiting = [job for job in jobs if job.key not in self.store.lines]
-        waiting.sort(key=lambda job: (job.rank, job.seed))
+        place = {job.key: i for name in {job.model for job in jobs} for i, job in enumerate(_of_model(jobs, name))}
+        waiting.sort(key=lambda job: (job.rank, job.seed, place[job.key]))  # models by turns
         self._total = len(waiting)
         if self.options.jobs == 0:
             for job in waiting:
