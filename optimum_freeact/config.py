@@ -24,6 +24,7 @@ CHOICES = {
     "rounding": ("rtn", "gptq"),
     "calibration": ("closed_form", "learned"),
     "learned_start": ("closed_form", "random"),
+    "learned_part": ("maps", "outputs"),
     "error_correction": (True, False),
     "propagate_error": (True, False),
     "sequential": (True, False),
@@ -41,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "activation_group_size": None,
     "smooth_alpha": 0.5,
     "learned_start": "closed_form",
+    "learned_part": "maps",
     "learning_rate": 2e-3,
     "epochs": 15,
     "propagate_error": True,
@@ -114,6 +116,9 @@ class FreeActConfig(QuantizationConfigMixin):
         calibration (`str`, *optional*): `"closed_form"` (seconds) or `"learned"` (gradient steps on block outputs).
         learned_start (`str`, *optional*, defaults to `"closed_form"`): Where learning starts: `"closed_form"` or
             `"random"`. From the closed form it is kept only where the held-out block error falls.
+        learned_part (`str`, *optional*, defaults to `"maps"`): What is learned: the transforms, channel scales and clips, after
+            which weights are rounded again (`"maps"`), or the rows' scales, branches and biases behind the rounded weights
+            (`"outputs"`).
         learning_rate (`float`, *optional*, defaults to 2e-3): Of AdamW on transforms and scales; clips use ten times it.
         epochs (`int`, *optional*, defaults to 15): Passes over the calibration samples per block when learning.
         error_correction (`bool`, *optional*): Move each weight half the way to the one whose output on the quantized
@@ -223,7 +228,12 @@ class FreeActConfig(QuantizationConfigMixin):
         skipped = self.modules_to_not_convert
         if skipped is not None and not (isinstance(skipped, list) and all(isinstance(s, str) for s in skipped)):
             raise ValueError(f"modules_to_not_convert must be a list of module names, got {skipped!r}.")
-        if self.calibration == "learned" and self.transform in ("none", "orthogonal"):
+        if self.calibration == "learned" and self.learned_part == "outputs" and self.weight_bits == 16:
+            raise ValueError(
+                "learned_part='outputs' tunes what stands behind rounded weights: use weight_bits 4 or 8."
+            )
+        maps = self.calibration == "learned" and self.learned_part == "maps"
+        if maps and self.transform in ("none", "orthogonal"):
             raise ValueError(
                 f"calibration='learned' learns Kronecker factors: use transform='kronecker' or 'hadamard' (as a start), "
                 f"got {self.transform!r}."
