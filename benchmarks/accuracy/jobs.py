@@ -53,6 +53,7 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("activation_group_size", 64),
     ("activation_group_size", 16),
 )
+CLAIMED = ("freeact", "freeact-fast", "freeact-learned", "flatquant", "quarot")
 GRIDS = (None, 64, 32, 16)  # of the sweep: group sizes of weights times those of activations
 RANKS = (0, 4, 8, 12, 20, 24, 32)
 PASSES = (0, 1, 4)
@@ -180,19 +181,19 @@ class Plan:
         self.jobs.append(Job(**self.common, **_job("full", FP[0], (FP[1],), self.seeds[0], {}, self.measure)))
 
     def presets(self) -> None:
-        """All presets at all schemes; the cache is left out again on the weights of the same calibration."""
+        """All presets at all schemes, what claims are about with every seed; the cache is left out again on the weights of
+        the same calibration.
+        """
         methods = {name: {"preset": name} for name in PRESETS}
         methods["freeact-learned"] = {"preset": "freeact", "calibration": "learned"}
         for method, quantize in methods.items():
             learned = {**PRESETS[quantize["preset"]], **quantize}["calibration"] == "learned"
-            seeds = self.seeds[:1] if method == "rtn" else self.seeds  # it draws nothing
             more = {"measure": self.learned["measure"]} if learned else {}
             quantize = {**quantize, **(self.learned["quantize"] if learned else {})}
-            for seed in seeds:
-                for settings in self._settings():
-                    ours = ("freeact", "freeact-fast", "freeact-learned")
-                    claimed = "w4a4" in settings and method in (*ours, "flatquant", "quarot")
-                    rank = (0 if learned else 1) if claimed else (5 if learned else 2)
+            for settings in self._settings():
+                claimed = "w4a4" in settings and method in CLAIMED
+                rank = (0 if learned else 1) if claimed else (5 if learned else 2)
+                for seed in self.seeds if claimed else self.seeds[:1]:
                     self.add("preset", method, settings, seed, quantize, rank=rank, **more)
 
     def _settings(self) -> list[tuple[str, ...]]:
