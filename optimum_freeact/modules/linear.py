@@ -8,7 +8,7 @@ from torch import nn
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import int_linear, plan
 from optimum_freeact.kernels.native import NativeWeight
-from optimum_freeact.kernels.reference import Rows, Weight
+from optimum_freeact.kernels.reference import Weight
 from optimum_freeact.modules.activation import (
     PICKLE_REFUSED,
     FreeActInput,
@@ -62,6 +62,7 @@ class FreeActLinear(nn.Linear):
         self.weight_dtype = dtype
         self.has_bias = bias
         source.reader_settings.append((bits, None if group_size == in_features else group_size))
+        source.readers.append(self)
         self.__dict__["source"] = source  # not registered here: the parent owns it, its tensors are stored once
         self._is_hf_initialized = True
         groups = in_features // group_size
@@ -145,26 +146,29 @@ class FreeActLinear(nn.Linear):
         self._codes = self._row_sum = self._native = self._bias_rows = None
         if self.weight.device.type != "meta":
             self._bias_rows = self.bias_rows()
-        if self.bits == 16 or self.group_size != self.in_features or self.weight.device.type == "meta":
+        if self.bits == 16 or self.weight.device.type == "meta":
             return
-        codes = self.codes()
-        self._row_sum = codes.sum(1, dtype=torch.int32)
+        group_size = None if self.group_size == self.in_features else self.group_size
         chosen = plan(
             self.weight.device,
             weight_bits=self.bits,
             activation_bits=self.source.bits,
-            group_size=None,
+            group_size=group_size,
             transform=self.source.transform,
             activation_group_size=self.source.group_size,
             width=self.in_features,
             masked=self.source.masked,
         )
+        if chosen.name == "torch" and group_size is not None:
+            return
+        codes = self.codes()
+        self._row_sum = codes.sum(1, dtype=torch.int32)
         if chosen.name == "torch":
             self._codes = codes
         elif chosen.name == "triton":
             ops.make_ready(self.weight.device)
         else:
-            self._native = NativeWeight(self.kernel_weight())
+            self._native = NativeWeight(self.kernel_weight(), getattr(self, "weight_group_scale", None))
 
     def kernel_weight(self) -> Weight:
         """What is stored, as kernels read it; the packed codes are not copied."""
@@ -180,6 +184,10 @@ class FreeActLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` of shape `(..., in_features)`, any floating dtype; returns `(..., out_features)` in the same dtype."""
+        if self._native is not None:
+            y = self.source.native_output(x, self)
+            if y is not None:
+                return y
         rounded = self.source(x)
         if isinstance(rounded, KernelRows):
             return self._kernel_product(rounded, x.dtype)
@@ -197,10 +205,7 @@ class FreeActLinear(nn.Linear):
         return y.to(x.dtype)
 
     def _kernel_product(self, rows: KernelRows, dtype: torch.dtype) -> torch.Tensor:
-        if self._native is not None and not torch.compiler.is_compiling():
-            y = self._native.linear(Rows(rows.codes, rows.stats, rows.branch), rows.types, dtype, self.source.bits)
-        else:
-            y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, rows.native)
+        y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, False)
         return y.view(*rows.shape, self.out_features)
 
     def _integer_product(self, rounded, dtype: torch.dtype) -> torch.Tensor:
