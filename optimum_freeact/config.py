@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "kv_bits": 16,
     "weight_group_size": None,
     "activation_group_size": None,
+    "low_rank_budget": None,
     "smooth_alpha": 0.5,
     "learned_start": "closed_form",
     "learned_part": "maps",
@@ -94,6 +95,8 @@ class FreeActConfig(QuantizationConfigMixin):
             `"shared"` by all tokens or `"per_type"`.
         low_rank (`int`, *optional*): Rank of a branch, stored in one byte a number, that carries each input's strongest
             directions around the rounding; 0 for none.
+        low_rank_budget (`float`, *optional*): Cut each input's rank (not below 8) to what fits into this share of the bfloat16
+            bytes of its linears, with all else that is stored but the codes; the default is not to.
         rounding (`str`, *optional*): `"rtn"` or `"gptq"` for the weights.
         rounding_passes (`int`, *optional*): Passes of coordinate descent after `"gptq"`, each with a second choice for
             every code; 0 is GPTQ itself.
@@ -215,6 +218,11 @@ class FreeActConfig(QuantizationConfigMixin):
                 "This checkpoint has format version 1 with weight_group_size set: its scales of groups were floats, which "
                 "this release does not read. Quantize the full-precision model again."
             )
+        budget = self.low_rank_budget
+        if budget is not None and (
+            isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < 1
+        ):
+            raise ValueError(f"low_rank_budget must be None or a number between 0 and 1, got {budget!r}.")
         for name in ("activation_clip", "weight_clip"):
             value = getattr(self, name)
             is_ratio = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
@@ -228,9 +236,11 @@ class FreeActConfig(QuantizationConfigMixin):
         skipped = self.modules_to_not_convert
         if skipped is not None and not (isinstance(skipped, list) and all(isinstance(s, str) for s in skipped)):
             raise ValueError(f"modules_to_not_convert must be a list of module names, got {skipped!r}.")
-        if self.calibration == "learned" and self.learned_part == "outputs" and self.weight_bits == 16:
+        outputs = self.calibration == "learned" and self.learned_part == "outputs"
+        if outputs and (self.weight_bits == 16 or self.learned_start == "random"):
             raise ValueError(
-                "learned_part='outputs' tunes what stands behind rounded weights: use weight_bits 4 or 8."
+                "learned_part='outputs' tunes what stands behind weights rounded in closed form: use weight_bits 4 or 8 and "
+                f"learned_start='closed_form', or learned_part='maps'; got {self.weight_bits} and {self.learned_start!r}."
             )
         maps = self.calibration == "learned" and self.learned_part == "maps"
         if maps and self.transform in ("none", "orthogonal"):

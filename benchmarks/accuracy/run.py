@@ -38,6 +38,7 @@ from benchmarks.accuracy.jobs import SCHEMES, SLICES, Job, Plan, Text, absent, b
 MODELS = ("smollm2", "qwen2.5")
 COLUMNS = ("handbook", "brown")
 TINY_WINDOW = 32
+LEARNED_BATCH = 4  # samples a gradient step, as FlatQuant takes
 
 
 # ---------------------------------------------------------------- command line
@@ -147,9 +148,10 @@ def make_plan(options: argparse.Namespace, models: dict[str, str], texts: tuple[
         bits(scheme)
     measure = {"n_samples": options.samples, "seq_len": options.seq_len, "batch_size": options.batch_size}
     measure |= {"windows": options.windows, "window": options.seq_len}
-    learned = {"quantize": {"epochs": options.learned_epochs} if options.learned_epochs else {}, "measure": {}}
+    steps = {"batch_size": min(LEARNED_BATCH, options.batch_size)}  # as published; a closed form knows no batches
+    learned = {"quantize": {"epochs": options.learned_epochs} if options.learned_epochs else {}, "measure": steps}
     if options.learned_samples:
-        learned["measure"] = {"n_samples": options.learned_samples}
+        learned["measure"] = {**steps, "n_samples": options.learned_samples}
     only = set(options.only.split(",")) if options.only else None
     jobs: list[Job] = []
     for name, path in models.items():

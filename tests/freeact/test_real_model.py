@@ -52,7 +52,6 @@ def test_four_bits_stay_near_full_precision(model, plain, windows, smollm2, hand
     nearest = FreeActConfig("rtn", dataset=[handbook.read_text()[:20_000]], n_samples=1, seq_len=128, progress=False)
     rounded = load(smollm2, dtype=torch.float32, quantization_config=nearest)
     ours, theirs = divergence(model, plain, windows), divergence(rounded, plain, windows)
-    print("KL", ours, theirs, "NLL", score_text(model, windows).nll, score_text(plain, windows).nll)
     assert ours < 0.3
     assert ours < 0.5 * theirs
     assert abs(score_text(model, windows).nll - score_text(plain, windows).nll) < 0.1
