@@ -76,7 +76,8 @@ def measure(batch: int, tokens: int, device: str) -> list[dict]:
     sdpa = torch.nn.functional.scaled_dot_product_attention
     record("attention", "sdpa, bfloat16", [lambda q=q, k=k, v=v: sdpa(q, k, v, scale=scale) for q, (k, v) in pairs])
     record("attention", "sdpa, bfloat16, query heads", [
-        lambda q=q.flatten(1, 2)[:, :, None], k=k, v=v: sdpa(q, k, v, scale=scale, enable_gqa=True) for q, (k, v) in pairs
+        lambda q=q, k=k, v=v: sdpa(q.view(batch, HEADS, 1, SIZE), k, v, scale=scale, enable_gqa=True)
+        for q, (k, v) in pairs
     ])  # fmt: skip
     del plain, pairs
     for means in (True, False):
@@ -133,7 +134,8 @@ def tune(batch: int, tokens: int, device: str) -> list[dict]:
             launch = {"block": block, "programs": programs, "warps": warps, "stages": stages}
             try:
                 value, spread = graph_microseconds([
-                    lambda k=k, v=v: kv_triton.attend(query, k, v, start, SIZE**-0.5, launch=launch) for k, v in packed
+                    lambda k=k, v=v, q=query, launch=launch: kv_triton.attend(q, k, v, start, SIZE**-0.5, launch=launch)
+                    for k, v in packed
                 ], rounds=3)  # fmt: skip
             except Exception as error:  # a setting that does not fit is a result
                 print(json.dumps({**launch, "error": str(error)[:80]}), flush=True)
