@@ -21,10 +21,16 @@ from optimum_freeact.calibration.learned import build_twins, learn, write_back
 from optimum_freeact.calibration.ranks import Ranks
 from optimum_freeact.calibration.records import BlockRecord
 from optimum_freeact.calibration.resume import BlockStore
-from optimum_freeact.calibration.stream import Stream
+from optimum_freeact.calibration.stream import Stream, exact_activations
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.layout import SharedInputs, block_linears, find_blocks, table_groups
-from optimum_freeact.modules.surgery import check_linear, input_name, is_compensated, replace_group
+from optimum_freeact.modules.surgery import (
+    check_linear,
+    input_name,
+    is_compensated,
+    replace_group,
+    resolve_group_sizes,
+)
 from optimum_freeact.moments import Moments
 from optimum_freeact.numerics.metrics import relative_error
 from optimum_freeact.transforms.compensation import fit_compensation
@@ -42,6 +48,8 @@ UNSUPPORTED = {
 def check_model(model: nn.Module, config: FreeActConfig) -> None:
     """Everything that can be known before the long work: shapes fit, weights are finite, something to quantize.
 
+    A preset's group sizes are replaced where they do not fit.
+
     Raises:
         `ValueError`: naming the module.
     """
@@ -49,14 +57,15 @@ def check_model(model: nn.Module, config: FreeActConfig) -> None:
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot be quantized: {reason}")
     prefix, blocks = find_blocks(model)
-    found = 0
+    found = {}
     for index, block in enumerate(blocks):
-        for name, module in block_linears(block, f"{prefix}.{index}", config.modules_to_not_convert).items():
-            full = f"{prefix}.{index}.{name}"
-            check_linear(full, module, config)
-            if not torch.isfinite(module.weight).all():
-                raise ValueError(f"The weight of {full!r} holds NaN or inf: repair or exclude it before quantizing.")
-            found += 1
+        names = block_linears(block, f"{prefix}.{index}", config.modules_to_not_convert)
+        found |= {f"{prefix}.{index}.{name}": module for name, module in names.items()}
+    resolve_group_sizes(config, found)
+    for name, module in found.items():
+        check_linear(name, module, config)
+        if not torch.isfinite(module.weight).all():
+            raise ValueError(f"The weight of {name!r} holds NaN or inf: repair or exclude it before quantizing.")
     if not found:
         kinds = sorted({type(m).__name__ for m in blocks.modules() if isinstance(m, nn.Linear)})
         raise ValueError(
@@ -130,6 +139,11 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
         if group[0] in exact:  # what it reads, now that the linears before it are quantized
             moments[group[0]] = stream.input_moments(block, index, linears[group[0]], n_types, ranks)
             compensation = fit_compensation(moments[group[0]], exact.pop(group[0]))
+        elif done is None and replaced and config.sequential:
+            with exact_activations(block):
+                moments[group[0]] = stream.input_moments(
+                    block, index, linears[group[0]], n_types, ranks, wanted["peaks"]
+                )
         stored = {} if done is None else done
         n_left_out = stored.get(f"{input_name(group)}.left_out", torch.empty(0, 0)).shape[1]
         source, targets = replace_group(block, group, config, stream.state, device, n_left_out)

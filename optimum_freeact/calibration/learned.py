@@ -35,6 +35,7 @@ class LearnedInput(nn.Module):
         super().__init__()
         fixed = source.input_map(torch.float32)
         self.fixed, self.bits, self.symmetric, self.state = fixed, source.bits, source.symmetric, source.state
+        self.group = source.group_size or source.in_features
         self._typed = {name: getattr(fixed, name) for name in ("keep", "left_out", "leaves_out")}
         self.left = nn.Parameter(fixed.left.clone())
         self.right = nn.Parameter(fixed.right.clone())
@@ -62,8 +63,10 @@ class LearnedInput(nn.Module):
         types = self.state.of(x) if len(self.clip) > 1 else None
         z, low_rank = self.current().apply(x.float(), types)
         if self.bits < 16:
-            clip = pick(torch.sigmoid(self.clip).unsqueeze(-1), types)
-            z = fake_quantize_ste(z, choose_qparams(z, self.bits, self.symmetric, clip), self.bits)
+            clip = pick(torch.sigmoid(self.clip)[:, None], types)
+            groups = z.unflatten(-1, (-1, self.group))  # (..., groups, group)
+            qparams = choose_qparams(groups, self.bits, self.symmetric, clip.unsqueeze(-1))
+            z = fake_quantize_ste(groups, qparams, self.bits).flatten(-2)
         self._last = (x, (z, low_rank, types))
         return self._last[1]
 

@@ -87,7 +87,7 @@ def tensors(model: nn.Module, config: FreeActConfig) -> dict[str, torch.Tensor]:
     inputs = {name for name, module in model.named_modules() if isinstance(module, FreeActInput)}
     result = {}
     for name, tensor in model.state_dict().items():
-        parent, _, leaf = name.rpartition(".")
+        parent, _, leaf = name.rpartition(".")  # `weight_group_scale` is part of `weight_scale`
         if parent in inputs or f".{CACHE_NAME}." in f".{name}":
             continue
         if parent not in found:
@@ -100,7 +100,7 @@ def tensors(model: nn.Module, config: FreeActConfig) -> dict[str, torch.Tensor]:
             else:
                 result[f"{parent}.weight"] = linear.codes()
         elif leaf == "qscale":
-            result[f"{parent}.weight_scale"] = tensor
+            result[f"{parent}.weight_scale"] = found[parent].group_steps()
         elif leaf == "type_bias":
             result[f"{parent}.bias"] = tensor[0]
     return {name: tensor.contiguous() for name, tensor in result.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,9 @@ from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.transforms.exclusive import share_of
 from optimum_freeact.type_rules import SINK
 from optimum_freeact.type_state import TypeState
+
+
+logger = logging.getLogger(__name__)
 
 
 def input_name(group: list[str]) -> str:
@@ -45,6 +49,37 @@ def is_compensated(config: FreeActConfig, group: list[str]) -> bool:
     """Whether this is the linear behind the attention and its input's moments are set right."""
     reads = len(group) == 1 and group[0].rpartition(".")[2] in ATTENTION_READERS
     return config.attention_compensation and reads and "mlp" not in group[0]
+
+
+GROUP_SIZES = (32, 16)  # what may replace a preset's size where that does not divide
+
+
+def resolve_group_sizes(config: FreeActConfig, linears: dict[str, nn.Linear]) -> None:
+    """Replace a preset's group size that does not divide all widths by the largest that does, or by none; in place.
+
+    A size that the caller gave is left alone: [`check_linear`] refuses it by name.
+    """
+    for field in ("weight_group_size", "activation_group_size"):
+        size = getattr(config, field)
+        if size is None or field in config.given:
+            continue
+        misfits = [name for name, module in linears.items() if module.in_features % size]
+        if not misfits:
+            continue
+        fitting = [s for s in GROUP_SIZES if s < size and all(m.in_features % s == 0 for m in linears.values())]
+        found = fitting[0] if fitting else None
+        setattr(config, field, found)
+        logger.warning(
+            "%s=%d of preset %r does not divide in_features=%d of %r (and %d more): %s is used for this model. Name such "
+            "modules in modules_to_not_convert to keep it.",
+            field,
+            size,
+            config.preset,
+            linears[misfits[0]].in_features,
+            misfits[0],
+            len(misfits) - 1,
+            found,
+        )
 
 
 def check_linear(name: str, module: nn.Linear, config: FreeActConfig) -> None:
@@ -117,7 +152,7 @@ def replace_group(
                 old.out_features,
                 source,
                 bits=config.weight_bits,
-                group_size=config.weight_group_size or n,
+                group_size=n if config.weight_bits == 16 else config.weight_group_size or n,
                 bias=old.bias is not None or is_compensated(config, group),
                 dtype=getattr(torch, config.weight_dtype or "float32"),
             )

@@ -116,6 +116,12 @@ def test_contradictions_are_refused():
             FreeActConfig(calibration="learned", transform=transform)
 
 
+def test_float_scales_of_groups_from_format_one_are_refused_and_the_rest_of_it_is_read():
+    with pytest.raises(ValueError, match="format version 1 with weight_group_size set.*again"):
+        FreeActConfig(format_version=1, weight_group_size=32)
+    assert FreeActConfig(format_version=1, weight_group_size=None).format_version == 1
+
+
 def test_a_newer_format_is_refused_even_with_fields_unknown_here():
     with pytest.raises(ValueError, match=f"version {FORMAT_VERSION + 1}.*up to {FORMAT_VERSION}.*newer hf-concord"):
         FreeActConfig(format_version=FORMAT_VERSION + 1, wavelets=True)

@@ -8,6 +8,7 @@ from torch import nn
 
 from optimum_freeact.api import quantize
 from optimum_freeact.modules import layout
+from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.layout import find_blocks, unquantized_parameters
 from optimum_freeact.modules.surgery import quantized_linears
 from tests.helpers.quantized import distance, logits, quantized, reload, settings
@@ -126,9 +127,54 @@ def test_presets_run_on_a_tiny_model():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_groups_of_columns(group, bits, tmp_path):
     model = quantized(weight_group_size=group, weight_bits=bits)
-    assert model.model.layers[0].mlp.up_proj.qscale.shape == (96, 64 // group)
+    linear = model.model.layers[0].mlp.up_proj
+    assert linear.qscale.shape == (96, 1)
+    assert linear.weight_group_scale.shape == (96, 64 // group)
+    assert linear.weight_group_scale.dtype == torch.int8
+    assert (linear.weight_group_scale.int().abs().amax(1) == 127).all()
+    assert (linear.weight_group_scale != 0).all()
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(reload(tmp_path)), logits(model))
+
+
+def test_weights_first_as_published(monkeypatch):
+    """Every input is measured behind quantized weights and unrounded activations; rounding comes back afterwards."""
+    from optimum_freeact.calibration.stream import Stream
+
+    read = {}
+    plain = Stream.input_moments
+
+    def watched(self, block, index, linear, *args):
+        found = plain(self, block, index, linear, *args)
+        read[index, linear.in_features, linear.out_features] = found.mean()
+        return found
+
+    monkeypatch.setattr(Stream, "input_moments", watched)
+    published = {"preset": "quarot", "sequential": True, "rounding_order": "columns", "rounding_noise": False}
+    model = quantized(**published)
+    assert len(read) == 2 * 3  # the first input of a block is known already
+    assert all(side.bits == 4 for side in model.modules() if isinstance(side, FreeActInput))
+    assert distance(logits(model), logits(quantized(preset="quarot"))) > 1e-3
+    exact = quantized(**published, activation_bits=16)
+    for name, linear in quantized_linears(model).items():  # activations never reached the weights
+        assert torch.equal(linear.weight, exact.get_submodule(name).weight), name
+    with pytest.raises(ValueError, match="sequential=True goes with .*propagate_error=True"):
+        quantized(**published, propagate_error=False)
+
+
+def test_a_preset_s_group_size_that_does_not_divide_is_replaced_and_recorded(tmp_path, caplog):
+    """48 columns: groups of 16; 36 columns: one grid a row. A size that the caller gave is refused instead."""
+    for width, expected in ((48, 16), (36, None)):
+        caplog.clear()
+        model = quantized(model={"intermediate_size": width})
+        settings = model.config.quantization_config
+        assert (settings.weight_group_size, settings.activation_group_size) == (expected, expected)
+        assert f"weight_group_size=32 of preset 'freeact' does not divide in_features={width}" in caplog.text
+        assert (model.model.layers[0].mlp.up_proj.weight_group_scale is not None) == (expected is not None)
+        model.save_pretrained(tmp_path / str(width))
+        assert torch.equal(logits(reload(tmp_path / str(width))), logits(model))
+        with pytest.raises(ValueError, match=f"weight_group_size=32 does not divide in_features={width}"):
+            quantized(model={"intermediate_size": width}, weight_group_size=32)
 
 
 def test_finer_grids_of_activations_lose_less_and_survive_the_disk(tmp_path):

@@ -58,9 +58,11 @@ def test_the_folder_holds_the_format(tmp_path):
     name = "model.layers.0.mlp.up_proj"
     linear = model.get_submodule(name)
     assert found[f"{name}.weight_packed"].shape == (linear.out_features, linear.in_features // 8)
-    assert torch.equal(found[f"{name}.weight_scale"], linear.qscale)
+    assert torch.equal(found[f"{name}.weight_scale"], linear.group_steps())
     assert found[f"{name}.weight_shape"].tolist() == [linear.out_features, linear.in_features]
-    assert not [key for key in found if "_input" in key or key.endswith((".weight_bias", "qscale"))]
+    assert not [
+        key for key in found if "_input" in key or key.endswith((".weight_bias", "qscale", "weight_group_scale"))
+    ]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -80,7 +82,10 @@ def test_words_unpack_to_the_codes(bits, columns):
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"preset": "freeact"}, "activation_clip=1.0, activation_symmetric=True, .*centring='none', .*low_rank=0"),
+        (
+            {"preset": "freeact"},
+            "activation_clip=1.0, activation_group_size=None, activation_symmetric=True, .*centring='none', .*low_rank=0",
+        ),
         ({"preset": "quarot"}, "activation_clip=1.0, transform='none'"),
         ({"preset": "smoothquant"}, "channel_scale='none'"),
         ({"preset": "rtn", "activation_group_size": 16}, "activation_group_size=None"),
