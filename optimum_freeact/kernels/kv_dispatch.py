@@ -26,8 +26,8 @@ def kv_obstacle(device: torch.device, bits: int, dtype: torch.dtype, size: int, 
         return f"kv_bits={bits}: the kernels read 4 bits"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"states in {str(dtype).removeprefix('torch.')}: the kernels multiply two-byte numbers"
-    if size % 2 or size > MAX_SIZE:
-        return f"head_dim={size}: the kernels need an even number up to {MAX_SIZE}"
+    if size % 4 or size > MAX_SIZE:
+        return f"head_dim={size}: the kernels need a multiple of 4 up to {MAX_SIZE}"
     if both:
         return "a rotation and means together: the kernels know one of them"
     if device.type != "cuda":
