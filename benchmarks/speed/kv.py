@@ -164,7 +164,7 @@ def main() -> None:
                     print(json.dumps(row), flush=True)
                     file.write(json.dumps(row) + "\n")
     rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
-    print(write("speed_kv", rows, "benchmarks.speed.no_claims", command_line(), [0], args.out or RESULTS))
+    print(write("speed_kv", rows, "benchmarks.speed.no_claims", command_line(), [0], folder=args.out or RESULTS))
 
 
 if __name__ == "__main__":

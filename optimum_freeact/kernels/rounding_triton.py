@@ -179,7 +179,9 @@ def _correct(
         if HAS_MEAN:
             if HAS_TYPES:
                 mean = tl.load(
-                    mean_ptr + k[:, None] * D + column[None, :], mask=(k < n_means)[:, None] & inside[None, :], other=0.0
+                    mean_ptr + k[:, None] * D + column[None, :],
+                    mask=(k < n_means)[:, None] & inside[None, :],
+                    other=0.0,
                 ).to(DOT)
                 u = tl.dot(whose, -mean, u)
             else:

@@ -290,3 +290,14 @@ def test_auto_device_maps_find_them(tmp_path):
     quantized("mixtral").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}, attn_implementation="eager")
     assert torch.equal(logits(model), logits(reload(tmp_path)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["freeact", "freeact-fast"])
+def test_experts_compute_the_same_on_a_gpu(preset):
+    model = quantized("mixtral", preset=preset)
+    before = logits(model)
+    after = logits(model.to("cuda"), sample_ids(2, 12, seed=5).cuda()).cpu()
+    assert distance(after, before) < 0.1 * distance(before, logits(tiny("mixtral")))
+    low = logits(model.bfloat16(), sample_ids(2, 12, seed=5).cuda()).cpu()
+    assert distance(low, before) < distance(before, logits(tiny("mixtral")))
