@@ -372,6 +372,8 @@ def attend(
     half_type = torch.float32 if INTERPRETED else torch.float16
     nothing = norm
     near = (keys.cos[:block].to(half_type), keys.sin[:block].to(half_type)) if n else (nothing, nothing)
+    if n and len(near[0]) < block:  # a short table: a block's angles are read to its end
+        near = tuple(torch.nn.functional.pad(table, (0, 0, 0, block - len(table))) for table in near)
     if mask is not None:
         mask = mask.to(torch.uint8).contiguous()
     sink = 0 if keys.exact is None else keys.exact.shape[2]

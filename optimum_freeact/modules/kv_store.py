@@ -136,7 +136,7 @@ class StateStore:
         if self.mean is not None:
             rows.mean = self.mean[:, 0].contiguous()
             if self.frequencies is not None:
-                table = 1 << max(length - 1, 63).bit_length()  # a block of angles at least
+                table = 1 << max(length - 1, 255).bit_length()  # a block of angles at least
                 rows.cos, rows.sin = _turns(self.frequencies, table, self.compute_dtype, self.mean.device)
         return rows
 
