@@ -67,7 +67,15 @@ RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress
 # may be given anew when a saved model is loaded
 LOADING = ("kv_bits", "typer")
 # written by the quantizer for those who load
-RECORDED = ("input_groups", "cluster_table", "exclusive_sizes", "weight_dtype", "cache_shapes", "calibration_record")
+RECORDED = (
+    "input_groups",
+    "experts",
+    "cluster_table",
+    "exclusive_sizes",
+    "weight_dtype",
+    "cache_shapes",
+    "calibration_record",
+)
 
 
 class FreeActConfig(QuantizationConfigMixin):
