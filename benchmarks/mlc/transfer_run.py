@@ -148,8 +148,6 @@ def serve(options: argparse.Namespace, settings_of) -> None:
     """Perform runs named on standard input, one `METHOD<tab>SEED<tab>FILE` a line, until it ends."""
     import sys
 
-    if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
     logging.disable(logging.WARNING)
     for line in sys.stdin:
         method, seed, target = line.rstrip("\n").split("\t")
