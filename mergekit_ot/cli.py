@@ -67,6 +67,9 @@ def run(merge_options: MergeOptions, recipe: str, out: str, plans: str | None) -
     _hush(merge_options.quiet)
     start = time.perf_counter()
     folder = merge_recipe(load_recipe(recipe), out, merge_options, plans=plans)
+    from mergekit_ot.report.summary import describe_merge
+
+    click.echo(describe_merge(json.loads((folder / "transport.json").read_text(encoding="utf-8"))))
     click.echo(
         f"{folder} is ready after {time.perf_counter() - start:.0f} s; `mergekit-ot eval {recipe} {folder}` measures it."
     )
@@ -129,7 +132,7 @@ def evaluate(
 ) -> None:
     """Score the merge in OUT beside the target and every control, and write the report."""
     from mergekit_ot.report.evaluate import evaluate_recipe
-    from mergekit_ot.report.page import write_report
+    from mergekit_ot.report.page import verdict, write_report
 
     _hush(quiet)
     result = evaluate_recipe(
@@ -138,6 +141,7 @@ def evaluate(
     folder = write_report(result, Path(report or f"{out.rstrip('/')}.report"))
     for row in result.rows():
         click.echo(f"{row['model']:24} {row['loss']:.4f} nats per token")
+    click.echo(verdict(result.losses).replace("**", ""))
     click.echo(f"report: {folder / 'report.md'}")
 
 
