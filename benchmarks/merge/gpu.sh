@@ -66,3 +66,7 @@ for part in adapt:adaptation relatives:relatives; do
     extra=(); [ "$part" = adapt:adaptation ] && extra=(--kit "$KIT")
     [ "${#found[@]}" = 0 ] || $PYTHON "benchmarks/merge/${part##*:}.py" "${extra[@]}" --collect "${found[@]}"
 done
+for name in h100 gate adaptation relatives; do
+    [ "benchmarks/results/merge_$name.json" -nt "$OUT/rows" ] && cp "benchmarks/results/merge_$name.json" "$OUT/"
+done
+ls -l "$OUT"
