@@ -166,6 +166,23 @@ def plan(device: torch.device | str, **layer) -> Plan:
     return Plan("native", "4-bit kernel in C", "packed weights stay packed; compiled once for this CPU")
 
 
+HOPPER_TILES = 96  # tiles of 128 tokens by 256 outputs from which the kernel for Hopper is the faster one
+
+
+@cache
+@torch.compiler.assume_constant_result
+def _is_hopper(index: int | None) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) == (9, 0)
+
+
+def serves_hopper(codes: torch.Tensor, packed: torch.Tensor, branch: torch.Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether `w4_hopper` takes these rows of codes and this weight, and is the faster kernel for them."""
+    (n, _), (m, half) = codes.shape, packed.shape
+    tiles = -(-n // 128) * -(-m // 256)
+    shapes = half % 64 == 0 and m % 8 == 0 and branch.shape[1] <= 64 and out_dtype.itemsize == 2
+    return codes.is_cuda and tiles >= HOPPER_TILES and shapes and _is_hopper(codes.device.index)
+
+
 DP4A_ROWS = 4  # rows up to which plain cores multiply as fast as memory brings the weight
 
 

@@ -19,15 +19,18 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
         (64, {"rows": 16, "chunk": 256, "steps": 1, "project_warps": 4, "correct_rows": 16, "elements": 1,
-              "correct_warps": 4, "programs": 132, "finish_warps": 4, "pdl": False}),
+              "correct_warps": 4, "programs": 132, "finish_warps": 4, "tokens": None, "pdl": False}),
         (None, {"rows": 16, "chunk": 256, "steps": 512, "project_warps": 4, "correct_rows": 64, "elements": 512,
-                "correct_warps": 4, "programs": 792, "finish_warps": 4, "pdl": False}),
+                "correct_warps": 4, "programs": 792, "finish_warps": 4, "tokens": None, "pdl": False}),
     ],
-    "dp4a": [(1, {"words": 4096, "warps": 4, "pdl": False}), (None, {"words": 2048, "warps": 2, "pdl": False})],
+    "dp4a": [
+        (1, {"words": 4096, "warps": 4, "ahead": 3, "pdl": False}),
+        (None, {"words": 2048, "warps": 2, "ahead": 0, "pdl": False}),
+    ],
     "w4": [
-        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": False}),
-        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": False}),
-        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "pdl": False}),
+        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "ahead": True, "pdl": False}),
+        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "ahead": True, "pdl": False}),
+        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "ahead": True, "pdl": False}),
     ],
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from optimum_freeact.kernels import reference
-from optimum_freeact.kernels.dispatch import DP4A_ROWS
+from optimum_freeact.kernels.dispatch import DP4A_ROWS, serves_hopper
 from optimum_freeact.kernels.tables import TENSORS, InputTables, branch_width
 
 
@@ -49,7 +49,7 @@ def _attempt(name: str, kernel, fallback):
                 if name not in _failed:
                     _failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
                     logger.warning(
-                        "The kernel %s failed (%s); plain torch takes its place from here on, at a loss of speed only. "
+                        "The kernel %s failed (%s); another takes its place from here on, at a loss of speed only. "
                         "FREEACT_KERNELS=torch avoids the attempt.",
                         name,
                         _failed[name],
@@ -132,6 +132,11 @@ def _w4_linear(
     rows = reference.Rows(codes, stats, branch if low_rank is not None else None)
     weight = reference.Weight(packed, qscale, row_sum, low_rank, low_rank_scale, type_bias)
 
+    def on_hopper() -> Tensor:
+        from optimum_freeact.kernels import w4_hopper
+
+        return w4_hopper.w4_linear(rows, types, weight, out_dtype)
+
     def kernel() -> Tensor:
         if native:
             from optimum_freeact.kernels.native import w4_linear as native_linear
@@ -139,6 +144,8 @@ def _w4_linear(
             return native_linear(rows, types, weight, out_dtype, bits)
         from optimum_freeact.kernels import dp4a_triton, w4_triton
 
+        if serves_hopper(codes, packed, branch, out_dtype):
+            return _attempt("w4_linear[hopper]", on_hopper, lambda: w4_triton.w4_linear(rows, types, weight, out_dtype))
         if 0 < len(codes) <= DP4A_ROWS and codes.shape[1] % 8 == 0:
             return dp4a_triton.w4_linear(rows, types, weight, out_dtype)
         return w4_triton.w4_linear(rows, types, weight, out_dtype)

@@ -18,6 +18,9 @@ before it waits; nothing is written before the wait.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -117,6 +120,30 @@ def _project(
 
 
 @triton.jit
+def _row_of_tiles(
+    i, x_ptr, mean_ptr, basis_ptr, safe, j, r, k, n_means,
+    HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, RANK: tl.constexpr, B: tl.constexpr, PB: tl.constexpr,
+    D: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """What a row of some tokens' tiles is made of: the tokens', the means' and the basis's numbers."""
+    column = i * B + j
+    inside = j < B
+    at = safe.to(tl.int64)[:, None] * D + column[None, :]
+    x = tl.load(x_ptr + at) if B == PB else tl.load(x_ptr + at, mask=inside[None, :], other=0.0)
+    mean, basis = x, x
+    if HAS_MEAN:
+        if HAS_TYPES:
+            is_mean = (k < n_means)[:, None] & inside[None, :]
+            mean = tl.load(mean_ptr + k[:, None] * D + column[None, :], mask=is_mean, other=0.0).to(DOT)
+        else:
+            mean = tl.load(mean_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if RANK > 0:
+        basis_at = tl.minimum(r, RANK - 1)[:, None] * D + column[None, :]
+        basis = (tl.load(basis_ptr + basis_at) if B == PB else tl.load(basis_ptr + basis_at, mask=inside[None, :], other=0)).to(DOT)
+    return x, mean, basis
+
+
+@triton.jit
 def _correct(
     x_ptr, types_ptr, mean_ptr, mean_branch_ptr, reach_ptr, channel_ptr, basis_ptr, basis_scale_ptr, right_ptr,
     part_ptr, peak_ptr, turned_ptr, branch_ptr, undo_ptr, n, n_means,
@@ -140,6 +167,10 @@ def _correct(
     if HAS_TYPES:
         kind = tl.minimum(tl.load(types_ptr + safe), n_means - 1)
         whose = (kind[:, None] == k[None, :]).to(tl.float32).to(DOT)
+    if NB == 1:
+        x, mean, basis = _row_of_tiles(
+            first, x_ptr, mean_ptr, basis_ptr, safe, j, r, k, n_means, HAS_TYPES, HAS_MEAN, RANK, B, PB, D, DOT
+        )
     if PDL:
         tl.extra.cuda.gdc_wait()
     peak = tl.full((ROWS,), 0.0, tl.float32)
@@ -169,38 +200,31 @@ def _correct(
         tl.store(undo_ptr + tokens, peak / LIMIT, mask=alive)
     shrink = (LIMIT / peak)[:, None]
     for i in range(first, tl.minimum(first + NB, A)):
+        if NB > 1:
+            x, mean, basis = _row_of_tiles(
+                i, x_ptr, mean_ptr, basis_ptr, safe, j, r, k, n_means, HAS_TYPES, HAS_MEAN, RANK, B, PB, D, DOT
+            )
         column = i * B + j
-        inside = j < B
-        if B == PB:
-            x = tl.load(x_ptr + safe.to(tl.int64)[:, None] * D + column[None, :])
-        else:
-            x = tl.load(x_ptr + safe.to(tl.int64)[:, None] * D + column[None, :], mask=inside[None, :], other=0.0)
         u = x.to(tl.float32)
         if HAS_MEAN:
             if HAS_TYPES:
-                mean = tl.load(
-                    mean_ptr + k[:, None] * D + column[None, :], mask=(k < n_means)[:, None] & inside[None, :], other=0.0
-                ).to(DOT)
                 u = tl.dot(whose, -mean, u)
             else:
-                u -= tl.load(mean_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+                u -= mean[None, :]
         if HAS_CHANNEL:
-            u *= tl.load(channel_ptr + column, mask=inside, other=0.0)[None, :]
+            u *= tl.load(channel_ptr + column, mask=j < B, other=0.0)[None, :]
         if RANK > 0:
-            basis = tl.load(
-                basis_ptr + tl.minimum(r, RANK - 1)[:, None] * D + column[None, :], mask=inside[None, :], other=0
-            ).to(DOT)
             u = tl.dot(upper, basis, tl.dot(lower, basis, u))
         turned = tl.dot((u * shrink).to(tl.float16), right).to(tl.float16)
         tl.store(
             turned_ptr + tokens.to(tl.int64)[:, None] * D + column[None, :], turned,
-            mask=alive[:, None] & inside[None, :],
+            mask=alive[:, None] & (j < B)[None, :],
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    turned_ptr, undo_ptr, types_ptr, left_ptr, clip_ptr, factor_ptr, codes_ptr, stats_ptr, n, n_clips,
+    turned_ptr, undo_ptr, types_ptr, left_ptr, clip_ptr, factor_ptr, codes_ptr, stats_ptr, n, total, n_clips,
     HAS_TYPES: tl.constexpr, A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +247,7 @@ def _finish(
         clip = tl.load(clip_ptr + (tl.minimum(kind, n_clips - 1) if HAS_TYPES else 0))
         undo = tl.load(undo_ptr + row) * factor
         _store_rounded(
-            z, inside, row, clip, undo, codes_ptr, stats_ptr, n, i, j, A, B, QMIN, QMAX, SYMMETRIC,
+            z, inside, row, clip, undo, codes_ptr, stats_ptr, total, i, j, A, B, QMIN, QMAX, SYMMETRIC,
             A == PA and B == PB,
         )  # fmt: skip
 
@@ -243,37 +267,63 @@ def round_rows(
         return Rows(codes, stats, branch)
     if len(tables.clip) == 1 and (tables.mean is None or len(tables.mean) == 1):
         types = None
+    launch = {**round_launch(n, d), **(options or {})}
+    chunk = launch["tokens"] or n
+    scratch = _scratch(min(chunk, n), d, tables, launch, x.device)
+    for start in range(0, n, chunk):  # what one launch writes is still in the cache when the next one reads it
+        end = min(start + chunk, n)
+        own = None if types is None else types[start:end]
+        mine = None if branch is None else branch[start:end]
+        _launch(x[start:end], own, tables, launch, scratch, codes[start:end], stats, start, mine)
+    return Rows(codes, stats, branch)
+
+
+class _Scratch(NamedTuple):
+    parts: int
+    steps: int
+    part: torch.Tensor | None
+    peak: torch.Tensor
+    undo: torch.Tensor
+    turned: torch.Tensor
+
+
+def _scratch(n: int, d: int, tables: InputTables, launch: dict, device: torch.device) -> _Scratch:
+    steps = min(launch["steps"], triton.cdiv(d, launch["chunk"]))
+    parts = triton.cdiv(d, launch["chunk"] * steps)
+    floats = partial(torch.empty, dtype=torch.float32, device=device)
+    turned = torch.empty(n, d, dtype=torch.float16, device=device)
+    part = floats(parts, n, tables.branch) if tables.rank else None
+    return _Scratch(parts, steps, part, floats(parts, n), floats(n), turned)
+
+
+def _launch(
+    x: torch.Tensor, types: torch.Tensor | None, tables: InputTables, launch: dict, scratch: _Scratch,
+    codes: torch.Tensor, stats: torch.Tensor, start: int, branch: torch.Tensor | None,
+) -> None:  # fmt: skip
+    n, d = x.shape
     pa, pb = padded(tables.a), padded(tables.b)
     qmax = (1 << (tables.bits - 1)) - 1
-    launch = {**round_launch(n, d), **(options or {})}
-    rows, chunk = launch["rows"], launch["chunk"]
-    steps = min(launch["steps"], triton.cdiv(d, chunk))
-    parts = triton.cdiv(d, chunk * steps)
-    part = torch.empty(parts, n, tables.branch, dtype=torch.float32, device=x.device) if tables.rank else None
-    peak = torch.empty(parts, n, dtype=torch.float32, device=x.device)
-    undo = torch.empty(n, dtype=torch.float32, device=x.device)
-    turned = torch.empty(n, d, dtype=torch.float16, device=x.device)
     n_means = 1 if tables.mean is None else len(tables.mean)
     pdl = launch_pdl(launch["pdl"])
     has = {"HAS_CHANNEL": tables.channel_scale is not None, "RANK": tables.rank, "PR": tables.branch}
-    _project[(triton.cdiv(n, rows), parts)](
-        x, tables.channel_scale, tables.basis, part, peak, n, **has, D=d, ROWS=rows, CHUNK=chunk, STEPS=steps,
-        DOT=DOT_TYPE, PDL=bool(pdl), num_warps=launch["project_warps"], num_stages=4, **pdl,
+    _project[(triton.cdiv(n, launch["rows"]), scratch.parts)](
+        x, tables.channel_scale, tables.basis, scratch.part, scratch.peak, n, **has, D=d, ROWS=launch["rows"],
+        CHUNK=launch["chunk"], STEPS=scratch.steps, DOT=DOT_TYPE, PDL=bool(pdl), num_warps=launch["project_warps"],
+        num_stages=4, **pdl,
     )  # fmt: skip
     nb = max(1, min(launch["elements"] // pb, pa))
     block = launch["correct_rows"]
     _correct[(triton.cdiv(n, block), triton.cdiv(tables.a, nb))](
         x, types, tables.mean, tables.mean_branch, tables.reach, tables.channel_scale, tables.basis,
-        tables.basis_scale, tables.right, part, peak, turned, branch, undo, n, n_means, HAS_TYPES=types is not None,
-        HAS_MEAN=tables.mean is not None, **has, PM=padded(n_means), A=tables.a, B=tables.b, PB=pb, ROWS=block, NB=nb,
-        PARTS=parts, LIMIT=HEADROOM, DOT=DOT_TYPE, PDL=bool(pdl), num_warps=launch["correct_warps"], num_stages=3, **pdl,
+        tables.basis_scale, tables.right, scratch.part, scratch.peak, scratch.turned, branch, scratch.undo, n, n_means,
+        HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None, **has, PM=padded(n_means), A=tables.a,
+        B=tables.b, PB=pb, ROWS=block, NB=nb, PARTS=scratch.parts, LIMIT=HEADROOM, DOT=DOT_TYPE, PDL=bool(pdl),
+        num_warps=launch["correct_warps"], num_stages=3, **pdl,
     )  # fmt: skip
     big = pa * pb > 8192
-    programs = min(n, launch["programs"] // (3 if big else 1))
-    _finish[(programs,)](
-        turned, undo, types, tables.left, tables.clip, tables.factor, codes, stats, n, len(tables.clip),
-        HAS_TYPES=types is not None, A=tables.a, B=tables.b, PA=pa, PB=pb, QMIN=-qmax - 1, QMAX=qmax,
-        SYMMETRIC=tables.symmetric, PDL=bool(pdl), num_warps=launch["finish_warps"] * (2 if big else 1), num_stages=2,
-        **pdl,
+    _finish[(min(n, launch["programs"] // (3 if big else 1)),)](
+        scratch.turned, scratch.undo, types, tables.left, tables.clip, tables.factor, codes, stats[:, start:], n,
+        stats.shape[1], len(tables.clip), HAS_TYPES=types is not None, A=tables.a, B=tables.b, PA=pa, PB=pb,
+        QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, PDL=bool(pdl),
+        num_warps=launch["finish_warps"] * (2 if big else 1), num_stages=2, **pdl,
     )  # fmt: skip
-    return Rows(codes, stats, branch)
