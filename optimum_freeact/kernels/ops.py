@@ -105,7 +105,7 @@ round_rows_op = torch.library.custom_op("freeact::round_rows", _round_rows, muta
 @round_rows_op.register_fake
 def _(x, types, mean, channel_scale, basis, basis_scale, left, right, clip, *others):  # noqa: ARG001
     n, d = x.shape
-    width = 0 if basis is None else branch_width(basis.shape[0], clip.shape[0])
+    width = 0 if basis_scale is None else branch_width(basis_scale.shape[0], clip.shape[0])
     return (
         x.new_empty((n, d), dtype=torch.int8),
         x.new_empty((3, n), dtype=torch.float32),

@@ -36,17 +36,21 @@ HEADROOM = 128.0  # largest |u| of a row in float16: a rotation may gather a who
 
 @triton.jit
 def _store_rounded(
-    z, inside, row, clip, undo, codes_ptr, stats_ptr, n, i, j,
-    A: tl.constexpr, B: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr,
-    WHOLE: tl.constexpr,
+    z, row, clip, undo, codes_ptr, stats_ptr, n, i, j,
+    A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
     """Grid, codes and their sum of one row, whose values are `undo * z`.
 
     What is not finite anywhere in a row was spread over all of it by the rotation, so the extremes tell.
     """
-    low = tl.min(tl.min(z if WHOLE else tl.where(inside, z, float("inf")), 1), 0)
-    high = tl.max(tl.max(z if WHOLE else tl.where(inside, z, float("-inf")), 1), 0)
-    bad = (tl.abs(high - low) < float("inf")) == 0
+    if B == PB:  # rows that pad a tile repeat its first one
+        low, high = tl.min(z, 1), tl.max(z, 1)
+    else:
+        low = tl.min(tl.where((j < B)[None, :], z, float("inf")), 1)
+        high = tl.max(tl.where((j < B)[None, :], z, float("-inf")), 1)
+    low, high = tl.min(low, 0), tl.max(high, 0)
+    good = tl.abs(high - low) < float("inf")
     if SYMMETRIC:
         scale = tl.maximum(tl.abs(low), tl.abs(high)) * clip / (QMAX + 0.5)
         scale = tl.where(scale > 0, scale, 1.0 / undo)
@@ -58,22 +62,29 @@ def _store_rounded(
         offset = middle - half - scale * QMIN
         scale = tl.where(half > 0, scale, 1.0 / undo)
         offset = tl.where(half > 0, offset, middle)
-    # rounding half to even: added to 1.5 * 2^23 a number has its integer part in its last bits
-    steps = tl.minimum(tl.maximum(z * (1.0 / scale) - offset / scale, QMIN * 1.0), QMAX * 1.0)
-    codes = (steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-    codes = tl.where(bad, 0, codes)
-    if not WHOLE:
-        codes = tl.where(inside, codes, 0)
+    # rounding half to even: a number added to 1.5 * 2^23 has its integer part in its last bits
+    MAGIC: tl.constexpr = 12582912.0
+    inverse = 1.0 / scale
+    steps = tl.minimum(tl.maximum(z * inverse - offset * inverse, QMIN * 1.0), QMAX * 1.0) + MAGIC
+    bits = steps.to(tl.int32, bitcast=True)
+    inside = (i < A)[:, None] & (j < B)[None, :]
+    WHOLE: tl.constexpr = A == PA and B == PB
     HALF: tl.constexpr = B // 2  # the columns of the right factor are split, so those of z are
     column = i[:, None] * HALF + tl.where(j < HALF, j, j - HALF + A * HALF)[None, :]
+    place = codes_ptr + row * tl.full((), A * B, tl.int64) + column
     if WHOLE:
-        tl.store(codes_ptr + row * tl.full((), A * B, tl.int64) + column, codes.to(tl.int8))
+        tl.store(place, bits.to(tl.int8))
+        total = tl.sum(tl.sum(bits - 0x4B400000, 1), 0)
     else:
-        tl.store(codes_ptr + row * tl.full((), A * B, tl.int64) + column, codes.to(tl.int8), mask=inside)
-    nan = tl.where(bad, float("nan"), 0.0)
+        tl.store(place, bits.to(tl.int8), mask=inside)
+        total = tl.sum(tl.sum(tl.where(inside, bits - 0x4B400000, 0), 1), 0)
+    if good == 0:
+        tl.store(place, tl.zeros((PA, PB), tl.int8), mask=inside)
+        total = 0
+    nan = tl.where(good, 0.0, float("nan"))
     tl.store(stats_ptr + row, scale * undo + nan)
     tl.store(stats_ptr + n + row, offset * undo + nan)
-    tl.store(stats_ptr + 2 * n + row, tl.sum(tl.sum(codes, 1), 0).to(tl.float32))
+    tl.store(stats_ptr + 2 * n + row, total.to(tl.float32))
 
 
 @triton.jit
@@ -87,7 +98,6 @@ def _project(
     part = tl.program_id(1)
     at = tl.minimum(rows, n - 1).to(tl.int64) * D
     r = tl.arange(0, PR)
-    basis_at = tl.minimum(r, RANK - 1) * D  # rows past the last give columns that nobody reads
     p = tl.zeros((ROWS, PR), tl.float32)
     peak = tl.zeros((ROWS, CHUNK), tl.float32)
     if PDL:
@@ -102,17 +112,18 @@ def _project(
         peak = tl.maximum(peak, tl.abs(x.to(tl.float32)))
         if RANK > 0:
             if D % (CHUNK * STEPS) == 0:
-                basis = tl.load(basis_ptr + basis_at[None, :] + o[:, None])
+                basis = tl.load(basis_ptr + r[None, :] * D + o[:, None])
             else:
-                basis = tl.load(basis_ptr + basis_at[None, :] + o[:, None], mask=(o < D)[:, None], other=0)
+                basis = tl.load(basis_ptr + r[None, :] * D + o[:, None], mask=(o < D)[:, None], other=0)
             if HAS_CHANNEL:
                 u = x.to(tl.float32) * tl.load(channel_ptr + o, mask=o < D, other=0.0)[None, :]
                 upper = u.to(tl.bfloat16)
                 p = tl.dot((u - upper.to(tl.float32)).to(tl.bfloat16).to(DOT), basis.to(DOT), p)
                 p = tl.dot(upper.to(DOT), basis.to(DOT), p)
+            elif x_ptr.dtype.element_ty == tl.bfloat16:
+                p = tl.dot(x.to(DOT), basis.to(DOT), p)
             else:
-                EXACT: tl.constexpr = tl.float32 if DOT == tl.float32 else x_ptr.dtype.element_ty
-                p = tl.dot(x.to(EXACT), basis.to(EXACT), p)
+                p = tl.dot(x, basis.to(x_ptr.dtype.element_ty), p)
     alive = rows < n
     tl.store(peak_ptr + part * n + rows, tl.max(peak, 1), mask=alive)
     if RANK > 0:
@@ -121,26 +132,20 @@ def _project(
 
 @triton.jit
 def _row_of_tiles(
-    i, x_ptr, mean_ptr, basis_ptr, safe, j, r, k, n_means,
-    HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, RANK: tl.constexpr, B: tl.constexpr, PB: tl.constexpr,
-    D: tl.constexpr, DOT: tl.constexpr,
+    i, x_ptr, mean_ptr, basis_ptr, safe, kind, j, r,
+    GATHERED: tl.constexpr, LINES: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """What a row of some tokens' tiles is made of: the tokens', the means' and the basis's numbers."""
+    """What a row of some tokens' tiles is made of: the tokens' numbers and what is to be taken off."""
     column = i * B + j
-    inside = j < B
     at = safe.to(tl.int64)[:, None] * D + column[None, :]
-    x = tl.load(x_ptr + at) if B == PB else tl.load(x_ptr + at, mask=inside[None, :], other=0.0)
-    mean, basis = x, x
-    if HAS_MEAN:
-        if HAS_TYPES:
-            is_mean = (k < n_means)[:, None] & inside[None, :]
-            mean = tl.load(mean_ptr + k[:, None] * D + column[None, :], mask=is_mean, other=0.0).to(DOT)
-        else:
-            mean = tl.load(mean_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    if RANK > 0:
-        basis_at = tl.minimum(r, RANK - 1)[:, None] * D + column[None, :]
-        basis = (tl.load(basis_ptr + basis_at) if B == PB else tl.load(basis_ptr + basis_at, mask=inside[None, :], other=0)).to(DOT)
-    return x, mean, basis
+    x = tl.load(x_ptr + at) if B == PB else tl.load(x_ptr + at, mask=(j < B)[None, :], other=0.0)
+    mean, lines = x, x
+    if GATHERED:
+        mean = tl.load(mean_ptr + kind[:, None] * D + column[None, :], mask=(j < B)[None, :], other=0.0)
+    if LINES:
+        at = r[:, None] * D + column[None, :]
+        lines = tl.load(basis_ptr + at) if B == PB else tl.load(basis_ptr + at, mask=(j < B)[None, :], other=0.0)
+    return x, mean, lines
 
 
 @triton.jit
@@ -148,8 +153,8 @@ def _correct(
     x_ptr, types_ptr, mean_ptr, mean_branch_ptr, reach_ptr, channel_ptr, basis_ptr, basis_scale_ptr, right_ptr,
     part_ptr, peak_ptr, turned_ptr, branch_ptr, undo_ptr, n, n_means,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
-    PM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr,
-    PARTS: tl.constexpr, LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, PARTS: tl.constexpr,
+    LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """NB rows of the tiles of some tokens: less mean and branch, in float16, times the right factor."""
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -157,20 +162,19 @@ def _correct(
     alive = tokens < n
     safe = tl.minimum(tokens, n - 1)
     D: tl.constexpr = A * B
+    GATHERED: tl.constexpr = HAS_MEAN and HAS_CHANNEL  # means are subtracted before the scale, the branch after it
+    FOLDED: tl.constexpr = HAS_MEAN and not HAS_CHANNEL  # means are lines of the table as the basis is
+    LINES: tl.constexpr = FOLDED or RANK > 0
     j = tl.arange(0, PB)
     r = tl.arange(0, PR)
-    k = tl.arange(0, PM)
     right = tl.load(right_ptr + j[:, None] * PB + j[None, :])
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     kind = tl.zeros((ROWS,), tl.int64)
     if HAS_TYPES:
         kind = tl.minimum(tl.load(types_ptr + safe), n_means - 1)
-        whose = (kind[:, None] == k[None, :]).to(tl.float32).to(DOT)
     if NB == 1:
-        x, mean, basis = _row_of_tiles(
-            first, x_ptr, mean_ptr, basis_ptr, safe, j, r, k, n_means, HAS_TYPES, HAS_MEAN, RANK, B, PB, D, DOT
-        )
+        x, mean, lines = _row_of_tiles(first, x_ptr, mean_ptr, basis_ptr, safe, kind, j, r, GATHERED, LINES, B, PB, D)
     if PDL:
         tl.extra.cuda.gdc_wait()
     peak = tl.full((ROWS,), 0.0, tl.float32)
@@ -181,9 +185,9 @@ def _correct(
     if HAS_MEAN:
         peak += tl.load(reach_ptr + kind)
     peak = tl.maximum(peak, 1e-30)
+    p = tl.zeros((ROWS, PR), tl.float32)
     if RANK > 0:
         in_rank = r < RANK
-        p = tl.zeros((ROWS, PR), tl.float32)
         for part in tl.static_range(PARTS):
             p += tl.load(part_ptr + (part * n + safe)[:, None] * PR + r[None, :])
         if HAS_MEAN:
@@ -193,28 +197,30 @@ def _correct(
         if tl.program_id(1) == 0:
             tl.store(branch_ptr + tokens[:, None] * PR + r[None, :], p, mask=alive[:, None])
         p = -p * scale[None, :]
+    if LINES:
         upper = p.to(tl.bfloat16)
         lower = (p - upper.to(tl.float32)).to(tl.bfloat16).to(DOT)
+        upper = upper.to(tl.float32)
+        if FOLDED:
+            upper = tl.where(r[None, :] == RANK + kind[:, None], -1.0, upper)
         upper = upper.to(DOT)
     if tl.program_id(1) == 0:
         tl.store(undo_ptr + tokens, peak / LIMIT, mask=alive)
     shrink = (LIMIT / peak)[:, None]
     for i in range(first, tl.minimum(first + NB, A)):
         if NB > 1:
-            x, mean, basis = _row_of_tiles(
-                i, x_ptr, mean_ptr, basis_ptr, safe, j, r, k, n_means, HAS_TYPES, HAS_MEAN, RANK, B, PB, D, DOT
-            )
+            x, mean, lines = _row_of_tiles(i, x_ptr, mean_ptr, basis_ptr, safe, kind, j, r, GATHERED, LINES, B, PB, D)
         column = i * B + j
         u = x.to(tl.float32)
-        if HAS_MEAN:
-            if HAS_TYPES:
-                u = tl.dot(whose, -mean, u)
-            else:
-                u -= mean[None, :]
+        if GATHERED:
+            u -= mean.to(tl.float32)
         if HAS_CHANNEL:
             u *= tl.load(channel_ptr + column, mask=j < B, other=0.0)[None, :]
-        if RANK > 0:
-            u = tl.dot(upper, basis, tl.dot(lower, basis, u))
+        if LINES:
+            lines = lines.to(DOT)
+            if RANK > 0:
+                u = tl.dot(lower, lines, u)
+            u = tl.dot(upper, lines, u)
         turned = tl.dot((u * shrink).to(tl.float16), right).to(tl.float16)
         tl.store(
             turned_ptr + tokens.to(tl.int64)[:, None] * D + column[None, :], turned,
@@ -246,10 +252,7 @@ def _finish(
         kind = tl.load(types_ptr + row) if HAS_TYPES else 0
         clip = tl.load(clip_ptr + (tl.minimum(kind, n_clips - 1) if HAS_TYPES else 0))
         undo = tl.load(undo_ptr + row) * factor
-        _store_rounded(
-            z, inside, row, clip, undo, codes_ptr, stats_ptr, total, i, j, A, B, QMIN, QMAX, SYMMETRIC,
-            A == PA and B == PB,
-        )  # fmt: skip
+        _store_rounded(z, row, clip, undo, codes_ptr, stats_ptr, total, i, j, A, B, PA, PB, QMIN, QMAX, SYMMETRIC)
 
 
 def round_rows(
@@ -316,7 +319,7 @@ def _launch(
     _correct[(triton.cdiv(n, block), triton.cdiv(tables.a, nb))](
         x, types, tables.mean, tables.mean_branch, tables.reach, tables.channel_scale, tables.basis,
         tables.basis_scale, tables.right, scratch.part, scratch.peak, scratch.turned, branch, scratch.undo, n, n_means,
-        HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None, **has, PM=padded(n_means), A=tables.a,
+        HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None, **has, A=tables.a,
         B=tables.b, PB=pb, ROWS=block, NB=nb, PARTS=scratch.parts, LIMIT=HEADROOM, DOT=DOT_TYPE, PDL=bool(pdl),
         num_warps=launch["correct_warps"], num_stages=3, **pdl,
     )  # fmt: skip
