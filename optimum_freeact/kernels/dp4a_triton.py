@@ -13,7 +13,7 @@ import triton.language as tl
 
 from optimum_freeact.kernels.launches import dp4a_launch, launch_pdl
 from optimum_freeact.kernels.reference import Rows, Weight
-from optimum_freeact.kernels.triton_state import INTERPRETED, prefetch
+from optimum_freeact.kernels.triton_state import INTERPRETED
 
 
 @triton.jit
@@ -34,7 +34,6 @@ def _dp4a_linear(
     bias_ptr, y_ptr, m, n_bias,
     N: tl.constexpr, WORDS: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr,
     PR: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
-    AHEAD: tl.constexpr, WAVE: tl.constexpr,
 ):  # fmt: skip
     outs = tl.program_id(0) * BN + tl.arange(0, BN)
     is_out = outs < m
@@ -51,15 +50,7 @@ def _dp4a_linear(
             low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out[:, None] & (c < RANK)[None, :], other=0
         ).to(tl.float32)
         low_rank_scale = tl.load(low_rank_scale_ptr + c, mask=c < RANK, other=0.0)
-    if AHEAD > 0:  # so are those of programs that find no place yet
-        lane = tl.arange(0, 128)
-        piece: tl.constexpr = BN * WORDS * 4 // 128 // 16 * 16
-        if tl.program_id(0) < WAVE:
-            for other in tl.static_range(1, AHEAD + 1):
-                start = ((tl.program_id(0) + other * WAVE) * BN).to(tl.int64) * (WORDS * 4) + lane * piece
-                start = tl.minimum(start, m.to(tl.int64) * (WORDS * 4) - piece)
-                prefetch(w_ptr.to(tl.pointer_type(tl.int8)) + start, piece)
-    if PDL:
+    if PDL:  # the weights are on their way while the codes are still being made
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     for t in tl.static_range(N):
@@ -106,7 +97,7 @@ def w4_linear(
         weight.row_sum, low_rank, weight.low_rank_scale, bias, y, m, n_bias, N=n, WORDS=words,
         HAS_TYPES=types is not None, HAS_BIAS=bias is not None, RANK=rank,
         PR=16 if rows.branch is None else rows.branch.shape[1], BN=launch["BN"], BW=wide, PLAIN=INTERPRETED, PDL=bool(pdl),
-        AHEAD=launch["ahead"] if pdl else 0, WAVE=528,
+
         num_warps=launch["warps"], **pdl,
     )  # fmt: skip
     return y

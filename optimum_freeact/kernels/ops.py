@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
 from optimum_freeact.kernels import reference
-from optimum_freeact.kernels.dispatch import DP4A_ROWS, serves_hopper
+from optimum_freeact.kernels.dispatch import DP4A_ROWS, hopper_kernel
 from optimum_freeact.kernels.tables import TENSORS, InputTables, branch_width
 
 
@@ -113,6 +114,27 @@ def _(x, types, mean, channel_scale, basis, basis_scale, left, right, clip, *oth
     )
 
 
+def _on_gpu(rows: reference.Rows, types: Tensor | None, weight: reference.Weight, out_dtype: torch.dtype) -> Tensor:
+    """The kernel for this number of rows on this GPU; one that fails gives way to those that run on any."""
+    from optimum_freeact.kernels import dp4a_triton, w4_triton
+
+    n, d = rows.codes.shape
+
+    def plain() -> Tensor:
+        few = 0 < n <= DP4A_ROWS and d % 8 == 0
+        return (dp4a_triton if few else w4_triton).w4_linear(rows, types, weight, out_dtype)
+
+    name = hopper_kernel(rows, weight, out_dtype)
+    if name is None:
+        return plain()
+
+    def own() -> Tensor:
+        module = import_module(f"optimum_freeact.kernels.{name}")
+        return module.w4_linear(rows, types, weight, out_dtype)
+
+    return _attempt(name, own, plain)
+
+
 def _w4_linear(
     codes: Tensor,
     stats: Tensor,
@@ -132,23 +154,12 @@ def _w4_linear(
     rows = reference.Rows(codes, stats, branch if low_rank is not None else None)
     weight = reference.Weight(packed, qscale, row_sum, low_rank, low_rank_scale, type_bias)
 
-    def on_hopper() -> Tensor:
-        from optimum_freeact.kernels import w4_hopper
-
-        return w4_hopper.w4_linear(rows, types, weight, out_dtype)
-
     def kernel() -> Tensor:
         if native:
             from optimum_freeact.kernels.native import w4_linear as native_linear
 
             return native_linear(rows, types, weight, out_dtype, bits)
-        from optimum_freeact.kernels import dp4a_triton, w4_triton
-
-        if serves_hopper(codes, packed, branch, out_dtype):
-            return _attempt("w4_linear[hopper]", on_hopper, lambda: w4_triton.w4_linear(rows, types, weight, out_dtype))
-        if 0 < len(codes) <= DP4A_ROWS and codes.shape[1] % 8 == 0:
-            return dp4a_triton.w4_linear(rows, types, weight, out_dtype)
-        return w4_triton.w4_linear(rows, types, weight, out_dtype)
+        return _on_gpu(rows, types, weight, out_dtype)
 
     name = f"w4_linear[{'few' if len(codes) <= DP4A_ROWS else 'many'}]"
     return _attempt(name, kernel, lambda: reference.w4_linear(rows, types, weight, out_dtype))

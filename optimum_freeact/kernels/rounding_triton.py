@@ -270,7 +270,7 @@ def round_rows(
         return Rows(codes, stats, branch)
     if len(tables.clip) == 1 and (tables.mean is None or len(tables.mean) == 1):
         types = None
-    launch = {**round_launch(n, d), **(options or {})}
+    launch = {**round_launch(min(n, (options or {}).get("tokens") or n), d), **(options or {})}
     chunk = launch["tokens"] or n
     scratch = _scratch(min(chunk, n), d, tables, launch, x.device)
     for start in range(0, n, chunk):  # what one launch writes is still in the cache when the next one reads it
@@ -328,5 +328,5 @@ def _launch(
         scratch.turned, scratch.undo, types, tables.left, tables.clip, tables.factor, codes, stats[:, start:], n,
         stats.shape[1], len(tables.clip), HAS_TYPES=types is not None, A=tables.a, B=tables.b, PA=pa, PB=pb,
         QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, PDL=bool(pdl),
-        num_warps=launch["finish_warps"] * (2 if big else 1), num_stages=2, **pdl,
+        num_warps=launch["finish_warps"] * (2 if big else 1), num_stages=launch["finish_stages"], **pdl,
     )  # fmt: skip

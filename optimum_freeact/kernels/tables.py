@@ -155,7 +155,9 @@ def make_tables(
     return InputTables(
         mean=mean,
         channel_scale=found.channel_scale,
-        basis=_lines(mean if found.channel_scale is None else None, basis, len(clip), len(found.left) * len(found.right)),
+        basis=_lines(
+            mean if found.channel_scale is None else None, basis, len(clip), len(found.left) * len(found.right)
+        ),
         basis_scale=basis_scale,
         mean_branch=None if scaled is None or basis is None else (scaled @ basis.double()).float(),
         reach=_reach(scaled, found.channel_scale, clip),

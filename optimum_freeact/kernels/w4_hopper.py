@@ -20,7 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -156,7 +155,7 @@ def _consume(
         if HAS_BIAS:
             bias = gl.load(bias_ptr + outs, mask=is_out, other=0.0)
         acc = gl.zeros((OWN, BM), gl.int32, acc_layout)
-        for step in range(STEPS):
+        for _ in range(STEPS):
             slot = count % STAGES
             mbarrier.wait(full.index(slot), (count // STAGES) & 1)
             w = w_ring.index(slot).slice(WHICH * OWN, OWN, 0).load(left_layout)
@@ -202,7 +201,6 @@ def _w4_hopper(
     low_rank_scale_ptr, bias_ptr, n, m, n_bias,
     HALF: gl.constexpr, HAS_TYPES: gl.constexpr, HAS_BIAS: gl.constexpr, RANK: gl.constexpr, PR: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    num_warps: gl.constexpr,
 ):  # fmt: skip
     w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BN, BK], w_desc.layout)
     even_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], codes_desc.layout)

@@ -17,7 +17,7 @@ import triton.language as tl
 from optimum_freeact.kernels.launches import launch_pdl, w4_launch
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.tables import branch_width
-from optimum_freeact.kernels.triton_state import DOT_TYPE, INTERPRETED, prefetch
+from optimum_freeact.kernels.triton_state import DOT_TYPE, INTERPRETED
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _w4_linear(
     bias_ptr, y_ptr, n, m, n_bias, partial_ptr, count_ptr,
     HALF: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-    PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
+    PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     part = tl.program_id(1)
@@ -97,13 +97,6 @@ def _w4_linear(
     acc = tl.zeros((BN, BM), tl.int32)
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     PER_PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    if AHEAD:  # the weights are on their way while the codes are still being made
-        c = tl.arange(0, 128)
-        piece = (PER_PART * BK * BN) // 128
-        row, start = c // (128 // BN), (c % (128 // BN)) * piece + part * PER_PART * BK
-        size = tl.minimum(tl.maximum(HALF - start, 0), piece)
-        row = tl.minimum(pid_m * BN + row, m - 1).to(tl.int64)
-        prefetch(w_ptr + row * HALF + tl.minimum(start, HALF - 16), tl.maximum(size, 16))
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -205,7 +198,6 @@ def w4_linear(
         weight.low_rank_scale, bias, y, n, m, n_bias, partial, count, HALF=half, HAS_TYPES=types is not None,
         HAS_BIAS=bias is not None, RANK=rank, PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
         GROUP=launch["GROUP"], SPLIT=split, PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
-        AHEAD=bool(pdl) and n <= launch["BM"] and launch["ahead"],
         num_warps=launch["warps"], num_stages=launch["stages"], **pdl,
     )  # fmt: skip
     return y
