@@ -62,9 +62,9 @@ def _find(entries: list[tuple[int | None, dict]], n: int) -> dict:
     return next(settings for most, settings in entries if most is None or n <= most)
 
 
-def round_launch(n: int, d: int) -> dict:
-    """Settings to round `n` rows of `d` numbers."""
-    found = dict(_find(_settings()["round"], n))
+def round_launch(n: int, d: int, changes: dict) -> dict:
+    """Settings to round `n` rows of `d` numbers; `changes` override."""
+    found = {**_find(_settings()["round"], n), **changes}
     blocks = -(-n // found["rows"])  # of rows; each is cut into so many parts that the GPU is full
     parts = max(1, min(found["parts"], -(-d // found["chunk"]), -(-found["fill"] // blocks)))
     return {**found, "steps": -(-d // (found["chunk"] * parts))}

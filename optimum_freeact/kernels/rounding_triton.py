@@ -270,7 +270,7 @@ def round_rows(
         return Rows(codes, stats, branch)
     if len(tables.clip) == 1 and (tables.mean is None or len(tables.mean) == 1):
         types = None
-    launch = {**round_launch(min(n, (options or {}).get("tokens") or n), d), **(options or {})}
+    launch = round_launch(min(n, (options or {}).get("tokens") or n), d, options or {})
     chunk = launch["tokens"] or n
     scratch = _scratch(min(chunk, n), d, tables, launch, x.device)
     for start in range(0, n, chunk):  # what one launch writes is still in the cache when the next one reads it
