@@ -22,9 +22,9 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
         (64, {"rows": 16, "chunk": 256, "parts": 16, "fill": 264, "project_warps": 4, "correct_rows": 16, "elements": 1,
-              "correct_warps": 4, "programs": 132, "finish_warps": 4, "finish_stages": 2, "tokens": None, "pdl": True}),
-        (None, {"rows": 32, "chunk": 128, "parts": 8, "fill": 264, "project_warps": 4, "correct_rows": 64, "elements": 256,
-                "correct_warps": 4, "programs": 792, "finish_warps": 4, "finish_stages": 2, "tokens": None, "pdl": False}),
+              "correct_warps": 4, "programs": 132, "summed": False, "finish_rows": 1, "finish_warps": 4, "finish_stages": 2, "tokens": None, "pdl": True}),
+        (None, {"rows": 64, "chunk": 128, "parts": 4, "fill": 128, "project_warps": 4, "correct_rows": 64, "elements": 256,
+                "correct_warps": 4, "programs": 792, "summed": True, "finish_rows": 2, "finish_warps": 4, "finish_stages": 2, "tokens": None, "pdl": False}),
     ],
     "dp4a": [
         (1, {"words": 4096, "warps": 4, "pdl": False}),

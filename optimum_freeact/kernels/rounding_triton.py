@@ -29,6 +29,7 @@ from optimum_freeact.kernels.launches import launch_pdl, round_launch
 from optimum_freeact.kernels.reference import Rows
 from optimum_freeact.kernels.tables import InputTables, padded
 from optimum_freeact.kernels.triton_state import DOT_TYPE
+from optimum_freeact.kernels.w4_triton import counters
 
 
 HEADROOM = 128.0  # largest |u| of a row in float16: a rotation may gather a whole row of 2^17 entries in one
@@ -36,19 +37,20 @@ HEADROOM = 128.0  # largest |u| of a row in float16: a rotation may gather a who
 
 @triton.jit
 def _store_rounded(
-    z, row, clip, undo, codes_ptr, stats_ptr, n, i, j,
+    z, rows, alive, clip, undo, codes_ptr, stats_ptr, n, i, j,
     A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
-    """Grid, codes and their sum of one row, whose values are `undo * z`.
+    """Grid, codes and their sum of some rows, whose values are `undo * z`, z of shape (PA, rows, PB).
 
     What is not finite anywhere in a row was spread over all of it by the rotation, so the extremes tell.
     """
+    is_column = (j < B)[None, None, :]
     if B == PB:  # rows that pad a tile repeat its first one
-        low, high = tl.min(z, 1), tl.max(z, 1)
+        low, high = tl.min(z, 2), tl.max(z, 2)
     else:
-        low = tl.min(tl.where((j < B)[None, :], z, float("inf")), 1)
-        high = tl.max(tl.where((j < B)[None, :], z, float("-inf")), 1)
+        low = tl.min(tl.where(is_column, z, float("inf")), 2)
+        high = tl.max(tl.where(is_column, z, float("-inf")), 2)
     low, high = tl.min(low, 0), tl.max(high, 0)
     good = tl.abs(high - low) < float("inf")
     if SYMMETRIC:
@@ -65,35 +67,74 @@ def _store_rounded(
     # rounding half to even: a number added to 1.5 * 2^23 has its integer part in its last bits
     MAGIC: tl.constexpr = 12582912.0
     inverse = 1.0 / scale
-    steps = tl.minimum(tl.maximum(z * inverse - offset * inverse, QMIN * 1.0), QMAX * 1.0) + MAGIC
+    shift = offset * inverse
+    steps = z * inverse[None, :, None] - shift[None, :, None]
+    steps = tl.minimum(tl.maximum(steps, QMIN * 1.0), QMAX * 1.0) + MAGIC
     bits = steps.to(tl.int32, bitcast=True)
-    inside = (i < A)[:, None] & (j < B)[None, :]
-    WHOLE: tl.constexpr = A == PA and B == PB
     HALF: tl.constexpr = B // 2  # the columns of the right factor are split, so those of z are
     column = i[:, None] * HALF + tl.where(j < HALF, j, j - HALF + A * HALF)[None, :]
-    place = codes_ptr + row * tl.full((), A * B, tl.int64) + column
-    if WHOLE:
-        tl.store(place, bits.to(tl.int8))
-        total = tl.sum(tl.sum(bits - 0x4B400000, 1), 0)
-    else:
-        tl.store(place, bits.to(tl.int8), mask=inside)
-        total = tl.sum(tl.sum(tl.where(inside, bits - 0x4B400000, 0), 1), 0)
-    if good == 0:
-        tl.store(place, tl.zeros((PA, PB), tl.int8), mask=inside)
-        total = 0
+    place = codes_ptr + (rows.to(tl.int64) * (A * B))[None, :, None] + column[:, None, :]
+    inside = (i < A)[:, None, None] & is_column & alive[None, :, None]
+    tl.store(place, bits.to(tl.int8), mask=inside)
+    counted = bits - 0x4B400000
+    if A != PA or B != PB:
+        counted = tl.where((i < A)[:, None, None] & is_column, counted, 0)
+    total = tl.sum(tl.sum(counted, 2), 0)
+    if tl.min(good.to(tl.int32), 0) == 0:
+        tl.store(place, tl.zeros_like(bits).to(tl.int8), mask=inside & (good == 0)[None, :, None])
+        total = tl.where(good, total, 0)
     nan = tl.where(good, 0.0, float("nan"))
-    tl.store(stats_ptr + row, scale * undo + nan)
-    tl.store(stats_ptr + n + row, offset * undo + nan)
-    tl.store(stats_ptr + 2 * n + row, total.to(tl.float32))
+    tl.store(stats_ptr + rows, scale * undo + nan, mask=alive)
+    tl.store(stats_ptr + n + rows, offset * undo + nan, mask=alive)
+    tl.store(stats_ptr + 2 * n + rows, total.to(tl.float32), mask=alive)
+
+
+@triton.jit
+def _taken_off(
+    part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means,
+    HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """From the parts of a projection: branch, factors of the table's lines in two bfloat16 numbers each, and a bound of |u|."""
+    r = tl.arange(0, PR)
+    peak = tl.full((ROWS,), 0.0, tl.float32)
+    for part in tl.static_range(PARTS):
+        peak = tl.maximum(peak, tl.load(peak_ptr + part * n + safe, cache_modifier=".cg"))
+    if HAS_CHANNEL:
+        peak *= tl.load(reach_ptr + n_means)
+    if HAS_MEAN:
+        peak += tl.load(reach_ptr + kind)
+    peak = tl.maximum(peak, 1e-30)
+    p = tl.zeros((ROWS, PR), tl.float32)
+    factor = p
+    if RANK > 0:
+        in_rank = r < RANK
+        for part in tl.static_range(PARTS):
+            p += tl.load(part_ptr + (part * n + safe)[:, None] * PR + r[None, :], cache_modifier=".cg")
+        if HAS_MEAN:
+            p -= tl.load(mean_branch_ptr + kind[:, None] * RANK + r[None, :], mask=in_rank[None, :], other=0.0)
+        scale = tl.load(basis_scale_ptr + r, mask=in_rank, other=0.0)
+        p = tl.where(in_rank[None, :], p * scale[None, :], 0.0)
+        factor = -p * scale[None, :]
+    upper = factor.to(tl.bfloat16)
+    lower = (factor - upper.to(tl.float32)).to(tl.bfloat16)
+    if HAS_MEAN and not HAS_CHANNEL:
+        upper = tl.where(r[None, :] == RANK + kind[:, None], -1.0, upper.to(tl.float32)).to(tl.bfloat16)
+    return p, upper, lower, peak
 
 
 @triton.jit
 def _project(
-    x_ptr, channel_ptr, basis_ptr, part_ptr, peak_ptr, n,
-    HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, STEPS: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, types_ptr, channel_ptr, basis_ptr, part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr,
+    branch_ptr, factors_ptr, undo_ptr, count_ptr, n, n_means,
+    HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
+    SUMMED: tl.constexpr, LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Codes of the basis times some columns of some rows as they come, and the largest magnitude there."""
+    """Codes of the basis times some columns of some rows as they come, and the largest magnitude there.
+
+    With `SUMMED` the last program of some rows also makes of the parts what `_correct` needs.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
     at = tl.minimum(rows, n - 1).to(tl.int64) * D
@@ -128,6 +169,24 @@ def _project(
     tl.store(peak_ptr + part * n + rows, tl.max(peak, 1), mask=alive)
     if RANK > 0:
         tl.store(part_ptr + (part * n + rows)[:, None] * PR + r[None, :], p, mask=alive[:, None])
+    if SUMMED:
+        tl.debug_barrier()
+        arrived = tl.atomic_add(count_ptr + tl.program_id(0), 1, sem="acq_rel")
+        if arrived == PARTS - 1:
+            tl.store(count_ptr + tl.program_id(0), 0)  # ready for the next launch
+            safe = tl.minimum(rows, n - 1)
+            kind = tl.zeros((ROWS,), tl.int64)
+            if HAS_TYPES:
+                kind = tl.minimum(tl.load(types_ptr + safe), n_means - 1)
+            p, upper, lower, bound = _taken_off(
+                part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means, HAS_MEAN,
+                HAS_CHANNEL, RANK, PR, ROWS, PARTS,
+            )  # fmt: skip
+            if RANK > 0:
+                tl.store(branch_ptr + rows[:, None] * PR + r[None, :], p, mask=alive[:, None])
+            tl.store(factors_ptr + rows[:, None] * (2 * PR) + r[None, :], upper, mask=alive[:, None])
+            tl.store(factors_ptr + rows[:, None] * (2 * PR) + PR + r[None, :], lower, mask=alive[:, None])
+            tl.store(undo_ptr + rows, bound / LIMIT, mask=alive)
 
 
 @triton.jit
@@ -151,10 +210,10 @@ def _row_of_tiles(
 @triton.jit
 def _correct(
     x_ptr, types_ptr, mean_ptr, mean_branch_ptr, reach_ptr, channel_ptr, basis_ptr, basis_scale_ptr, right_ptr,
-    part_ptr, peak_ptr, turned_ptr, branch_ptr, undo_ptr, n, n_means,
+    part_ptr, peak_ptr, turned_ptr, branch_ptr, factors_ptr, undo_ptr, n, n_means,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, PARTS: tl.constexpr,
-    LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    SUMMED: tl.constexpr, LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """NB rows of the tiles of some tokens: less mean and branch, in float16, times the right factor."""
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -171,42 +230,27 @@ def _correct(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     kind = tl.zeros((ROWS,), tl.int64)
-    if HAS_TYPES:
+    if HAS_TYPES and (GATHERED or not SUMMED):
         kind = tl.minimum(tl.load(types_ptr + safe), n_means - 1)
     if NB == 1:
         x, mean, lines = _row_of_tiles(first, x_ptr, mean_ptr, basis_ptr, safe, kind, j, r, GATHERED, LINES, B, PB, D)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    peak = tl.full((ROWS,), 0.0, tl.float32)
-    for part in tl.static_range(PARTS):
-        peak = tl.maximum(peak, tl.load(peak_ptr + part * n + safe))
-    if HAS_CHANNEL:
-        peak *= tl.load(reach_ptr + n_means)
-    if HAS_MEAN:
-        peak += tl.load(reach_ptr + kind)
-    peak = tl.maximum(peak, 1e-30)
-    p = tl.zeros((ROWS, PR), tl.float32)
-    if RANK > 0:
-        in_rank = r < RANK
-        for part in tl.static_range(PARTS):
-            p += tl.load(part_ptr + (part * n + safe)[:, None] * PR + r[None, :])
-        if HAS_MEAN:
-            p -= tl.load(mean_branch_ptr + kind[:, None] * RANK + r[None, :], mask=in_rank[None, :], other=0.0)
-        scale = tl.load(basis_scale_ptr + r, mask=in_rank, other=0.0)
-        p = tl.where(in_rank[None, :], p * scale[None, :], 0.0)
+    if SUMMED:
+        undo = tl.load(undo_ptr + safe)
+        upper = tl.load(factors_ptr + safe[:, None] * (2 * PR) + r[None, :]).to(DOT)
+        lower = tl.load(factors_ptr + safe[:, None] * (2 * PR) + PR + r[None, :]).to(DOT)
+    else:
+        p, upper, lower, peak = _taken_off(
+            part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means, HAS_MEAN,
+            HAS_CHANNEL, RANK, PR, ROWS, PARTS,
+        )  # fmt: skip
+        undo, upper, lower = peak / LIMIT, upper.to(DOT), lower.to(DOT)
         if tl.program_id(1) == 0:
-            tl.store(branch_ptr + tokens[:, None] * PR + r[None, :], p, mask=alive[:, None])
-        p = -p * scale[None, :]
-    if LINES:
-        upper = p.to(tl.bfloat16)
-        lower = (p - upper.to(tl.float32)).to(tl.bfloat16).to(DOT)
-        upper = upper.to(tl.float32)
-        if FOLDED:
-            upper = tl.where(r[None, :] == RANK + kind[:, None], -1.0, upper)
-        upper = upper.to(DOT)
-    if tl.program_id(1) == 0:
-        tl.store(undo_ptr + tokens, peak / LIMIT, mask=alive)
-    shrink = (LIMIT / peak)[:, None]
+            tl.store(undo_ptr + tokens, undo, mask=alive)
+            if RANK > 0:
+                tl.store(branch_ptr + tokens[:, None] * PR + r[None, :], p, mask=alive[:, None])
+    shrink = (1.0 / undo)[:, None]
     for i in range(first, tl.minimum(first + NB, A)):
         if NB > 1:
             x, mean, lines = _row_of_tiles(i, x_ptr, mean_ptr, basis_ptr, safe, kind, j, r, GATHERED, LINES, B, PB, D)
@@ -232,27 +276,32 @@ def _correct(
 def _finish(
     turned_ptr, undo_ptr, types_ptr, left_ptr, clip_ptr, factor_ptr, codes_ptr, stats_ptr, n, total, n_clips,
     HAS_TYPES: tl.constexpr, A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Whole tiles: times the left factor, rounded."""
+    """Whole tiles, of TOKENS rows at a time: times the left factor, rounded."""
     i = tl.arange(0, PA)
     j = tl.arange(0, PB)
-    inside = (i < A)[:, None] & (j < B)[None, :]
+    c = tl.arange(0, TOKENS * PB)
     left = tl.load(left_ptr + i[:, None] * PA + i[None, :])
     factor = tl.load(factor_ptr)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    for row in range(tl.program_id(0), n, tl.num_programs(0)):
-        tile = row * tl.full((), A * B, tl.int64) + i[:, None] * B + j[None, :]
+    for first in range(tl.program_id(0) * TOKENS, n, tl.num_programs(0) * TOKENS):
+        token = tl.minimum(first + c // PB, n - 1).to(tl.int64)
+        tile = turned_ptr + i[:, None] * B + (token * (A * B) + c % PB)[None, :]
         if A == PA and B == PB:
-            z = tl.dot(left, tl.load(turned_ptr + tile))
+            turned = tl.load(tile)
         else:
-            z = tl.dot(left, tl.load(turned_ptr + tile, mask=inside, other=0.0))
-        kind = tl.load(types_ptr + row) if HAS_TYPES else 0
-        clip = tl.load(clip_ptr + (tl.minimum(kind, n_clips - 1) if HAS_TYPES else 0))
-        undo = tl.load(undo_ptr + row) * factor
-        _store_rounded(z, row, clip, undo, codes_ptr, stats_ptr, total, i, j, A, B, PA, PB, QMIN, QMAX, SYMMETRIC)
+            turned = tl.load(tile, mask=(i < A)[:, None] & (c % PB < B)[None, :], other=0.0)
+        z = tl.reshape(tl.dot(left, turned), (PA, TOKENS, PB))
+        rows = first + tl.arange(0, TOKENS)
+        safe = tl.minimum(rows, n - 1)
+        clip = tl.load(clip_ptr + (tl.minimum(tl.load(types_ptr + safe), n_clips - 1) if HAS_TYPES else safe * 0))
+        undo = tl.load(undo_ptr + safe) * factor
+        _store_rounded(
+            z, rows, rows < n, clip, undo, codes_ptr, stats_ptr, total, i, j, A, B, PA, PB, QMIN, QMAX, SYMMETRIC
+        )
 
 
 def round_rows(
@@ -287,6 +336,7 @@ class _Scratch(NamedTuple):
     part: torch.Tensor | None
     peak: torch.Tensor
     undo: torch.Tensor
+    factors: torch.Tensor | None
     turned: torch.Tensor
 
 
@@ -296,7 +346,8 @@ def _scratch(n: int, d: int, tables: InputTables, launch: dict, device: torch.de
     floats = partial(torch.empty, dtype=torch.float32, device=device)
     turned = torch.empty(n, d, dtype=torch.float16, device=device)
     part = floats(parts, n, tables.branch) if tables.rank else None
-    return _Scratch(parts, steps, part, floats(parts, n), floats(n), turned)
+    factors = torch.empty(n, 2 * tables.branch, dtype=torch.bfloat16, device=device) if launch["summed"] else None
+    return _Scratch(parts, steps, part, floats(parts, n), floats(n), factors, turned)
 
 
 def _launch(
@@ -308,25 +359,29 @@ def _launch(
     qmax = (1 << (tables.bits - 1)) - 1
     n_means = 1 if tables.mean is None else len(tables.mean)
     pdl = launch_pdl(launch["pdl"])
-    has = {"HAS_CHANNEL": tables.channel_scale is not None, "RANK": tables.rank, "PR": tables.branch}
+    summed = launch["summed"]
+    has = {"HAS_TYPES": types is not None, "HAS_MEAN": tables.mean is not None}
+    has |= {"HAS_CHANNEL": tables.channel_scale is not None, "RANK": tables.rank, "PR": tables.branch}
+    common = {"PARTS": scratch.parts, "SUMMED": summed, "LIMIT": HEADROOM, "DOT": DOT_TYPE, "PDL": bool(pdl)}
     _project[(triton.cdiv(n, launch["rows"]), scratch.parts)](
-        x, tables.channel_scale, tables.basis, scratch.part, scratch.peak, n, **has, D=d, ROWS=launch["rows"],
-        CHUNK=launch["chunk"], STEPS=scratch.steps, DOT=DOT_TYPE, PDL=bool(pdl), num_warps=launch["project_warps"],
-        num_stages=4, **pdl,
+        x, types, tables.channel_scale, tables.basis, scratch.part, scratch.peak, tables.mean_branch, tables.reach,
+        tables.basis_scale, branch, scratch.factors, scratch.undo, counters(x.device) if summed else None, n, n_means,
+        **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"], STEPS=scratch.steps, **common,
+        num_warps=launch["project_warps"], num_stages=4, **pdl,
     )  # fmt: skip
     nb = max(1, min(launch["elements"] // pb, pa))
     block = launch["correct_rows"]
     _correct[(triton.cdiv(n, block), triton.cdiv(tables.a, nb))](
         x, types, tables.mean, tables.mean_branch, tables.reach, tables.channel_scale, tables.basis,
-        tables.basis_scale, tables.right, scratch.part, scratch.peak, scratch.turned, branch, scratch.undo, n, n_means,
-        HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None, **has, A=tables.a,
-        B=tables.b, PB=pb, ROWS=block, NB=nb, PARTS=scratch.parts, LIMIT=HEADROOM, DOT=DOT_TYPE, PDL=bool(pdl),
+        tables.basis_scale, tables.right, scratch.part, scratch.peak, scratch.turned, branch, scratch.factors,
+        scratch.undo, n, n_means, **has, A=tables.a, B=tables.b, PB=pb, ROWS=block, NB=nb, **common,
         num_warps=launch["correct_warps"], num_stages=3, **pdl,
     )  # fmt: skip
     big = pa * pb > 8192
-    _finish[(min(n, launch["programs"] // (3 if big else 1)),)](
+    tokens = 1 if big else min(launch["finish_rows"], padded(n))
+    _finish[(min(triton.cdiv(n, tokens), launch["programs"] // (3 if big else 1)),)](
         scratch.turned, scratch.undo, types, tables.left, tables.clip, tables.factor, codes, stats[:, start:], n,
-        stats.shape[1], len(tables.clip), HAS_TYPES=types is not None, A=tables.a, B=tables.b, PA=pa, PB=pb,
+        stats.shape[1], len(tables.clip), HAS_TYPES=types is not None, A=tables.a, B=tables.b, PA=pa, PB=pb, TOKENS=tokens,
         QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, PDL=bool(pdl),
         num_warps=launch["finish_warps"] * (2 if big else 1), num_stages=launch["finish_stages"], **pdl,
     )  # fmt: skip
