@@ -162,24 +162,19 @@ def plan(device: torch.device | str, **layer) -> Plan:
         return Plan(
             "triton",
             "4-bit Triton kernels",
-            f"compute capability {major}.{minor}; "
-            + (
-                "weights brought while rows are rounded, unpacked beside int8 tensor cores"
-                if (major, minor) == (9, 0)
-                else f"one row to {DP4A_ROWS} on plain cores, more on int8 tensor cores"
-            ),
+            f"compute capability {major}.{minor}; one row to {DP4A_ROWS} on plain cores, more on int8 tensor cores"
+            + (", many by warps with roles of their own" if (major, minor) == (9, 0) else ""),
         )
     return Plan("native", "4-bit kernel in C", "packed weights stay packed; compiled once for this CPU")
 
 
-STREAM_ROWS = 64  # rows up to which a product is a matter of bringing the weight
 HOPPER_TILES = 96  # tiles of 128 rows by 256 outputs from which keeping programs on their multiprocessors pays
 
 
 @cache
 @torch.compiler.assume_constant_result
 def is_hopper(index: int | None) -> bool:
-    """Whether a CUDA device has compute capability 9.0, for which two kernels are written in Gluon."""
+    """Whether a CUDA device has compute capability 9.0, for which a kernel is written in Gluon."""
     return torch.version.hip is None and torch.cuda.get_device_capability(index) == (9, 0)
 
 
@@ -194,10 +189,8 @@ def hopper_kernel(rows: Rows, weight: Weight, out_dtype: torch.dtype) -> str | N
 
 def hopper_choice(n: int, m: int, half: int, branch: int, out_dtype: torch.dtype) -> str | None:
     """[`hopper_kernel`] by sizes: rows, outputs, bytes of a row of the weight, columns of the branch."""
-    if n == 0 or m % 8 or half % 128 or branch > 64 or out_dtype.itemsize != 2:
-        return None  # the copy engine wants whole pieces of 128 bytes
-    if n <= STREAM_ROWS:
-        return "w4_stream"
+    if n <= 64 or m % 8 or half % 64 or branch > 64 or out_dtype.itemsize != 2:
+        return None  # few rows, or sizes that the copy engine's pieces do not divide
     return "w4_hopper" if -(-n // 128) * -(-m // 256) >= HOPPER_TILES else None
 
 

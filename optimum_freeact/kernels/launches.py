@@ -21,18 +21,22 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 # blocks of outputs in a row. `pdl`: programmatic dependent launch.
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
-        (64, {"rows": 16, "chunk": 256, "parts": 16, "fill": 264, "project_warps": 4, "correct_rows": 16, "elements": 1,
-              "correct_warps": 4, "programs": 132, "summed": False, "finish_rows": 1, "finish_warps": 4, "finish_stages": 2, "tokens": None, "pdl": True}),
+        (4, {"rows": 16, "chunk": 512, "parts": 64, "fill": 264, "project_warps": 8, "correct_rows": 16, "elements": 1,
+             "correct_warps": 4, "programs": 132, "summed": True, "finish_rows": 1, "finish_warps": 4, "finish_stages": 2,
+             "tokens": None, "pdl": True}),
+        (64, {"rows": 16, "chunk": 256, "parts": 64, "fill": 264, "project_warps": 4, "correct_rows": 16, "elements": 1,
+              "correct_warps": 4, "programs": 132, "summed": True, "finish_rows": 1, "finish_warps": 4, "finish_stages": 2,
+              "tokens": None, "pdl": True}),
         (None, {"rows": 64, "chunk": 128, "parts": 4, "fill": 128, "project_warps": 4, "correct_rows": 64, "elements": 256,
                 "correct_warps": 4, "programs": 792, "summed": True, "finish_rows": 2, "finish_warps": 4, "finish_stages": 2, "tokens": None, "pdl": False}),
     ],
     "dp4a": [
-        (1, {"words": 4096, "warps": 4, "pdl": False}),
-        (None, {"words": 2048, "warps": 2, "pdl": False}),
+        (1, {"words": 4096, "warps": 4, "pdl": True}),
+        (None, {"words": 2048, "warps": 2, "pdl": True}),
     ],
     "w4": [
-        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": False}),
-        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": False}),
+        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
+        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
         (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "pdl": False}),
     ],
 }  # fmt: skip
