@@ -48,7 +48,7 @@ def claims(rows: list[dict]) -> list[dict]:
         for setting in ("w4a4", "w4a4kv4"):
             for ours, over, name in (
                 (OURS, "flatquant", "gap_won_back_over_flatquant"),
-                ("freeact", "flatquant groups=32", "groups.gap_won_back_over_flatquant"),
+                ("freeact", "flatquant groups", "groups.gap_won_back_over_flatquant"),
             ):
                 share = won_back(rows, model, ours, setting, over)
                 if share is not None:

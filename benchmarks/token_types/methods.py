@@ -21,13 +21,13 @@ PUBLISHED: dict[str, dict] = {
         "attention_compensation": True,
     },
 }
-# ours with one grid per weight row and token, as everything above has; and the default, with grids of 32 numbers
+# ours with one grid per weight row and token, as everything above has; and the default, with grids of few numbers
 OURS: dict[str, dict] = {"freeact-fast": {"preset": "freeact-fast"}, "freeact": {"preset": "freeact"}}
-GROUPS = {"weight_group_size": 32, "activation_group_size": 32}
+GROUPS = {"weight_group_size": 32, "activation_group_size": 16}
 # what the published methods gain from the same grids
 CONTROLS: dict[str, dict] = {
-    "flatquant groups=32": {"preset": "flatquant", **GROUPS},
-    "freeact-paper groups=32": {"preset": "freeact-paper", **GROUPS},
+    "flatquant groups": {"preset": "flatquant", **GROUPS},
+    "freeact-paper groups": {"preset": "freeact-paper", **GROUPS},
 }
 _FAST = {"preset": "freeact-fast"}
 _FITTED = {"transform": "kronecker", "channel_scale": "closed_form"}
@@ -53,7 +53,11 @@ ABLATIONS: dict[str, dict] = {
     "freeact centring=none": {"preset": "freeact", "centring": "none"},
     "quarot attention_compensation=True": {"preset": "quarot", "attention_compensation": True},
     "freeact-paper exclusive=none": {"preset": "freeact-paper", "exclusive": "none"},
-    "freeact-fast transform=kronecker calibration=learned": {**_FAST, **_FITTED, "calibration": "learned"},
+    "freeact-fast transform=kronecker calibration=learned": {
+        **_FAST,
+        **_FITTED,
+        **{"calibration": "learned", "learned_part": "maps"},
+    },
 }
 METHODS = {**PUBLISHED, **OURS, **CONTROLS, **ABLATIONS}
 CLAIMED = ("flatquant", "freeact-paper", *OURS)

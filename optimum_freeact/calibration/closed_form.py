@@ -12,7 +12,7 @@ from optimum_freeact.calibration.records import InputRecord
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.linear import FreeActLinear
-from optimum_freeact.modules.surgery import rank_of, type_rank_of
+from optimum_freeact.modules.surgery import type_rank_of
 from optimum_freeact.moments import Moments
 from optimum_freeact.numerics.affine import fake_quantize
 from optimum_freeact.rounding.gptq import gptq
@@ -156,7 +156,8 @@ class GroupFit:
         self.names, self.linears, self.source, self.targets = names, linears, source, targets
         self.moments, self.config = moments, config
         own = type_rank_of(config, source.in_features)
-        self.spec = map_spec(config, rank_of(config, source.in_features), own)
+        rank = 0 if source.basis is None else source.basis.shape[1] - config.n_types * own
+        self.spec = map_spec(config, rank, own)
         self.original = torch.cat([linear.weight.detach().to(source.clip.device).double() for linear in linears])
         self.compensation = compensation
         self.weight = self.original if compensation is None else compensation.of_weight(self.original)

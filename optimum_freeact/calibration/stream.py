@@ -80,7 +80,7 @@ class Stream:
             hook.remove()
         return outputs
 
-    def _run_observed(self, block: nn.Module, index: int, i: int, seen: dict, enough: int | None):
+    def _run_observed(self, block: nn.Module, index: int, i: int, seen: _Seen, enough: int | None):
         """Output of the block on batch `i`; with `enough`, it stops (and gives `None`) once so many inputs are seen."""
         seen.enough = enough
         try:
