@@ -18,10 +18,10 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 # blocks of outputs in a row. `pdl`: programmatic dependent launch.
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
-        (64, {"rows": 16, "chunk": 256, "steps": 1, "project_warps": 4, "correct_rows": 16, "elements": 128,
+        (64, {"rows": 16, "chunk": 256, "steps": 1, "project_warps": 4, "correct_rows": 16, "elements": 1,
               "correct_warps": 4, "programs": 132, "finish_warps": 4, "pdl": False}),
-        (None, {"rows": 32, "chunk": 128, "steps": 8, "project_warps": 4, "correct_rows": 32, "elements": 256,
-                "correct_warps": 8, "programs": 792, "finish_warps": 4, "pdl": False}),
+        (None, {"rows": 16, "chunk": 256, "steps": 512, "project_warps": 4, "correct_rows": 64, "elements": 512,
+                "correct_warps": 4, "programs": 792, "finish_warps": 4, "pdl": False}),
     ],
     "dp4a": [(1, {"words": 4096, "warps": 4, "pdl": False}), (None, {"words": 2048, "warps": 2, "pdl": False})],
     "w4": [

@@ -68,13 +68,15 @@ def _round_rows(
     right: Tensor,
     clip: Tensor,
     factor: Tensor,
+    mean_branch: Tensor | None,
+    reach: Tensor | None,
     a: int,
     b: int,
     bits: int,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.round_rows` of `x` `(n, d)`; the branch has no columns where there is none."""
-    tensors = (mean, channel_scale, basis, basis_scale, left, right, clip, factor)
+    tensors = (mean, channel_scale, basis, basis_scale, left, right, clip, factor, mean_branch, reach)
     tables = InputTables(**dict(zip(TENSORS, tensors, strict=True)), a=a, b=b, bits=bits, symmetric=symmetric)
 
     def kernel() -> reference.Rows:
@@ -101,7 +103,7 @@ round_rows_op = torch.library.custom_op("freeact::round_rows", _round_rows, muta
 
 
 @round_rows_op.register_fake
-def _(x, types, mean, channel_scale, basis, basis_scale, left, right, clip, factor, a, b, bits, symmetric):  # noqa: ARG001
+def _(x, types, mean, channel_scale, basis, basis_scale, left, right, clip, *others):  # noqa: ARG001
     n, d = x.shape
     width = 0 if basis is None else branch_width(basis.shape[0], clip.shape[0])
     return (

@@ -20,7 +20,9 @@ def branch_width(rank: int, n_types: int) -> int:
     return padded(rank + n_types)
 
 
-TENSORS = ("mean", "channel_scale", "basis", "basis_scale", "left", "right", "clip", "factor")
+TENSORS = (
+    "mean", "channel_scale", "basis", "basis_scale", "left", "right", "clip", "factor", "mean_branch", "reach",
+)  # fmt: skip
 
 
 @dataclass
@@ -36,6 +38,10 @@ class InputTables:
         right (`float16`, shape `(padded b, padded b)`): Right factor, even columns before odd ones.
         clip (`float32`, shape `(n_types,)`): Share of the range kept, per type.
         factor (`float32`, shape `()`): The stored factors' product is that of `left` and `right` times this.
+        mean_branch (`float32`, shape `(n_means, r)`, *optional*): Scaled means times the codes of the basis: what a row's
+            product with the basis has too much when the row is not centred first. For Triton only.
+        reach (`float32`, shape `(max(1, n_means) + 1,)`, *optional*): Largest magnitude of each scaled mean, and of the
+            channel scale. For Triton only.
         a, b (`int`): Sizes of the factors.
         bits (`int`): 4 or 8.
         symmetric (`bool`): Kind of the grid.
@@ -49,6 +55,8 @@ class InputTables:
     right: torch.Tensor
     clip: torch.Tensor
     factor: torch.Tensor
+    mean_branch: torch.Tensor | None
+    reach: torch.Tensor | None
     a: int
     b: int
     bits: int
@@ -106,6 +114,12 @@ def half_factor(matrix: torch.Tensor) -> tuple[torch.Tensor, float]:
     return (matrix / shrink).half(), shrink
 
 
+def _reach(mean: torch.Tensor | None, channel_scale: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    means = like.new_zeros(1) if mean is None else mean.abs().amax(1)
+    scale = like.new_ones(1) if channel_scale is None else channel_scale.abs().amax()[None]
+    return torch.cat((means.float(), scale.float()))
+
+
 def make_tables(
     found: InputMap, basis: torch.Tensor | None, basis_scale: torch.Tensor | None, clip: torch.Tensor, bits: int,
     symmetric: bool,
@@ -118,11 +132,15 @@ def make_tables(
     padded_left[:a, :a] = left.mT
     padded_right = right.new_zeros(padded(b), padded(b))
     padded_right[:b, :b] = torch.cat((right[:, 0::2], right[:, 1::2]), dim=1)
+    mean = None if found.mean is None else found.mean.to(torch.bfloat16).contiguous()
+    scaled = None if mean is None else mean.double() * (1 if found.channel_scale is None else found.channel_scale)
     return InputTables(
-        mean=None if found.mean is None else found.mean.to(torch.bfloat16).contiguous(),
+        mean=mean,
         channel_scale=found.channel_scale,
         basis=None if basis is None else basis.mT.contiguous(),
         basis_scale=basis_scale,
+        mean_branch=None if scaled is None or basis is None else (scaled @ basis.double()).float(),
+        reach=_reach(scaled, found.channel_scale, clip),
         left=padded_left,
         right=padded_right,
         clip=clip,
@@ -152,6 +170,8 @@ def make_native_tables(
         right=found.right.contiguous(),
         clip=clip,
         factor=torch.ones((), device=clip.device),
+        mean_branch=None,
+        reach=None,
         a=len(found.left),
         b=len(found.right),
         bits=bits,
