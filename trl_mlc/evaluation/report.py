@@ -151,6 +151,7 @@ def _preferences(model, tokenizer, rows, groups, names, found, batch_size: int) 
 
 def _geometry(decoder, ids, names, anchor: str, layer: int, pooling: str, found, batch_size: int) -> None:
     """Fill in retrieval and cosines, each language on the rows it shares with the anchor."""
+
     def states_of(name: str, rows: list[int]) -> torch.Tensor:
         return prompt_states(decoder, [[ids[i][name]] for i in rows], [layer], pooling, batch_size)[0, 0]
 
