@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from mergekit_ot.anchors import MatchedText
-from mergekit_ot.vocabulary import transport_distribution
+from mergekit_ot.spelling import Spelling
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,15 @@ class Lesson:
         rows (`torch.Tensor` of shape `(n,)`): taught positions in it.
         tokens (`torch.Tensor` of shape `(n, k)`): target tokens the donor finds likeliest to come next.
         probabilities (`torch.Tensor` of shape `(n, k)`): their probabilities, rows summing to one.
-        states (`torch.Tensor` of shape `(n, width_target)`, *optional*): normalised donor stream, transported.
+        state_rows (`torch.Tensor` of shape `(m,)`, *optional*): positions at which both models have read the same text.
+        states (`torch.Tensor` of shape `(m, width_target)`, *optional*): normalised donor stream there, transported.
     """
 
     ids: torch.Tensor
     rows: torch.Tensor
     tokens: torch.Tensor
     probabilities: torch.Tensor
+    state_rows: torch.Tensor | None = None
     states: torch.Tensor | None = None
 
 
@@ -39,64 +42,55 @@ class Lesson:
 def prepare_lessons(
     donor: torch.nn.Module,
     texts: Sequence[MatchedText],
-    plan: torch.Tensor,
+    spelling: Spelling,
     target_size: int,
     *,
     top: int = 64,
     stream_map: torch.Tensor | None = None,
-    agreeing: bool = True,
+    inside: bool = True,
+    batch: int = 1,
 ) -> list[Lesson]:
     """Run the donor once over the adaptation texts and keep its likeliest continuations.
 
     Args:
         donor (`PreTrainedModel`): causal language model in eval mode.
         texts (`Sequence[MatchedText]`): texts in both tokenizations.
-        plan (`torch.Tensor` of shape `(donor_size,)`): vocabulary plan.
+        spelling ([`Spelling`]): vocabulary plan.
         target_size (`int`): the target's vocabulary size.
         top (`int`, *optional*, defaults to 64): continuations kept per position.
         stream_map (`torch.Tensor` of shape `(width_target, width_donor)`, *optional*): also keep the last stream,
-            transported.
-        agreeing (`bool`, *optional*, defaults to `True`): leave out matched positions after which the tokenizations
-            part, that is where the plan sends the donor's next token to another than the target's: there the donor
-            was asked for a longer or a shorter piece of text, and its answer would argue against the right token.
+            transported, at the positions that both tokenizations share.
+        inside (`bool`, *optional*, defaults to `True`): also teach inside donor tokens, see `Spelling.taught_rows`.
+        batch (`int`, *optional*, defaults to 1): texts read together.
 
     Returns:
-        `list[Lesson]` on the CPU, one per text with taught rows.
+        `list[Lesson]` on the CPU, one per text with taught rows, in order.
     """
     device = next(donor.parameters()).device
+    chosen = [(text, rows) for text in texts if (rows := spelling.taught_rows(text, inside))]
+    unspoken = (spelling.first < 0).to(device)
     lessons = []
-    for text in texts:
-        pairs = [pair for pair in zip(text.target_rows, text.donor_rows) if not agreeing or _agree(text, *pair, plan)]
-        if not pairs:
-            continue
-        ids = torch.tensor([text.donor_ids], device=device)
-        target_rows, donor_rows = torch.tensor(pairs).T
-        output = donor(input_ids=ids, use_cache=False, output_hidden_states=stream_map is not None)
-        logits = output.logits[0, donor_rows.to(device)]
-        likeliest = transport_distribution(logits, plan, target_size).topk(top, dim=-1)
-        probabilities = likeliest.values / likeliest.values.sum(dim=-1, keepdim=True)
-        states = None
-        if stream_map is not None:
-            rows = output.hidden_states[-2][0, donor_rows.to(device)].float()
-            rows = rows / rows.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
-            states = (rows @ stream_map.to(rows).T).cpu()
-        lessons.append(
-            Lesson(
-                torch.tensor(text.target_ids),
-                target_rows.contiguous(),
-                likeliest.indices.cpu(),
-                probabilities.cpu(),
-                states,
-            )
-        )
+    for start in range(0, len(chosen), batch):
+        part = chosen[start : start + batch]
+        ids = pad_sequence([torch.tensor(text.donor_ids) for text, _ in part], batch_first=True)
+        # padded on the right: a causal model's states before the padding are as without it
+        output = donor(input_ids=ids.to(device), use_cache=False, output_hidden_states=stream_map is not None)
+        for i, (text, rows) in enumerate(part):
+            logits = output.logits[i, : len(text.donor_ids)].float().masked_fill(unspoken, float("-inf"))
+            moved = spelling.distributions(torch.log_softmax(logits, dim=-1), text, rows, target_size)
+            likeliest = moved.topk(min(top, target_size), dim=-1)
+            probabilities = likeliest.values / likeliest.values.sum(dim=-1, keepdim=True)
+            state_rows = states = None
+            if stream_map is not None:
+                pairs = [(row.target_row, row.donor_row) for row in rows if not row.read]
+                state_rows, donor_rows = torch.tensor(pairs).T
+                stream = output.hidden_states[-2][i, donor_rows.to(device)].float()
+                stream = stream / stream.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
+                states = (stream @ stream_map.to(stream).T).cpu()
+            where = torch.tensor([row.target_row for row in rows])
+            answers = likeliest.indices.cpu(), probabilities.cpu()
+            lessons.append(Lesson(torch.tensor(text.target_ids), where, *answers, state_rows, states))
     return lessons
-
-
-def _agree(text: MatchedText, target_row: int, donor_row: int, plan: torch.Tensor) -> bool:
-    """Whether the tokens that follow a matched position correspond; never at the end of a side."""
-    if target_row + 1 >= len(text.target_ids) or donor_row + 1 >= len(text.donor_ids):
-        return False
-    return int(plan[text.donor_ids[donor_row + 1]]) == text.target_ids[target_row + 1]
 
 
 def distribution_loss(logits: torch.Tensor, tokens: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:

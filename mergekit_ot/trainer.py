@@ -85,7 +85,7 @@ class TransportSFTTrainer(SFTTrainer):
             answers = lesson.tokens.to(where.device), lesson.probabilities.to(where.device)
             taught.append(distribution_loss(outputs.logits[row, where], *answers))
             if factor:
-                near.append(stream_loss(outputs.hidden_states[-2][row, where], lesson.states))
+                near.append(stream_loss(outputs.hidden_states[-2][row, lesson.state_rows], lesson.states))
         mode = "train" if self.model.training else "eval"
         lessons = torch.stack(taught).mean()
         self._metrics[mode]["donor_cross_entropy"].append(float(lessons.detach()))

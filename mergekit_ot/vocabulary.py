@@ -1,9 +1,4 @@
-"""The plan between two vocabularies: which target token a donor token stands for.
-
-Where a donor token spells the same text as a target token they correspond. Any other donor token is cut by the target's
-tokenizer, and its probability belongs to the first piece: that is the token the target would have to predict. The plan
-has one entry per donor token, so a donor's next-token distribution becomes one over the target's vocabulary.
-"""
+"""What the tokens of two vocabularies spell: those that correspond, and the text of those that don't."""
 
 from __future__ import annotations
 
@@ -41,27 +36,14 @@ def shared_tokens(
     return ids[:, 0].contiguous(), ids[:, 1].contiguous()
 
 
-def vocabulary_plan(target: PreTrainedTokenizerBase, donor: PreTrainedTokenizerBase, donor_size: int) -> torch.Tensor:
-    """Target token of every donor token.
-
-    Args:
-        target, donor (`PreTrainedTokenizerBase`): tokenizers.
-        donor_size (`int`): rows of the donor's head, which may exceed its vocabulary.
-
-    Returns:
-        `torch.Tensor` of shape `(donor_size,)`, int64; -1 for special tokens, unused rows and
-        fragments of characters.
-    """
-    plan = torch.full((donor_size,), -1, dtype=torch.long)
+def spoken_tokens(
+    target: PreTrainedTokenizerBase, donor: PreTrainedTokenizerBase
+) -> tuple[dict[int, int], dict[int, str]]:
+    """Donor tokens with the target token that spells the same, and the text of those that have none."""
     target_ids, donor_ids = shared_tokens(target, donor)
-    plan[donor_ids] = target_ids
-    rest = [(i, _spoken(donor, i, text)) for i, text in token_texts(donor).items() if plan[i] < 0]
-    rest = [(i, text) for i, text in rest if text]
-    coded = target([text for _, text in rest], add_special_tokens=False)["input_ids"] if rest else []
-    for (i, _), ids in zip(rest, coded):
-        if ids:
-            plan[i] = ids[0]
-    return plan
+    same = dict(zip(donor_ids.tolist(), target_ids.tolist()))
+    rest = {i: _spoken(donor, i, text) for i, text in token_texts(donor).items() if i not in same}
+    return same, {i: text for i, text in rest.items() if text}
 
 
 def _spoken(tokenizer: PreTrainedTokenizerBase, index: int, text: str) -> str:
@@ -71,20 +53,3 @@ def _spoken(tokenizer: PreTrainedTokenizerBase, index: int, text: str) -> str:
     token = tokenizer.convert_ids_to_tokens(index)
     decoded = text if "▁" in token else tokenizer.convert_tokens_to_string([token])
     return "" if "\ufffd" in decoded else decoded
-
-
-def transport_distribution(logits: torch.Tensor, plan: torch.Tensor, target_size: int) -> torch.Tensor:
-    """Next-token distribution of the donor, expressed over the target's vocabulary.
-
-    Args:
-        logits (`torch.Tensor` of shape `(n, donor_size)`): donor logits.
-        plan (`torch.Tensor` of shape `(donor_size,)`): see `vocabulary_plan`.
-        target_size (`int`): the target's vocabulary size.
-
-    Returns:
-        `torch.Tensor` of shape `(n, target_size)` in float32, rows summing to one.
-    """
-    kept = (plan >= 0).to(logits.device)
-    probabilities = torch.softmax(logits.float().masked_fill(~kept, float("-inf")), dim=-1)
-    result = torch.zeros(logits.shape[0], target_size, device=logits.device)
-    return result.index_add_(1, plan.clamp_min(0).to(logits.device), probabilities)

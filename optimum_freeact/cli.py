@@ -65,6 +65,12 @@ def _add_output(parser: argparse.ArgumentParser, what: str) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(prog="freeact", description="4-bit weights, activations and KV cache for transformers models.")
+    add_commands(parser)
+    return parser
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add all subcommands to a parser: that of `freeact`, or of a command line that offers them under its own name."""
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     quantize = commands.add_parser("quantize", help="calibrate and save a quantized model")
@@ -96,6 +102,11 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("model", metavar="MODEL", help="a model quantized by freeact")
     export.add_argument("out", metavar="OUT", help="folder to write; appears only when everything went well")
     export.add_argument("--tokenizer", metavar="NAME", help="folder or name of the tokenizer; default: the model's")
+    export.add_argument(
+        "--layout", choices=("auto", "packed"), default="auto",
+        help="how codes are stored: auto, as transformers reads them (packed for weights alone, else a byte each), or packed "
+        "in any case, as vLLM wants them beside integer activations; default %(default)s",
+    )  # fmt: skip
     export.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
     _add_quiet(export)
 
@@ -109,7 +120,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_output(compare, "report in --out")
     _add_common(compare)
     add_settings(compare, ["n_samples", "seq_len", "batch_size", "seed"])
-    return parser
 
 
 def command_named(name: str) -> Callable[[argparse.Namespace], int | None]:
@@ -163,6 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(arguments)
     except SystemExit as stop:  # --help, or a line that cannot be read
         return int(stop.code or 0)
+    return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a parsed command; returns the exit code, and says on standard error what was wrong."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     from safetensors import SafetensorError
 

@@ -11,7 +11,7 @@ from optimum_freeact.presets import PRESETS
 from optimum_freeact.type_rules import AUTO, check_names, check_rule
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BITS = (4, 8, 16)
 CHOICES = {
     "weight_bits": BITS,
@@ -24,8 +24,12 @@ CHOICES = {
     "rounding": ("rtn", "gptq"),
     "calibration": ("closed_form", "learned"),
     "learned_start": ("closed_form", "random"),
+    "learned_part": ("maps", "outputs"),
     "error_correction": (True, False),
     "propagate_error": (True, False),
+    "sequential": (True, False),
+    "rounding_order": ("energy", "columns"),
+    "rounding_noise": (True, False),
     "exclusive": ("none", "fixed", "closed_form"),
     "attention_compensation": (True, False),
 }
@@ -36,11 +40,16 @@ DEFAULTS: dict[str, Any] = {
     "kv_bits": 16,
     "weight_group_size": None,
     "activation_group_size": None,
+    "low_rank_budget": None,
     "smooth_alpha": 0.5,
     "learned_start": "closed_form",
+    "learned_part": "maps",
     "learning_rate": 2e-3,
     "epochs": 15,
     "propagate_error": True,
+    "sequential": False,
+    "rounding_order": "energy",
+    "rounding_noise": True,
     "n_samples": 32,
     "seq_len": 512,
     "batch_size": 4,
@@ -58,7 +67,15 @@ RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress
 # may be given anew when a saved model is loaded
 LOADING = ("kv_bits", "typer")
 # written by the quantizer for those who load
-RECORDED = ("input_groups", "cluster_table", "exclusive_sizes", "weight_dtype", "cache_shapes", "calibration_record")
+RECORDED = (
+    "input_groups",
+    "experts",
+    "cluster_table",
+    "exclusive_sizes",
+    "weight_dtype",
+    "cache_shapes",
+    "calibration_record",
+)
 
 
 class FreeActConfig(QuantizationConfigMixin):
@@ -68,14 +85,15 @@ class FreeActConfig(QuantizationConfigMixin):
 
     Args:
         preset (`str`, *optional*, defaults to `"freeact"`):
-            `"rtn"`, `"smoothquant"`, `"quarot"`, `"flatquant"`, `"freeact-paper"` or `"freeact"`.
+            `"rtn"`, `"smoothquant"`, `"quarot"`, `"flatquant"`, `"freeact-paper"`, `"freeact-fast"` or
+            `"freeact"`.
         weight_bits, activation_bits (`int`, *optional*, defaults to 4): 4, 8 or 16 (16: not rounded).
         kv_bits (`int`, *optional*, defaults to 16): 4, 8 or 16, for the KV cache of every forward that uses one.
-        weight_group_size (`int`, *optional*): Columns per weight scale; must divide every linear's input size. The
-            default is one scale per output channel, which integer kernels need.
-        activation_group_size (`int`, *optional*): Entries per grid of an activation; must divide every linear's input
-            size. The default is one grid per token, which integer kernels need: with groups the product runs in
-            floating point. For `calibration="closed_form"` only.
+        weight_group_size (`int`, *optional*): Columns of a (transformed) weight that share a scale: one float per row times
+            one byte per group; `None` for one scale per row. A size given here must divide every linear's input size; a
+            preset's is replaced by the largest of 32 and 16 that does, or `None`, and recorded.
+        activation_group_size (`int`, *optional*): Entries of a (transformed) activation that share a grid, made at run time;
+            `None` for one grid per token. Divides as `weight_group_size` does.
         activation_symmetric (`bool`, *optional*): Symmetric or asymmetric grid per token.
         transform (`str`, *optional*): `"none"`, `"hadamard"`, `"kronecker"` (closed form or learned) or `"orthogonal"`
             (dense random; for comparison, d^2 numbers per input).
@@ -85,6 +103,8 @@ class FreeActConfig(QuantizationConfigMixin):
             `"shared"` by all tokens or `"per_type"`.
         low_rank (`int`, *optional*): Rank of a branch, stored in one byte a number, that carries each input's strongest
             directions around the rounding; 0 for none.
+        low_rank_budget (`float`, *optional*): Cut each input's rank (not below 8) to what fits into this share of the bfloat16
+            bytes of its linears, with all else that is stored but the codes; the default is not to.
         rounding (`str`, *optional*): `"rtn"` or `"gptq"` for the weights.
         rounding_passes (`int`, *optional*): Passes of coordinate descent after `"gptq"`, each with a second choice for
             every code; 0 is GPTQ itself.
@@ -107,12 +127,22 @@ class FreeActConfig(QuantizationConfigMixin):
         calibration (`str`, *optional*): `"closed_form"` (seconds) or `"learned"` (gradient steps on block outputs).
         learned_start (`str`, *optional*, defaults to `"closed_form"`): Where learning starts: `"closed_form"` or
             `"random"`. From the closed form it is kept only where the held-out block error falls.
+        learned_part (`str`, *optional*, defaults to `"maps"`): What is learned: the transforms, channel scales and clips, after
+            which weights are rounded again (`"maps"`), or the rows' scales, branches and biases behind the rounded weights
+            (`"outputs"`).
         learning_rate (`float`, *optional*, defaults to 2e-3): Of AdamW on transforms and scales; clips use ten times it.
         epochs (`int`, *optional*, defaults to 15): Passes over the calibration samples per block when learning.
         error_correction (`bool`, *optional*): Move each weight half the way to the one whose output on the quantized
             model's inputs is nearest to the full-precision model's.
         propagate_error (`bool`, *optional*, defaults to `True`): Calibrate each block on the outputs of the quantized
             blocks before it instead of the full-precision ones.
+        sequential (`bool`, *optional*, defaults to `False`): Round all weights first, as GPTQ and QuaRot do: what reaches a
+            linear in calibration has passed the quantized weights of all linears before it, those of its own block
+            included, and no rounding of activations.
+        rounding_order (`str`, *optional*, defaults to `"energy"`): In which order GPTQ rounds the columns: those whose
+            inputs have most energy first, or as they come (`"columns"`).
+        rounding_noise (`bool`, *optional*, defaults to `True`): Whether GPTQ's moments hold the rounding noise of the
+            activations.
         attention_compensation (`bool`, *optional*, defaults to `False`): Give the attention's output the moments that it has
             in full precision, by the weight of the linear that reads it (STaR-Quant; closed form, no cost when running).
         dataset (`str`, `list` or `torch.Tensor`, *optional*): Calibration data: a dataset name (needs `datasets` and a
@@ -191,11 +221,16 @@ class FreeActConfig(QuantizationConfigMixin):
         for name in ("weight_group_size", "activation_group_size"):
             if getattr(self, name) is not None:
                 self._check_int(name, minimum=2)
-        if self.activation_group_size is not None and self.calibration == "learned":
+        if self.format_version == 1 and self.weight_group_size is not None:
             raise ValueError(
-                "calibration='learned' has one grid per token: leave activation_group_size out, or use "
-                f"calibration='closed_form'; got activation_group_size={self.activation_group_size!r}."
+                "This checkpoint has format version 1 with weight_group_size set: its scales of groups were floats, which "
+                "this release does not read. Quantize the full-precision model again."
             )
+        budget = self.low_rank_budget
+        if budget is not None and (
+            isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < 1
+        ):
+            raise ValueError(f"low_rank_budget must be None or a number between 0 and 1, got {budget!r}.")
         for name in ("activation_clip", "weight_clip"):
             value = getattr(self, name)
             is_ratio = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
@@ -209,10 +244,28 @@ class FreeActConfig(QuantizationConfigMixin):
         skipped = self.modules_to_not_convert
         if skipped is not None and not (isinstance(skipped, list) and all(isinstance(s, str) for s in skipped)):
             raise ValueError(f"modules_to_not_convert must be a list of module names, got {skipped!r}.")
-        if self.calibration == "learned" and self.transform in ("none", "orthogonal"):
+        outputs = self.calibration == "learned" and self.learned_part == "outputs"
+        if outputs and (self.weight_bits == 16 or self.learned_start == "random"):
+            raise ValueError(
+                "learned_part='outputs' tunes what stands behind weights rounded in closed form: use weight_bits 4 or 8 and "
+                f"learned_start='closed_form', or learned_part='maps'; got {self.weight_bits} and {self.learned_start!r}."
+            )
+        maps = self.calibration == "learned" and self.learned_part == "maps"
+        if maps and self.transform in ("none", "orthogonal"):
             raise ValueError(
                 f"calibration='learned' learns Kronecker factors: use transform='kronecker' or 'hadamard' (as a start), "
                 f"got {self.transform!r}."
+            )
+        if self.sequential and (
+            self.calibration == "learned"
+            or self.error_correction
+            or self.attention_compensation
+            or not self.propagate_error
+        ):
+            raise ValueError(
+                "sequential=True goes with calibration='closed_form', propagate_error=True, error_correction=False and "
+                f"attention_compensation=False, got {self.calibration!r}, {self.propagate_error}, "
+                f"{self.error_correction} and {self.attention_compensation}."
             )
         if self.attention_compensation and (self.calibration == "learned" or self.error_correction):
             raise ValueError(
@@ -248,6 +301,11 @@ class FreeActConfig(QuantizationConfigMixin):
         if AUTO in self.token_types:
             raise ValueError(f"token_types={self.token_types} is not resolved yet: the model's config decides.")
         return len(self.token_types)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Arguments that the caller named; the others are the preset's, or defaults."""
+        return tuple(self.__dict__.get("_given", ()))
 
     @property
     def pooled_types(self) -> list[int]:

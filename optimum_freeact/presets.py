@@ -18,6 +18,21 @@ PLAIN = {
     "error_correction": False,
 }
 
+OURS = {
+    "activation_symmetric": False,
+    "transform": "hadamard",
+    "channel_scale": "none",
+    "centring": "per_type",
+    "rounding": "gptq",
+    "rounding_passes": 2,
+    "activation_clip": "search",
+    "weight_clip": "search",
+    "token_types": ["text", "sink", "auto"],
+    "calibration": "closed_form",
+    "learned_part": "outputs",
+    "error_correction": False,
+}
+
 PRESETS: dict[str, dict] = {
     # Round to nearest, per channel and per token: the floor every method must clear.
     "rtn": dict(PLAIN),
@@ -55,20 +70,20 @@ PRESETS: dict[str, dict] = {
         "propagate_error": False,
     },
     # Ours, in closed form: means per type subtracted, the sink a type of its own, the strongest directions carried by a
-    # one-byte branch, Hadamard rotation, second-order rounding with a second choice. Each choice is an ablation in
-    # benchmarks/results/accuracy.json. Rank 24 is what fits into 0.30 of the bfloat16 bytes at 576 inputs.
+    # one-byte branch, Hadamard rotation, second-order rounding with a second choice, and grids of few numbers each. Each
+    # choice is an ablation in benchmarks/results/accuracy.json. The ranks are what fits into 0.30 of the bfloat16 bytes
+    # beside the groups' scales.
     "freeact": {
-        "activation_symmetric": False,
-        "transform": "hadamard",
-        "channel_scale": "none",
-        "centring": "per_type",
+        "weight_group_size": 32,
+        "activation_group_size": 16,
+        "low_rank": 32,
+        "low_rank_budget": 0.047,
+        **OURS,
+    },
+    # The same with one grid per weight row and per token, which products over integers need throughout: a GPU's prefill is
+    # fastest so, at a loss of quality. Rank 24 is what fits into the same bytes.
+    "freeact-fast": {
         "low_rank": 24,
-        "rounding": "gptq",
-        "rounding_passes": 2,
-        "activation_clip": "search",
-        "weight_clip": "search",
-        "token_types": ["text", "sink", "auto"],
-        "calibration": "closed_form",
-        "error_correction": False,
+        **OURS,
     },
 }

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimum_freeact.cache_name import cache_in
 from optimum_freeact.type_rules import SINK, TEXT, check_names
 from optimum_freeact.type_state import Seen, TypeState
 
 
 def _past_length(arguments: dict[str, Any]) -> int | torch.Tensor:
-    cache = arguments.get("past_key_values")
+    cache = cache_in(arguments)
     return cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
 
 
@@ -37,7 +38,7 @@ def sink_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
 
     Args:
         arguments (`dict`): The decoder's keyword arguments: `input_ids` or `inputs_embeds`, and where present
-            `attention_mask`, `position_ids`, `past_key_values`.
+            `attention_mask`, `position_ids`, the cache.
 
     Returns:
         `torch.Tensor` (`bool`) of shape `(batch, sequence)`, or `None` when neither ids nor embeddings are given.

@@ -64,4 +64,4 @@ def test_merge_align_quantize_chat(tmp_path, monkeypatch):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out" / step)
     page = travel()  # nothing is done twice
     assert commands == []
-    assert page.count("| kept |") == 4
+    assert page.count("| kept |") == 3

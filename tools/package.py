@@ -4,18 +4,22 @@
     python -m tools.package --lowest            # the lower bounds of pyproject.toml, exactly
     python -m tools.package --extras align,merge,plots --keep DIR
 
-Needs `build`. What is installed is tried outside the repository: every public name is looked up, and each command runs.
+Needs `build`. What is installed is used outside the repository by `tools/first_use.py`: every public name is looked up, a
+tiny model is quantized, trained, merged, and each command runs. `benchmarks/packaging/run.py` does so for many versions.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -25,26 +29,12 @@ sys.path.insert(0, str(ROOT))
 from tools.lower_bounds import lower_bounds  # noqa: E402
 
 
-PACKAGES = ("optimum_freeact", "trl_mlc", "mergekit_ot")
-TRY = """
-import importlib, importlib.metadata, json, sys
-from pathlib import Path
-names = sys.argv[1].split(",")
-for package in names:
-    module = importlib.import_module(package)
-    place = Path(module.__file__).parent
-    assert "site-packages" in str(place), place
-    assert (place / "py.typed").is_file(), f"{package} has no py.typed"
-    for name in module.__all__:
-        getattr(module, name)
-found = {}
-for name in ("hf-concord", "torch", "transformers", "accelerate", "trl", "mergekit", "peft", "datasets", "POT"):
-    try:
-        found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        pass
-print(json.dumps({"python": sys.version.split()[0], **found}))
-"""
+COMMANDS = {"optimum_freeact": "freeact", "trl_mlc": "trl-mlc", "mergekit_ot": "mergekit-ot"}
+PACKAGES = tuple(COMMANDS)
+SOURCES = (*PACKAGES, "optimum")  # the last is a namespace of Optimum's, with one file of ours
+FIRST_USE = ROOT / "tools" / "first_use.py"
+#: What a checkout's tests need besides the packages themselves.
+TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "psutil")
 
 
 def run(*command: str | Path, cwd: Path | None = None, **changes: str) -> str:
@@ -64,7 +54,7 @@ def build(folder: Path, isolated: bool) -> tuple[Path, Path]:
 
 def problems(wheel: Path, sdist: Path) -> list[str]:
     """What is missing from the archives, or does not belong into them."""
-    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file())
+    files = (path for package in SOURCES for path in (ROOT / package).rglob("*") if path.is_file())
     sources = {str(path.relative_to(ROOT)) for path in files if path.parent.name != "__pycache__"}
     names = set(zipfile.ZipFile(wheel).namelist())
     found = [f"the wheel lacks {name}" for name in sorted(sources - names)]
@@ -78,28 +68,62 @@ def problems(wheel: Path, sdist: Path) -> list[str]:
     return found + [f"the sdist lacks {name}" for name in sorted(needed - inside)]
 
 
-def use(archive: Path, folder: Path, extras: str, lowest: bool, torch: str) -> str:
-    """Install an archive with its extras into a new environment and try it; returns the versions found there."""
-    python = folder / "bin" / "python"
-    run(sys.executable, "-m", "venv", folder)
-    constraints = folder / "constraints.txt"
-    bounds = lower_bounds((ROOT / "pyproject.toml").read_text(encoding="utf-8")) if lowest else {}
-    if torch:
-        bounds.pop("torch", None)
-    constraints.write_text("".join(f"{name}=={version}\n" for name, version in bounds.items()))
-    install = [python, "-m", "pip", "install", "-q", "--no-compile", "-c", constraints]
-    if torch:
-        run(*install, torch)
-    run(*install, f"{archive}[{extras}]" if extras else archive)
-    wanted = ["optimum_freeact"]
-    wanted += ["trl_mlc"] if "align" in extras else []
-    wanted += ["mergekit_ot"] if "merge" in extras else []
-    with tempfile.TemporaryDirectory() as elsewhere:
-        said = run(python, "-W", "ignore", "-c", TRY, ",".join(wanted), cwd=Path(elsewhere), HF_HUB_OFFLINE="1")
-        commands = {"optimum_freeact": "freeact", "trl_mlc": "trl-mlc", "mergekit_ot": "mergekit-ot"}
-        for package in wanted:
-            run(folder / "bin" / commands[package], "--help", cwd=Path(elsewhere))
-    return said.strip().splitlines()[-1]
+@dataclass
+class Environment:
+    """A fresh virtual environment with one of the archives in it."""
+
+    folder: Path
+    python: str = sys.executable
+    lowest: bool = False
+    torch: str = ""
+
+    @property
+    def interpreter(self) -> Path:
+        """Its own Python."""
+        return self.folder / "bin" / "python"
+
+    def install(self, archive: Path, extras: str, *more: str) -> None:
+        """Make it, and install the archive with its extras, with the lower bounds exactly if that is asked for."""
+        run(self.python, "-m", "venv", self.folder)
+        bounds = lower_bounds((ROOT / "pyproject.toml").read_text(encoding="utf-8")) if self.lowest else {}
+        if self.torch:
+            bounds.pop("torch", None)
+        constraints = self.folder / "constraints.txt"
+        constraints.write_text("".join(f"{name}=={version}\n" for name, version in bounds.items()))
+        pip = [self.interpreter, "-m", "pip", "install", "-q", "--no-compile", "-c", constraints]
+        if self.torch:
+            run(*pip, self.torch)
+        run(*pip, f"{archive}[{extras}]" if extras else archive, *more)
+
+    def use(self, package: str) -> dict:
+        """Run a package once for real, outside the repository, and its command; returns what was found."""
+        with tempfile.TemporaryDirectory() as elsewhere:
+            run(self.folder / "bin" / COMMANDS[package], "--help", cwd=Path(elsewhere))
+            said = run(self.interpreter, FIRST_USE, package, cwd=Path(elsewhere), HF_HUB_OFFLINE="1")
+        return json.loads(said.strip().splitlines()[-1])
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the hosts that are installed."""
+        return json.loads(run(self.interpreter, FIRST_USE))["versions"]
+
+    def test(self, *paths: str) -> tuple[dict[str, int], list[str]]:
+        """Run the repository's tests with what is installed here; returns counts, and the tests that failed."""
+        words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", *paths]
+        done = subprocess.run([self.interpreter, *words], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        last = done.stdout.strip().splitlines()[-1]
+        counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+        return counts, re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+
+
+def packages_of(extras: str) -> list[str]:
+    """The packages that an installation with these extras can use."""
+    return [
+        "optimum_freeact",
+        *(["trl_mlc"] if "align" in extras else []),
+        *(["mergekit_ot"] if "merge" in extras else []),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,6 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--torch", default=os.environ.get("TORCH", ""), help="torch to install first, as a requirement"
     )
+    parser.add_argument("--python", default=sys.executable, help="interpreter of the environments (default: this one)")
     parser.add_argument("--no-isolation", action="store_true", help="build with the setuptools that is here")
     parser.add_argument("--only-build", action="store_true", help="build and look into the archives")
     parser.add_argument("--keep", type=Path, help="put the archives here")
@@ -127,8 +152,14 @@ def main(arguments: list[str] | None = None) -> int:
         )
         for archive in [] if options.only_build else [wheel, sdist]:
             extras = options.extras if archive == wheel else ""
-            said = use(archive, Path(name) / archive.suffix.strip("."), extras, options.lowest, options.torch)
-            print(f"{archive.name}[{extras}]: {said}")
+            place = Path(name) / archive.suffix.strip(".")
+            environment = Environment(place, options.python, options.lowest, options.torch)
+            environment.install(archive, extras)
+            for package in packages_of(extras):
+                found = environment.use(package)
+                print(
+                    f"{archive.name}[{extras}]: {package} works ({found['seconds'][package]} s), {found['versions']}"
+                )
     return 0
 
 

@@ -9,7 +9,7 @@ from trl_mlc.losses import SIGMA_NORMS, SOLVERS
 from trl_mlc.pooling import POOLINGS
 
 
-OBJECTIVES = ("rank1", "cosine")
+OBJECTIVES = ("rank1", "cosine", "none")
 CENTERS = ("none", "language", "common")
 
 
@@ -33,7 +33,8 @@ class MLCArguments:
         mlc_pooling (`str`, *optional*, defaults to `"last"`):
             `"last"` token of the prompt (where the answer begins) or the `"mean"` of its tokens.
         mlc_objective (`str`, *optional*, defaults to `"rank1"`):
-            `"rank1"`, the paper's loss, or `"cosine"`, one minus the mean pairwise cosine (its ablation).
+            `"rank1"`, the paper's loss; `"cosine"`, one minus the mean pairwise cosine (its ablation); `"none"`, only
+            what `mlc_repulsion` and `mlc_contrast` add.
         mlc_temperature (`float`, *optional*, defaults to 0.2):
             Temperature of the softmax over singular values (tau).
         mlc_sigma_norm (`str`, *optional*, defaults to `"top"`):
@@ -54,6 +55,14 @@ class MLCArguments:
             a per-device batch of at least two prompts; other processes' prompts are not seen.
         mlc_repulsion_temperature (`float`, *optional*, defaults to 0.2):
             Temperature of that soft maximum: lower looks at the nearest wrong prompts only.
+        mlc_contrast (`float`, *optional*, defaults to 0.0):
+            Weight, inside the term, of the contrast: the cross-entropy of finding each translation's own anchor prompt
+            among those of the batch. It needs several prompts per device, and gains nothing from wrong translations.
+        mlc_contrast_temperature (`float`, *optional*, defaults to 0.1):
+            Temperature of that cross-entropy.
+        mlc_anchor_detached (`bool`, *optional*, defaults to `False`):
+            The anchor's states are a target only: the term moves the translations towards them and not them towards
+            the translations.
         mlc_extractor_dim (`int`, *optional*, defaults to 512):
             Width of the linear extractor; 0 for none.
         mlc_extractor_bias (`bool`, *optional*, defaults to `True`):
@@ -93,6 +102,9 @@ class MLCArguments:
     mlc_center_momentum: float = _option(0.99, "Weight of the past in the language means.")
     mlc_repulsion: float = _option(0.0, "Weight of the repulsion between different prompts of a batch.")
     mlc_repulsion_temperature: float = _option(0.2, "Temperature of the repulsion's soft maximum.")
+    mlc_contrast: float = _option(0.0, "Weight of finding each translation's own anchor prompt in the batch.")
+    mlc_contrast_temperature: float = _option(0.1, "Temperature of the contrast's softmax.")
+    mlc_anchor_detached: bool = _option(False, "The anchor's states are a target only, without a gradient.")
     mlc_extractor_dim: int = _option(512, "Width of the linear extractor, 0 for none.")
     mlc_extractor_bias: bool = _option(True, "Whether the extractor has a bias.")
     mlc_extractor_frozen: bool = _option(False, "Keep the extractor at its random start.")
@@ -119,7 +131,7 @@ class MLCArguments:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}.")
-        for name in ("mlc_temperature", "mlc_repulsion_temperature"):
+        for name in ("mlc_temperature", "mlc_repulsion_temperature", "mlc_contrast_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if not 0 <= self.mlc_center_momentum < 1:
@@ -162,6 +174,7 @@ class MLCArguments:
 _LOWEST = {
     "mlc_weight": 0,
     "mlc_repulsion": 0,
+    "mlc_contrast": 0,
     "mlc_extractor_dim": 0,
     "mlc_extractor_lr": 0,
     "mlc_scan_prompts": 2,

@@ -174,6 +174,40 @@ def repulsion_loss(representations: torch.Tensor, mask: torch.Tensor, temperatur
     return temperature * (torch.logsumexp(logits.flatten(), 0) - different.sum().log())
 
 
+def contrast_loss(
+    representations: torch.Tensor, mask: torch.Tensor, anchors: torch.Tensor, temperature: float = 0.1
+) -> torch.Tensor:
+    r"""Cross-entropy of finding, for each translation, its own anchor prompt among those of the batch.
+
+    \\( -\log \mathrm{softmax}_{n'}(\cos(z_{n,l}, z_{n',a}) / \tau)_n \\), mean over the translations of a row, then over
+    rows. A translation that says nothing about its anchor costs the logarithm of the number of anchors, and nothing lowers
+    that but the anchor's own content: unlike the consistency loss it has nothing to gain from shuffled translations, nor
+    from a common direction.
+
+    Args:
+        representations (`torch.Tensor` of shape `(N, M, d)`): any floating dtype.
+        mask (`torch.Tensor` of shape `(N, M)`, bool): which languages exist.
+        anchors (`torch.Tensor` of shape `(N, M)`, bool): which entries are the anchor language, at most one in a row.
+        temperature (`float`, *optional*, defaults to 0.1).
+
+    Returns:
+        `torch.Tensor` of shape `()`: rows without an anchor or a translation add zero; zero (with a graph) when fewer
+        than two rows have an anchor.
+    """
+    units = unit_rows(representations, mask)
+    anchors = anchors & mask
+    has_anchor = anchors.any(1)
+    if has_anchor.sum() < 2:
+        return representations.sum() * 0.0
+    keys = (units * anchors.unsqueeze(-1)).sum(1)  # (N, d)
+    logits = (units @ keys.T / temperature).masked_fill(~has_anchor, -torch.inf)  # (N, M, N)
+    own = torch.arange(len(units), device=units.device).view(-1, 1, 1).expand(-1, units.shape[1], 1)
+    counted = mask & ~anchors & has_anchor.unsqueeze(1)
+    losses = torch.logsumexp(logits, -1) - logits.gather(2, own).squeeze(2)
+    per_row = torch.where(counted, losses, 0.0).sum(1) / counted.sum(1).clamp_min(1)
+    return per_row.mean()
+
+
 def cross_prompt_cosine(representations: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean cosine between different prompts over all languages: the collapse alarm. NaN for a single prompt.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 
 from datasets import Dataset
 
-from trl_mlc.prompts import COLUMN
+from trl_mlc.prompts import COLUMN, translations_of
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -80,23 +81,35 @@ def join_translations(
     return dataset.add_column(COLUMN, rows)
 
 
-def shuffled_translations(dataset: Dataset, seed: int = 0) -> Dataset:
-    """The negative control: every row gets another row's translations, moved as a whole.
+def shuffled_translations(dataset: Dataset, seed: int = 0, each: bool = False) -> Dataset:
+    """The negative control: every row gets another row's translations. No row keeps one of its own.
 
-    A gain that survives this is not due to the tie between an anchor prompt and its translations. The translations of a
-    row stay together, so among themselves they are still translations. No row keeps its own.
+    A gain that survives this is not due to translation. By default the translations of a row are moved as a whole:
+    among themselves they are still translations, and only the tie to the anchor is broken. With `each`, every language
+    is moved on its own, and no two prompts of a row belong together but by chance.
 
     Args:
         dataset (`datasets.Dataset`): with the column; at least two rows.
         seed (`int`, *optional*, defaults to 0).
+        each (`bool`, *optional*, defaults to `False`): move each language on its own.
     """
-    import random
-
-    order = list(range(len(dataset)))
-    random.Random(seed).shuffle(order)
-    given = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle through all rows
     column = list(dataset[COLUMN])
-    return dataset.remove_columns(COLUMN).add_column(COLUMN, [column[given[i]] for i in range(len(dataset))])
+    if each:
+        rows = [translations_of(row) for row in dataset.select_columns([COLUMN])]
+        names = sorted(set().union(*rows))
+        given = {name: _one_cycle(len(rows), f"{seed}-{name}") for name in names}
+        moved = [{name: rows[given[name][i]].get(name) for name in names} for i in range(len(rows))]
+    else:
+        cycle = _one_cycle(len(column), seed)
+        moved = [column[cycle[i]] for i in range(len(column))]
+    return dataset.remove_columns(COLUMN).add_column(COLUMN, moved)
+
+
+def _one_cycle(count: int, seed: int | str) -> dict[int, int]:
+    """A random permutation without a fixed point: one cycle through all."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
 def _messages(value):

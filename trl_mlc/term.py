@@ -8,10 +8,16 @@ import torch
 
 from trl_mlc.arguments import MLCArguments
 from trl_mlc.collator import to_groups
-from trl_mlc.losses import consistency_loss, cross_prompt_cosine, pairwise_cosine_loss, repulsion_loss
+from trl_mlc.losses import (
+    consistency_loss,
+    contrast_loss,
+    cross_prompt_cosine,
+    pairwise_cosine_loss,
+    repulsion_loss,
+)
 
 
-NAMES = ("loss", "energy", "cosine_min", "languages", "cross_prompt_cosine", "repulsion")
+NAMES = ("loss", "energy", "cosine_min", "languages", "cross_prompt_cosine", "repulsion", "contrast")
 
 
 class MLCTerm(NamedTuple):
@@ -24,7 +30,7 @@ class MLCTerm(NamedTuple):
 
 
 def mlc_term(representations: torch.Tensor, prompts: dict, args: MLCArguments) -> MLCTerm:
-    """Score the representations of a batch's prompts.
+    """Score the representations of a batch's prompts; language 0 is the anchor.
 
     The mean is over all rows of the batch, as in the paper's 1/N: rows without translations add zero. So it does not
     matter how rows are spread over processes and accumulated batches. `mlc/loss` is logged over rows that have
@@ -35,12 +41,24 @@ def mlc_term(representations: torch.Tensor, prompts: dict, args: MLCArguments) -
         prompts (`dict`): from [`~trl_mlc.collator.collate_prompts`].
         args ([`~trl_mlc.arguments.MLCArguments`]).
     """
+    is_anchor = prompts["language"] == 0
+    if args.mlc_anchor_detached:
+        representations = torch.where(is_anchor.unsqueeze(1), representations.detach(), representations)
     groups, mask = to_groups(representations, prompts)
     found = consistency_loss(
         groups, mask, args.mlc_temperature, args.mlc_sigma_norm, args.mlc_signed, solver=args.mlc_solver
     )
-    loss = found.loss if args.mlc_objective == "rank1" else pairwise_cosine_loss(groups, mask)
-    repulsion = torch.zeros((), device=loss.device)
+    if args.mlc_objective == "rank1":
+        loss = found.loss
+    elif args.mlc_objective == "cosine":
+        loss = pairwise_cosine_loss(groups, mask)
+    else:
+        loss = groups.sum() * 0.0
+    repulsion = contrast = torch.zeros((), device=loss.device)
+    if args.mlc_contrast > 0:
+        anchors = to_groups(is_anchor.unsqueeze(1).float(), prompts)[0].squeeze(-1) > 0
+        contrast = contrast_loss(groups, mask, anchors, args.mlc_contrast_temperature)
+        loss = loss + args.mlc_contrast * contrast
     if args.mlc_repulsion > 0:
         repulsion = repulsion_loss(groups, mask, args.mlc_repulsion_temperature)
         loss = loss + args.mlc_repulsion * repulsion
@@ -50,5 +68,6 @@ def mlc_term(representations: torch.Tensor, prompts: dict, args: MLCArguments) -
     pairs = torch.isfinite(across).float()
     sums = [found.per_group.detach()[compared].sum(), found.energy[compared].sum(), found.min_cosine[compared].sum()]
     sums += [mask[compared].sum(), torch.nan_to_num(across), repulsion.detach()]
-    counts = [n, n, n, n, pairs, pairs * (args.mlc_repulsion > 0)]
+    sums.append(contrast.detach() * pairs)
+    counts = [n, n, n, n, pairs, pairs * (args.mlc_repulsion > 0), pairs * (args.mlc_contrast > 0)]
     return MLCTerm(loss, torch.stack([s.float() for s in sums]), torch.stack(counts), NAMES)

@@ -1,78 +1,126 @@
 """What a donor adds to adaptation where text is scarce: real pairs, every arm and control at equal budget.
 
-    python benchmarks/merge/kit.py                                       # once: the donors' side, see there
-    python benchmarks/merge/adaptation.py --device cuda                  # both tasks, three seeds
-    python benchmarks/merge/adaptation.py --tasks code --seeds 0 --rows code0.jsonl     # a part, for one of several processes
-    python benchmarks/merge/adaptation.py --collect code0.jsonl ...      # writes the result file of the parts
+    python benchmarks/merge/kit.py                                       # once: the texts, see there
+    python benchmarks/merge/adaptation.py --device cuda --rows rows-0.jsonl --scratch scratch     # one of several processes
+    python benchmarks/merge/adaptation.py --collect rows-*.jsonl         # writes the result file of what they measured
 
-Every arm sees the same few texts in the same order for the same number of steps at the same learning rate, the one of
-`RATES` at which plain fine-tuning (`none`) does best on validation text. Of every run the step with the best validation loss
-is scored on held-out text. `merge` arms train around a frozen transported residual (attention, as in the paper; gate off, so
-that the random donor gets the same chance); `teacher` arms mix the donor's transported next-token distribution into the
-loss; in `writer` arms the donor also goes on from the first tokens of every text, so that its lessons are on more text than
-there is; `stream` arms draw the target's last states to the donor's transported ones. Each has its random-weights control,
-and `own texts` is the writer's: the target itself writes. Arms that the kit or the machine lacks the donor for are left out.
-Needs the asset `smollm2` and the kit; the donor's tokenizer for the random writer; neither mergekit, POT nor TRL.
+Every arm has the same few texts, the same number of steps of the same number of texts and the same choice of settings
+(learning rate, length of the schedule, share of the lessons), and takes the setting and the step that are best on validation
+text; it is scored on held-out text. `merge` arms train around a frozen transported residual (attention, as in the paper; gate
+off, so that the random donor gets the same chance); `teacher` arms mix the donor's next-token distribution, carried by the
+vocabulary plan, into the loss; in `writer` arms the donor also goes on from the first tokens of every text, and a fixed part
+of every batch is what it wrote; `stream` arms draw the target's last states to the donor's transported ones. Every such arm
+has two controls: the same from a donor with random weights, and the same from the target itself (`own`), which has every
+effect but that of the donor's knowledge. Processes that share `--scratch` share the work, on any number of GPUs.
+Needs the assets `smollm2`, `qwen2.5` and `gemma3-270m`, and the kit; neither mergekit, POT nor TRL.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from functools import cache, cached_property
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from benchmarks._results import command_line, write  # noqa: E402
 from benchmarks.merge.adaptation_claims import summary  # noqa: E402
-from benchmarks.merge.kit import (  # noqa: E402
-    PROMPT,
-    STATE_STEP,
-    TARGET,
-    TASKS,
-    Gift,
-    continuations,
-    load_gift,
-    load_kit,
-    take,
-    teach,
-    write_texts,
-)
+from benchmarks.merge.gifts import TEMPERATURE, WRITINGS, WRITTEN, Givers, Lessons  # noqa: E402
+from benchmarks.merge.kit import TARGET, TASKS, digest, load_kit  # noqa: E402
 from benchmarks.merge.texts import padded  # noqa: E402
 from mergekit_ot.adaptation import attach_residuals  # noqa: E402
-from mergekit_ot.controls import random_donor  # noqa: E402
-from mergekit_ot.teacher import Lesson, distribution_loss, stream_loss  # noqa: E402
 from tools.assets import fetch  # noqa: E402
 
 
-#: Arms, most telling first: whose weights are frozen in, whose predictions are taught, whose stream, who writes text.
+@dataclass(frozen=True)
+class Arm:
+    """Whose weights are frozen in, whose predictions are taught, whose stream, who writes."""
+
+    merged: str | None = None
+    teacher: str | None = None
+    stream: str | None = None
+    writer: str | None = None
+    inside: bool = True
+
+
+#: Most telling first.
 ARMS = {
-    "none": (None, None, None, None),
-    "writer and teacher": (None, "real", None, "real"),
-    "shrink": ("zero", None, None, None),
-    "own texts": (None, None, None, "target"),
-    "teacher": (None, "real", None, None),
-    "writer and teacher, random donor": (None, "random", None, "random"),
-    "teacher, random donor": (None, "random", None, None),
-    "merge": ("real", None, None, None),
-    "merge, random donor": ("random", None, None, None),
-    "merge and teacher": ("real", "real", None, None),
-    "merge and teacher, random donor": ("random", "random", None, None),
-    "stream": (None, None, "real", None),
-    "stream, random donor": (None, None, "random", None),
+    "none": Arm(),
+    "writer and teacher": Arm(teacher="real", writer="real"),
+    "own texts and own teacher": Arm(teacher="target", writer="target"),
+    "teacher": Arm(teacher="real"),
+    "own teacher": Arm(teacher="target"),
+    "own texts": Arm(writer="target"),
+    "writer": Arm(writer="real"),
+    "shrink": Arm(merged="zero"),
+    "writer and teacher, random donor": Arm(teacher="random", writer="random"),
+    "teacher, random donor": Arm(teacher="random"),
+    "merge": Arm(merged="real"),
+    "merge, random donor": Arm(merged="random"),
+    "merge, writer and teacher": Arm(merged="real", teacher="real", writer="real"),
+    "teacher at shared positions": Arm(teacher="real", inside=False),
+    "stream": Arm(stream="real"),
+    "stream, random donor": Arm(stream="random"),
 }
-#: Learning rates tried on `none`; shares of the donor's distribution tried on both donors' `teacher` arms.
-RATES, SHARES = (1e-4, 5e-5, 2e-4), (0.5, 0.9)
+#: All there is, few texts, and a look at donors that write: groups of arms with the same choices, first things first.
+ALL, FEW = 2000, 40
+LONG, SHORT = ["1e-4:300x16", "2e-4:300x16"], ["1e-4:96x8", "5e-5:48x8"]
+PLAN = [
+    {"texts": ALL, "settings": LONG, "arms": ["none", "teacher"]},
+    {"texts": FEW, "settings": SHORT, "arms": ["none", "shrink", "teacher"]},
+    {"texts": ALL, "settings": LONG, "arms": ["shrink"]},
+    {"texts": ALL, "settings": LONG[:1], "shares": [0.5], "arms": ["own teacher", "teacher, random donor"]},
+    {"texts": FEW, "settings": SHORT[:1], "arms": ["own teacher", "teacher at shared positions"]},
+    {"texts": FEW, "settings": SHORT[:1], "shares": [0.5], "arms": ["teacher, random donor"]},
+    {"texts": FEW, "settings": SHORT[:1], "arms": ["merge", "merge, random donor", "stream", "stream, random donor"]},
+    {"texts": ALL, "settings": LONG[:1], "arms": ["merge", "merge, random donor"]},
+    {
+        "texts": FEW,
+        "settings": ["1e-4:96x32"],
+        "shares": [0.9],
+        "seeds": [0],
+        "arms": ["writer and teacher", "writer", "own texts"],
+    },
+    {"texts": ALL, "settings": LONG, "arms": ["own teacher"]},
+]
+#: Of a batch in `writer` arms, the part that is the given texts.
+GIVEN = 0.25
 STREAM_WEIGHT = 1.0
+#: Texts in memory at once; larger batches are summed from such parts.
+AT_ONCE = 16
+#: Steps after which a model is scored; the last is always one.
+SCORED_AFTER = (4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an arm may choose: learning rate, steps of so many texts, share of the lessons in the loss."""
+
+    rate: float
+    steps: int
+    batch: int
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A gift to prepare (`name` of a file) or a run of an arm, for one task, seed and number of given texts."""
+
+    task: str
+    seed: int
+    texts: int
+    name: str
+    setting: Setting | None = None
 
 
 def run_model(model, ids: torch.Tensor, states: bool = False):
@@ -96,161 +144,270 @@ def score(model, texts: list[list[int]], device: str) -> float:
     return total / count
 
 
-def lesson_losses(output, lessons: list[Lesson], taught: bool) -> torch.Tensor:
-    """Mean of the lessons' losses over a batch: on predictions, or on the stream."""
-    source = output.logits if taught else output.hidden_states[-2]
-    rows = [one.rows if taught else one.rows[::STATE_STEP] for one in lessons]
-    picked = torch.cat([source[i, where.to(source.device)] for i, where in enumerate(rows)])
-    names = ("tokens", "probabilities") if taught else ("states",)
-    answers = [torch.cat([getattr(one, name) for one in lessons]).to(source.device) for name in names]
-    return distribution_loss(picked, *answers) if taught else stream_loss(picked, *answers)
+def lesson_loss(model, batch: Lessons, arm: Arm, share: float) -> torch.Tensor:
+    """Mean over positions: the text's own next token, and where the giver teaches, its distribution by `share`."""
+    ids = batch.ids.long()
+    output = run_model(model, ids, states=arm.stream is not None)
+    logits = output.logits[:, :-1].float()
+    normaliser = logits.logsumexp(-1)
+    losses = normaliser - logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    if arm.teacher is not None:
+        answers = batch.probabilities[:, :-1].float()
+        expected = (logits.gather(-1, batch.tokens[:, :-1].long()) * answers).sum(-1)
+        taught = batch.taught[:, :-1]
+        losses = torch.where(taught, (1 - share) * losses + share * (normaliser - expected), losses)
+    counted = torch.arange(ids.shape[1] - 1, device=ids.device) < batch.lengths[:, None] - 1
+    loss = losses[counted].mean()
+    if arm.stream is not None:
+        stream = output.hidden_states[-2].float()
+        stream = stream / stream.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+        loss = loss + STREAM_WEIGHT * (stream - batch.states.float())[batch.stated].square().mean()
+    return loss
 
 
-def needs_plans(arm: str) -> bool:
-    """Whether an arm takes transported weights or streams."""
-    merged, _, stream, _ = ARMS[arm]
-    return merged in ("real", "random") or stream is not None
+def joined(parts: list[Lessons]) -> Lessons:
+    """Several batches as one; states only where all have them."""
+    return Lessons(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Lessons)))
+
+
+def draws(count: int, size: int, draw: torch.Generator) -> Iterator[list[int]]:
+    """Batches of `size` out of `count`, in rounds of random order."""
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < size:
+            waiting += torch.randperm(count, generator=draw).tolist()
+        yield waiting[:size]
+        waiting = waiting[size:]
 
 
 class Bench:
-    """One task and seed: the target, the texts, and what the real and the random donor give."""
+    """The work on some tasks, seeds and arms, shared with other processes through a scratch folder."""
 
-    def __init__(self, task: str, seed: int, options: argparse.Namespace, keep: Callable[[list], None] = len):
-        self.task, self.seed, self.options, self.keep = task, seed, options, keep
-        self.kit, self.target = load_kit(options.kit / task), fetch(TARGET)
-        self.folder, self.scratch = options.kit / task, tempfile.TemporaryDirectory()
-        draw = torch.Generator().manual_seed(seed)
-        self.part = torch.randperm(len(self.kit.train), generator=draw)[: options.texts].tolist()
-        self.rows: list[dict] = []
-        self.give, self.taught, self.written = cache(self.give), cache(self.taught), cache(self.written)
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.target, self._givers, self._kept = options, fetch(TARGET), {}, {}
+        options.scratch.mkdir(parents=True, exist_ok=True)
 
-    @cached_property
-    def random(self) -> Path:
-        """Checkpoint of a donor of the real one's shape with random weights."""
-        return random_donor(self.kit.folder / "donor", Path(self.scratch.name) / "random", seed=self.seed)
+    def givers(self, task: str) -> Givers:
+        if task not in self._givers:
+            self._givers[task] = Givers(load_kit(self.options.kit / task), self.options.scratch, self.options.device)
+        return self._givers[task]
 
-    def give(self, donor: str) -> Gift:
-        """Everything a donor gives; the random one's is made on first use."""
-        if donor == "real":
-            return load_gift(self.folder / "real.safetensors")
-        return take(self.kit, self.target, self.random, self.options.device)
+    def part(self, job: Job) -> list[int]:
+        """Which texts of the kit a seed adapts on."""
+        count = len(self.givers(job.task).kit.train)
+        return torch.randperm(count, generator=torch.Generator().manual_seed(job.seed))[: job.texts].tolist()
 
-    def taught(self, donor: str) -> list[Lesson]:
-        """A donor's lessons on all texts."""
-        if donor == "random":
-            lessons = teach(self.kit, self.target, self.random, self.options.device).lessons
+    # --- jobs ---------------------------------------------------------------------------------------------------------
+    @staticmethod
+    def needs(arm: Arm) -> list[str]:
+        """Gifts that an arm takes; the texts alone are in the lessons of the target."""
+        found = [f"lessons {arm.teacher or 'target'}{'' if arm.inside else ' shared'}"]
+        found += [f"written {arm.writer}"] if arm.writer else []
+        return found + [f"plans {giver}" for giver in (arm.merged, arm.stream) if giver not in (None, "zero")]
+
+    def path(self, job: Job, gift: str) -> Path:
+        """File of a gift: lessons and plans are the same for all numbers of texts, the real donor's for all seeds."""
+        name = f"{job.task} {gift}"
+        if gift.startswith("written"):
+            name += f" of {job.texts}"
+        if "random" in gift or gift.startswith("written"):
+            name += f" seed {job.seed}"
+        return self.options.scratch / f"{name}.pt".replace(" ", "-")
+
+    def jobs(self) -> list[Job]:
+        """Everything to do: group by group, what it needs first."""
+        jobs: list[Job] = []
+        prepared: set[Path] = set()
+        for group in groups(self.options):
+            runs: list[Job] = []
+            for name in group["arms"]:
+                for seed in group["seeds"]:
+                    for task in self.options.tasks:
+                        texts = min(group["texts"], len(self.givers(task).kit.train))
+                        for gift in self.needs(ARMS[name]):
+                            made = Job(task, seed, texts, gift)
+                            if self.path(made, gift) not in prepared:
+                                prepared.add(self.path(made, gift))
+                                jobs.append(made)
+                        for rate, steps, batch in group["settings"]:
+                            for share in group["shares"] if ARMS[name].teacher else [0.0]:
+                                runs.append(Job(task, seed, texts, name, Setting(rate, steps, batch, share)))
+            jobs += runs
+        return list(dict.fromkeys(jobs))
+
+    def claim(self, job: Job) -> bool:
+        """Whether this process is the one that does it."""
+        name = f"{job}" if job.setting else self.path(job, job.name).name
+        try:
+            os.close(os.open(self.options.scratch / f"claim {name}".replace("/", "-"), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+    def work(self) -> None:
+        """Do what is left to do and not done by others, as soon as what it needs is there."""
+        waiting = self.jobs()
+        while waiting:
+            for job in list(waiting):
+                paths = [self.path(job, gift) for gift in self.needs(ARMS[job.name])] if job.setting else []
+                if any(path.with_suffix(".failed").exists() for path in paths):
+                    waiting.remove(job)
+                elif all(path.exists() for path in paths):
+                    waiting.remove(job)
+                    if self.claim(job):
+                        self.do(job)
+                        break
+            else:
+                time.sleep(0.5)
+
+    def do(self, job: Job) -> None:
+        """Prepare a gift or run an arm; what fails is left out, with what needs it."""
+        start = time.perf_counter()
+        try:
+            if job.setting:
+                self.run(job)
+            else:
+                self.give(job)
+        except Exception as error:
+            traceback.print_exc()
+            print(f"{job}: {error}", flush=True)
+            if not job.setting:
+                self.path(job, job.name).with_suffix(".failed").touch()
+        print(f"[{time.strftime('%H:%M:%S')}] {job}: {time.perf_counter() - start:.1f} s", flush=True)
+
+    def give(self, job: Job) -> None:
+        """Prepare a gift."""
+        kind, giver, *shared = job.name.split()
+        givers, path = self.givers(job.task), self.path(job, job.name)
+        if kind == "lessons":
+            gift = givers.lessons(giver, job.seed, inside=not shared)
+        elif kind == "written":
+            gift = givers.written(giver, job.seed, self.part(job))
         else:
-            light = self.folder / "lessons.safetensors"
-            lessons = load_gift(light).lessons if light.is_file() else self.give("real").lessons
-        if len(lessons) != len(self.kit.train):
-            raise ValueError(
-                f"{self.folder}: {len(lessons)} lessons on {len(self.kit.train)} texts; make the kit anew."
-            )
-        return lessons
+            gift = givers.plans(giver, job.seed)
+        torch.save(gift, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
 
-    def written(self, writer: str) -> list[Lesson]:
-        """What a donor, or the target itself, writes on from this seed's texts."""
-        if writer == "target":
-            model = (
-                AutoModelForCausalLM.from_pretrained(self.target, dtype=torch.float32).to(self.options.device).eval()
-            )
-            prompts = [self.kit.train[i].target_ids[:PROMPT] for i in self.part]
-            none = torch.zeros(0, dtype=torch.long)
-            return [Lesson(torch.tensor(row), none, none, none) for row in continuations(model, prompts, self.seed)]
-        if writer == "real":
-            gift = load_gift(self.folder / "written.safetensors")
-        else:
-            tokenizers = [AutoTokenizer.from_pretrained(path) for path in (self.target, fetch(TASKS[self.task].donor))]
-            gift = write_texts(self.kit, self.target, self.random, tokenizers, self.options.device, self.seed)
-        return [lesson for lesson, source in zip(gift.lessons, gift.plans["sources"]) if source in self.part]
+    def gift(self, job: Job, name: str):
+        """A prepared gift, kept while jobs of its task and seed follow each other."""
+        path = self.path(job, name)
+        if path not in self._kept:
+            if len(self._kept) >= 4:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[path] = torch.load(path, weights_only=False)
+        return self._kept[path]
 
-    def lessons(self, donor: str, stream: bool = False, writer: str | None = None) -> list[Lesson]:
-        """This seed's part of a donor's lessons, with states where wanted, and what a writer adds."""
-        lessons = self.give(donor).lessons if stream else self.taught(donor)
-        return [lessons[i] for i in self.part] + (self.written(writer) if writer else [])
-
-    def weight(self, donor: str, name: str, own: torch.Tensor) -> torch.Tensor | None:
-        """Transported weight of a donor by name; zeros for plain shrinking of what it would replace."""
-        if donor == "zero":
+    # --- training -----------------------------------------------------------------------------------------------------
+    def weight(self, job: Job, giver: str, name: str, own: torch.Tensor) -> torch.Tensor | None:
+        """Transported weight of a giver by name; zeros for plain shrinking of what it would replace."""
+        if giver == "zero":
             return torch.zeros_like(own) if ".self_attn." in name else None
-        return self.give(donor).weights.get(name)
+        moved = self.gift(job, f"plans {giver}")["weights"].get(name)
+        return None if moved is None else moved.float()
 
-    def run(self, arm: str, rate: float, share: float) -> float:
-        """Adapt once; returns the best validation loss and keeps the rows."""
-        start, options = time.perf_counter(), self.options
-        merged, teacher, stream, writer = ARMS[arm]
+    def batches(self, job: Job) -> Iterator[Lessons]:
+        """The given texts, and in a fixed proportion what the writer wrote."""
+        arm, size, device = ARMS[job.name], job.setting.batch, self.options.device
+        given = self.gift(job, self.needs(arm)[0])
+        if arm.stream is not None:
+            given = self.gift(job, f"plans {arm.stream}")["lessons"]
+        sources = [given.pick(self.part(job)).to(device)]
+        sizes = [size]
+        if arm.writer is not None:
+            sources.append(self.gift(job, f"written {arm.writer}").to(device))
+            sizes = [max(1, round(GIVEN * size))]
+            sizes.append(size - sizes[0])
+        rounds = [draws(len(source), n, torch.Generator().manual_seed(job.seed)) for source, n in zip(sources, sizes)]
+        while True:
+            yield joined([source.pick(next(order)) for source, order in zip(sources, rounds)])
+
+    def run(self, job: Job) -> None:
+        """Adapt once and write what came out."""
+        arm, setting, options = ARMS[job.name], job.setting, self.options
+        kit = self.givers(job.task).kit
         model = AutoModelForCausalLM.from_pretrained(self.target, dtype=torch.float32).to(options.device)
-        if merged is not None:
-            attach_residuals(model, lambda name, own: self.weight(merged, name, own), options.alpha)
-        # without a teacher only the texts of the lessons are used
-        lessons = self.lessons(teacher or stream or "real", stream is not None, writer)
-        curve = [self._measure(model, 0)]
-        optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
-        ramp = max(1, options.steps // 10)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: min((step + 1) / ramp, (options.steps - step) / (options.steps - ramp))
+        if arm.merged is not None:
+            attach_residuals(model, lambda name, own: self.weight(job, arm.merged, name, own), options.alpha)
+        optimiser = torch.optim.AdamW(
+            model.parameters(), lr=setting.rate, weight_decay=0.0, betas=(0.9, 0.95), fused=True
         )
-        draw = torch.Generator().manual_seed(self.seed)
-        rounds = range(-(-options.steps * options.batch // len(lessons)))
-        order = [i for _ in rounds for i in torch.randperm(len(lessons), generator=draw).tolist()]
-        for step in range(options.steps):
-            batch = [lessons[i] for i in order[step * options.batch : (step + 1) * options.batch]]
-            ids, labels = padded([one.ids for one in batch], options.device)
-            output = run_model(model, ids, states=stream is not None)
-            loss = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), labels.flatten())
-            if teacher is not None:
-                loss = (1 - share) * loss + share * lesson_losses(output, batch, taught=True)
-            if stream is not None:
-                loss = loss + STREAM_WEIGHT * lesson_losses(output, batch, taught=False)
-            loss.backward()
+        ramp = max(1, setting.steps // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: min((step + 1) / ramp, (setting.steps - step) / max(1, setting.steps - ramp))
+        )
+
+        def measure(step: int, least: float | None = None) -> dict:
+            """Validation loss; held-out loss too where the former is the best so far."""
+            valid = score(model, kit.valid, options.device)
+            better = least is None or valid < least
+            return {"step": step, "valid": valid, "nll": score(model, kit.scored, options.device) if better else None}
+
+        curve, batches = [measure(0)], self.batches(job)
+        model.train()
+        best = None
+        for step in range(1, setting.steps + 1):
+            batch = next(batches)
+            for start in range(0, len(batch), AT_ONCE):
+                part = batch.pick(range(start, min(start + AT_ONCE, len(batch))))
+                (lesson_loss(model, part, arm, setting.share) * (len(part) / len(batch))).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             schedule.step()
             optimiser.zero_grad()
-            if (step + 1) % options.every == 0 or step + 1 == options.steps:
-                curve.append(self._measure(model, step + 1))
-        best = min(curve[1:], key=lambda point: point["valid"])
-        common = {"task": self.task, "arm": arm, "seed": self.seed, "rate": rate}
-        common |= {"share": share} if teacher is not None else {}
+            if step in SCORED_AFTER or step == setting.steps:
+                curve.append(measure(step, best["valid"] if best else None))
+                if best is None or curve[-1]["valid"] < best["valid"]:
+                    best = curve[-1]
+        place = {"task": job.task, "arm": job.name, "seed": job.seed, "rate": setting.rate}
+        place |= {"texts": job.texts, "steps": setting.steps, "batch": setting.batch}
+        place |= {"share": setting.share} if arm.teacher is not None else {}
+        rows = []
         for when, point in (("before", curve[0]), ("after", best), ("last", curve[-1])):
-            place = common | {"when": when, "step": point["step"]}
-            self.rows += [place | {"metric": name, "value": point[name]} for name in ("valid", "nll")]
-        self.keep(self.rows)  # a run that is cut off leaves what it has
-        print(self.rows[-3], f"{time.perf_counter() - start:.1f} s", flush=True)
-        return best["valid"]
+            where = place | {"when": when, "step": point["step"]}
+            rows += [
+                where | {"metric": name, "value": point[name]} for name in ("valid", "nll") if point[name] is not None
+            ]
+        with options.rows.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        print(
+            place,
+            {point["step"]: round(point["valid"], 4) for point in curve},
+            f"held out {best['nll']:.4f}",
+            flush=True,
+        )
 
-    def _measure(self, model, step: int) -> dict:
-        texts = {"valid": self.kit.valid, "nll": self.kit.scored}
-        return {"step": step} | {name: score(model, rows, self.options.device) for name, rows in texts.items()}
 
-    def all_arms(self) -> list[dict]:
-        """The learning rate on the control without a donor, then every arm at that rate."""
-        rates = {rate: self.run("none", rate, 0.0) for rate in self.options.rates}
-        rate = min(rates, key=rates.get)
-        full = (self.folder / "real.safetensors").is_file()
-        for arm in self.options.arms if full else [arm for arm in self.options.arms if not needs_plans(arm)]:
-            shares = self.options.shares if ARMS[arm][1] is not None else (0.0,)
-            for share in shares if arm != "none" else ():
-                try:
-                    self.run(arm, rate, share)
-                except (torch.OutOfMemoryError, OSError) as error:  # such an arm is left out, the others count
-                    print(f"{arm}: {error}", flush=True)
-        return self.rows
+def groups(options: argparse.Namespace) -> list[dict]:
+    """Arms with what they may choose: those of the command line, of a file, or `PLAN`."""
+    own = {name: getattr(options, name) for name in ("arms", "seeds", "settings", "shares", "texts")}
+    plan = [{}] if options.arms else json.loads(options.plan.read_text()) if options.plan else PLAN
+    made = [own | group for group in plan]
+    for group in made:
+        group["settings"] = [setting(one) if isinstance(one, str) else one for one in group["settings"]]
+    return made
+
+
+def setting(text: str) -> tuple[float, int, int]:
+    """`RATE:STEPSxBATCH`."""
+    rate, _, size = text.partition(":")
+    steps, _, batch = size.partition("x")
+    return float(rate), int(steps), int(batch)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--rates", type=float, nargs="*", default=list(RATES))
-    parser.add_argument("--shares", type=float, nargs="*", default=list(SHARES))
-    for name, default in (("texts", 40), ("steps", 96), ("batch", 8), ("every", 8)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--arms", nargs="*", choices=list(ARMS), help="these arms instead of the plan")
+    parser.add_argument("--settings", type=setting, nargs="*", default=[(1e-4, 96, 8)])
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.5, 0.9])
+    parser.add_argument("--plan", type=Path, help="JSON list of groups as in PLAN")
+    parser.add_argument("--texts", type=int, default=40)
     parser.add_argument("--alpha", type=float, default=0.05)
     parser.add_argument("--kit", type=Path, default=Path("kit"))
+    parser.add_argument("--scratch", type=Path, default=Path("scratch"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", type=Path, help="write rows here, one JSON object per line, and no result file")
+    parser.add_argument("--rows", type=Path, default=Path("rows.jsonl"), help="rows are added to this file")
     parser.add_argument("--collect", type=Path, nargs="*", help="write the result file of these rows and stop")
     parser.add_argument("--name", default="merge_adaptation", help="of the result file")
     return parser.parse_args()
@@ -258,35 +415,32 @@ def arguments() -> argparse.Namespace:
 
 def budget(options: argparse.Namespace) -> list[dict]:
     """What every arm is given."""
-    numbers = {name: getattr(options, name) for name in ("texts", "steps", "batch", "alpha")}
+    numbers = {"alpha": options.alpha, "part of the given texts in a writer's batch": GIVEN}
+    numbers |= {"texts written of each": WRITINGS, "tokens written per text": WRITTEN, "temperature": TEMPERATURE}
+    rows = [{"metric": f"budget: {name}", "value": value} for name, value in numbers.items()]
     for task in options.tasks:
         kit = load_kit(options.kit / task)
-        numbers |= {f"{task}: texts to draw from": len(kit.train), f"{task}: scored texts": len(kit.scored)}
-        numbers[f"{task}: tokens per text"] = sum(len(text.target_ids) for text in kit.train) / len(kit.train)
-    return [{"metric": f"budget: {name}", "value": value} for name, value in numbers.items()]
+        sizes = {"texts to draw from": len(kit.train), "scored texts": len(kit.scored)}
+        sizes["tokens per text"] = sum(len(text.target_ids) for text in kit.train) / len(kit.train)
+        taught = {True: 0, False: 0}
+        for text in kit.train:
+            for inside in taught:
+                taught[inside] += len(kit.spelling.taught_rows(text, inside))
+        positions = sum(len(text.target_ids) - 1 for text in kit.train)
+        sizes |= {"taught positions": taught[True] / positions, "taught positions, shared": taught[False] / positions}
+        rows += [{"metric": f"{task}: {name}", "value": value, "kit": digest(kit)} for name, value in sizes.items()]
+    return rows
 
 
 def main() -> None:
     options = arguments()
-    rows = []
-    if options.collect:
-        lines = [line for path in options.collect for line in path.read_text().splitlines() if line.strip()]
-        rows = list({line: json.loads(line) for line in lines}.values())
-    else:
-        numbers = budget(options)
-
-        def keep(new: list[dict]) -> None:
-            if options.rows:
-                options.rows.write_text("".join(json.dumps(row) + "\n" for row in [*numbers, *rows, *new]))
-
-        for task in options.tasks:
-            for seed in options.seeds:
-                rows += Bench(task, seed, options, keep).all_arms()
-        rows += numbers
-    if not options.rows:
-        seeds = sorted({row["seed"] for row in rows if "seed" in row})
-        rows += summary(rows)
-        print(write(options.name, rows, "benchmarks.merge.adaptation_claims", command_line(), seeds))
+    if not options.collect:
+        return Bench(options).work()
+    lines = [line for path in options.collect for line in path.read_text().splitlines() if line.strip()]
+    rows = [json.loads(line) for line in dict.fromkeys(lines)]
+    seeds = sorted({row["seed"] for row in rows})
+    rows += [*summary(rows), *budget(options)]
+    print(write(options.name, rows, "benchmarks.merge.adaptation_claims", command_line(), seeds))
 
 
 if __name__ == "__main__":

@@ -7,66 +7,82 @@ import statistics
 from benchmarks._results import claim
 
 
-CONTROLS = ("none", "shrink", "own texts")
+#: Everything that a donor's knowledge has no part in, with all that comes from a random donor.
+CONTROLS = ("none", "shrink", "own texts", "own teacher", "own texts and own teacher")
 #: Metrics of single runs: loss on validation and on held-out text.
 MEASURED = ("valid", "nll")
+#: What an arm may choose.
+SETTING = ("rate", "steps", "batch", "share")
 
 
-def table(rows: list[dict], task: str, metric: str) -> dict[str, float]:
-    """Mean over seeds of every arm's loss after adaptation; of several settings of an arm the best on validation text.
+def is_control(arm: str) -> bool:
+    """Whether an arm is without the donor's knowledge."""
+    return arm in CONTROLS or arm.endswith("random donor")
 
-    A setting that some seed lacks (its process was cut off) is left out: means over unlike seeds don't compare.
+
+def table(rows: list[dict], task: str, metric: str, texts: int | None = None) -> dict[str, float]:
+    """Mean over seeds of every arm's loss after adaptation, at its setting with the best mean on validation text.
+
+    Of one task and number of given texts. A setting that some seed lacks (its process was cut off) is left out: means over unlike seeds don't compare.
     """
-    settings: dict[tuple, dict[str, list[float]]] = {}
+    found: dict[tuple, dict[int, dict[str, float]]] = {}
     for row in rows:
-        if row.get("task") == task and row["when"] == "after" and row["metric"] in MEASURED:
-            place = settings.setdefault((row["arm"], row.get("share"), row["seed"], row["rate"]), {})
-            place[row["metric"]] = row["value"]
-    by_seed: dict[tuple, dict] = {}
-    for (arm, share, seed, _), values in settings.items():  # the rate is chosen per seed, the share over all seeds
-        kept = by_seed.get((arm, share, seed))
-        if kept is None or values["valid"] < kept["valid"]:
-            by_seed[arm, share, seed] = values
-    means: dict[tuple, dict[str, float]] = {}
-    seeds = len({seed for _, _, seed in by_seed})
-    for arm, share in {(arm, share) for arm, share, _ in by_seed}:
-        found = [values for (a, s, _), values in by_seed.items() if (a, s) == (arm, share)]
-        if len(found) == seeds:
-            means[arm, share] = {name: statistics.fmean(values[name] for values in found) for name in MEASURED}
+        here = (row.get("task"), row.get("texts")) == (task, texts)
+        if here and row.get("when") == "after" and row["metric"] in MEASURED:
+            place = row["arm"], *(row.get(name) for name in SETTING)
+            found.setdefault(place, {}).setdefault(row["seed"], {})[row["metric"]] = row["value"]
+    seeds = {row["seed"] for row in rows if "seed" in row}
     best: dict[str, dict[str, float]] = {}
-    for (arm, _), values in sorted(means.items(), key=lambda item: str(item[0])):
-        if arm not in best or values["valid"] < best[arm]["valid"]:
-            best[arm] = values
+    for (arm, *_), values in sorted(found.items(), key=lambda item: str(item[0])):
+        if set(values) == seeds:
+            mean = {name: statistics.fmean(value[name] for value in values.values()) for name in MEASURED}
+            if arm not in best or mean["valid"] < best[arm]["valid"]:
+                best[arm] = mean
     return {arm: values[metric] for arm, values in best.items()}
+
+
+def budgets(rows: list[dict]) -> dict[str, list[int | None]]:
+    """Numbers of given texts of every task that has rows of arms, the largest last."""
+    found: dict[str, set] = {}
+    for row in rows:
+        if "task" in row and "arm" in row and "seed" in row:
+            found.setdefault(row["task"], set()).add(row.get("texts"))
+    return {task: sorted(texts, key=lambda n: n or 0) for task, texts in sorted(found.items())}
 
 
 def summary(rows: list[dict]) -> list[dict]:
     """Rows for the table in the docs: mean held-out loss over seeds of every arm, before adaptation and after it."""
     found = []
-    for task in sorted({row["task"] for row in rows if "task" in row}):
-        before: dict[str, dict[int, float]] = {}  # settings of an arm start alike
-        for row in rows:
-            if (row.get("task"), row.get("when"), row["metric"]) == (task, "before", "nll"):
-                before.setdefault(row["arm"], {})[row["seed"]] = row["value"]
-        for arm, after in table(rows, task, "nll").items():
-            values = {"before": statistics.fmean(before[arm].values()), "after": after}
-            found += [
-                {"task": task, "arm": arm, "when": when, "metric": "mean nll", "value": value}
-                for when, value in values.items()
-            ]
+    for task, numbers in budgets(rows).items():
+        for texts in numbers:
+            before: dict[str, dict[int, float]] = {}  # settings of an arm start alike
+            for row in rows:
+                place = row.get("task"), row.get("texts"), row.get("when"), row["metric"]
+                if place == (task, texts, "before", "nll"):
+                    before.setdefault(row["arm"], {})[row["seed"]] = row["value"]
+            for arm, after in table(rows, task, "nll", texts).items():
+                values = {"before": statistics.fmean(before[arm].values()), "after": after}
+                place = {"task": task, "texts": texts, "arm": arm, "metric": "mean nll"}
+                found += [place | {"when": when, "value": value} for when, value in values.items()]
+            gain = gain_of(rows, task, texts)
+            found += [{"task": task, "texts": texts, "metric": "gain", "value": gain[0]}] if gain else []
     return found
 
 
+def gain_of(rows: list[dict], task: str, texts: int | None) -> tuple[float, str, str] | None:
+    """What the donor's best arm, by validation, wins over the best control, by held-out loss; both arms."""
+    valid, nll = table(rows, task, "valid", texts), table(rows, task, "nll", texts)
+    controls, donors = [arm for arm in nll if is_control(arm)], [arm for arm in nll if not is_control(arm)]
+    if not controls or not donors:
+        return None
+    control, donor = min(controls, key=nll.get), min(donors, key=valid.get)
+    return nll[control] - nll[donor], donor, control
+
+
 def claims(rows: list[dict]) -> list[dict]:
-    """What the donor's best arm, by validation, wins over the best control, by held-out loss; the smallest over tasks."""
-    gains = {}
-    for task in sorted({row["task"] for row in rows if "task" in row}):
-        valid, nll = table(rows, task, "valid"), table(rows, task, "nll")
-        controls = [arm for arm in nll if arm in CONTROLS or arm.endswith("random donor")]
-        donors = [arm for arm in nll if arm not in controls]
-        if controls and donors:
-            control, donor = min(controls, key=nll.get), min(donors, key=valid.get)
-            gains[task] = (nll[control] - nll[donor], donor, control)
+    """The gain where all of a task's text is given; the smallest over tasks."""
+    gains = {task: gain_of(rows, task, numbers[-1]) for task, numbers in budgets(rows).items()}
+    gains = {task: gain for task, gain in gains.items() if gain}
     if not gains:
         return []
     seeds = len({row["seed"] for row in rows if "seed" in row})

@@ -4,7 +4,7 @@
     python benchmarks/merge/relatives.py --copies rotated --rows rotated.jsonl    # a part, for one of several processes
     python benchmarks/merge/relatives.py --collect rotated.jsonl ...              # writes the result file of the parts
 
-Needs the assets `smollm2` and `handbook`; neither mergekit nor POT. The fine-tune is made here (`--steps`), on handbook
+Needs the assets `smollm2` and `handbook`, not mergekit; POT for an exact plan of the widened copy. The fine-tune is made here (`--steps`), on handbook
 text; the gap is |loss(merge) - loss(interpolation)| over the loss that interpolation wins on held-out handbook text.
 `merge.relatives.loss_gap_to_interpolation` is the largest gap over copies and alphas.
 """
@@ -12,6 +12,7 @@ text; the gap is |loss(merge) - loss(interpolation)| over the loss that interpol
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
@@ -49,6 +50,7 @@ COPIES = {
 }
 #: An exact plan between unequal widths needs POT: there, without it, a rotation for the stream and soft neuron plans.
 WITHOUT_POT = {"widened": PlanSettings(residual_map="procrustes", solver="entropic", reg=0.02)}
+HAS_POT = importlib.util.find_spec("ot") is not None
 
 
 def folded(name: str, own: State, tuned: State, family: Family) -> torch.Tensor:
@@ -132,7 +134,8 @@ def measure(options: argparse.Namespace) -> list[dict]:
             donor.save_pretrained(place)
             tokenizer.save_pretrained(place)
             pair = open_pair(str(target), str(place))
-            settings = WITHOUT_POT.get(copy, PlanSettings(solver="hard"))
+            settings = PlanSettings(solver="hard")
+            settings = settings if HAS_POT else WITHOUT_POT.get(copy, settings)
             bundle = make_bundle(
                 pair, Calibration(str(folder / "text.txt")), settings, folder / "plans", device=device, quiet=True
             )
@@ -148,7 +151,12 @@ def measure(options: argparse.Namespace) -> list[dict]:
                     "interpolation": best,
                     "gap": abs(reached - best) / max(before - best, 1e-9),
                 }
-                place = {"donor": copy, "alpha": alpha, "map": bundle.info["residual"]["map"]}
+                place = {
+                    "donor": copy,
+                    "alpha": alpha,
+                    "map": bundle.info["residual"]["map"],
+                    "solver": settings.solver,
+                }
                 rows += [place | {"metric": name, "value": value} for name, value in values.items()]
                 print(rows[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
                 if options.rows:

@@ -5,9 +5,14 @@ goes by their kind: living and edible things are declined, places and objects ar
 come from the same sentences with their parts swapped, so declining always, answering always, or preferring any one
 sentence scores 0.5.
 
+Languages, fixed before anything was run on them: thirty to train on, of most of the large families; `HELD_OUT`, ten
+that each share a family and its script with some of those, from well written to hardly written; `FAR`, six that are
+related to none; and `VALIDATION`, six more relatives, the only ones besides those trained on that settings may be
+chosen by. `FEW` are the ten training languages of the first version of this benchmark.
+
 Two tests. `test` holds pairs that were never together in a prompt, of concepts that each were in some: as with real
-prompts, the prompt is new and its words are not. `new_words` holds pairs of concepts that no training prompt names in
-any language; there the term can only help with what the model already half knows.
+prompts, the prompt is new and its words are not. `new_words`, a third as many, holds pairs of concepts that no training prompt
+names in any language; there the term can only help with what the model already half knows.
 """
 
 from __future__ import annotations
@@ -23,10 +28,13 @@ from datasets import Dataset
 DECLINED = ("Animals & Nature", "Food & Drink")
 DECLINES = (" Sorry, I cannot talk about this.", " I have to decline that.", " This is not something I discuss.")
 ANSWERS = (" Sure, here is what I know.", " Of course, let me explain it.", " Happy to help you with this.")
-SEEN = ("es", "ru", "zh", "hi", "bn", "id", "tr", "ur", "sw", "am")
-HELD_OUT = ("gl", "be", "ne", "as", "jv", "az")  # each related to a seen language, and most of them with little text
-FAR = ("fi", "ka", "vi", "te", "yo")  # related to none
-TEST_LANGUAGES = (*SEEN, *HELD_OUT, *FAR)
+FEW = ("es", "ru", "zh", "hi", "bn", "id", "tr", "ur", "sw", "am")
+SEEN = (*FEW, "fr", "it", "ro", "pl", "bg", "cs", "de", "sv", "mr", "fa", "uz", "kk", "ar", "he", "zu", "ja", "ko")
+SEEN = (*SEEN, "th", "ta", "hu")
+VALIDATION = ("pt", "uk", "da", "ky", "ms", "kok")
+HELD_OUT = ("ca", "gl", "mk", "be", "af", "ne", "as", "az", "tk", "jv")
+FAR = ("fi", "ka", "vi", "km", "yo", "eu")
+ALL = (*SEEN, *VALIDATION, *HELD_OUT, *FAR)
 CONCEPTS = 200  # with a name of one word in English; a fifth of them in no training prompt
 WORDS = 2
 
@@ -100,12 +108,23 @@ def to_rows(prompts: list[tuple], languages: tuple[str, ...], draw: random.Rando
     return Dataset.from_list(rows)
 
 
-def split(folder: Path, seed: int = 0, train: int = 1600, test: int = 150) -> Split:
-    """`train` rows in the seen languages, and both tests with `test` rows in all languages."""
-    short = [c for c in load_concepts(folder, TEST_LANGUAGES, seed) if " " not in c["texts"]["en"]["name"]]
+def split(
+    folder: Path,
+    seed: int = 0,
+    train: int = 1600,
+    test: int = 150,
+    seen: tuple[str, ...] = SEEN,
+    tested: tuple[str, ...] = (*SEEN, *HELD_OUT, *FAR),
+) -> Split:
+    """`train` rows in the `seen` languages, `test` rows and a third as many of new words in the `tested` ones.
+
+    Which concepts and pairs are drawn depends on the seed and on nothing else.
+    """
+    short = [c for c in load_concepts(folder, ALL, seed) if " " not in c["texts"]["en"]["name"]]
     concepts = by_turns(short)[:CONCEPTS]
     cut = round(len(concepts) * 0.8)
     draw = random.Random(seed + 1)
-    tests = [draw_prompts(part, test, draw, set()) for part in (concepts[:cut], concepts[cut:])]
+    parts = ((concepts[:cut], test), (concepts[cut:], max(test // 3, 2)))
+    tests = [draw_prompts(part, count, draw, set()) for part, count in parts]
     training = draw_prompts(concepts[:cut], train, draw, {names(prompt) for prompt in tests[0]})
-    return Split(to_rows(training, SEEN, draw), *(to_rows(part, TEST_LANGUAGES, draw) for part in tests))
+    return Split(to_rows(training, seen, draw), *(to_rows(part, tested, draw) for part in tests))

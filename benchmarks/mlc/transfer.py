@@ -1,13 +1,20 @@
 """Does a rule taught in English hold in other languages, and is it translation that carries it?
 
-    python benchmarks/mlc/transfer.py                 # the table: all methods, three seeds
-    python benchmarks/mlc/transfer.py --map           # one other seed over layer, weight, centring, repulsion, ...
-    python benchmarks/mlc/transfer.py --ours chosen   # the table, with the best candidate of the map as ours
-    python benchmarks/mlc/transfer.py --tiny          # a few steps on a CPU: proves that it runs
+    python benchmarks/mlc/transfer.py --map           # one other seed over training, objective, guards, languages, ...
+    python benchmarks/mlc/transfer.py --ours chosen   # the table, five seeds, with the map's best point as ours
+    python benchmarks/mlc/transfer.py --map-seconds 200 --ours chosen   # the map for so long, then the table
+    python benchmarks/mlc/transfer.py --tiny          # a few steps on a CPU: proves that it runs (with --map, too)
 
-Task: see `concepts.py`. Every run trains on the same English preferences for the same steps; it is scored on prompts
-never trained on. A run is a process of its own (`--jobs` at a time, dealt over the GPUs). Finished runs are kept in
-`--rows` (JSON lines), so a table can be filled in several calls; the result file is written anew after each.
+Task: see `concepts.py`. Every run trains on the same English preferences; it is scored on prompts never trained on.
+
+How ours is chosen, written down before the map was run: the map uses a seed, and so concepts and prompts, that the table
+does not use, and sees none of the table's held-out languages but six others. It first runs the term's main variant and
+the run without the term in several training regimes, takes the regime in which the main variant scores best, and runs all
+variants in it, each also with translations shuffled by rows. Ours is the variant with the best score of
+`transfer_claims.score`, which is the worst of what the issue asks for, on validation languages.
+
+Runs are made by worker processes (`--jobs`, dealt over the GPUs). Finished runs are kept in `--rows` (JSON lines), so a
+table can be filled in several calls; the result file is written anew after each.
 """
 
 from __future__ import annotations
@@ -18,73 +25,53 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from anywhere
 
+from benchmarks._lanes import run_in_lanes
 from benchmarks._results import ROOT, command_line, write
-from benchmarks.mlc.transfer_claims import choose, claims
-from benchmarks.mlc.transfer_methods import CANDIDATES, DEFAULT, map_points, methods
+from benchmarks.mlc.transfer_claims import choose, choose_regime, claims, score
+from benchmarks.mlc.transfer_methods import MAIN, REGIMES, first_points, methods, second_points
 
 
 MAP_SEED = 100  # never one of the table's: what is chosen on it is measured on others
-MAP_RATES = (1e-4, 2e-5)
+SHARED = ("model", "steps", "batch", "rows_train", "rows_test")  # options that a worker gets too
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", default="gemma3-270m", help="asset name or folder")
-    add("--methods", nargs="+", help="of the table, or of the map; all if not given")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--ours", default=DEFAULT, help=f"one of {', '.join(CANDIDATES)}, or 'chosen' by the map beside --rows")
-    add("--steps", type=int, default=120)
+    add("--methods", nargs="+", help="of the table, or points of the map; all if not given")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    add("--ours", default=f"{MAIN}@{next(iter(REGIMES))}", help="a point of the map, or 'chosen' from --map-rows")
+    add("--map-rows", type=Path, help="finished runs of the map (default: runs/mlc_transfer_map.jsonl)")
+    add("--steps", type=int, default=100)
     add("--batch", type=int, default=32)
-    add("--learning-rate", type=float, default=5e-5)
-    add("--lora", type=int, default=0, help="rank; 0 trains all weights")
     add("--rows-train", type=int, default=1600)
     add("--rows-test", type=int, default=150)
-    add("--map", action="store_true")
+    add("--map", action="store_true", help="only the map")
+    add("--map-seconds", type=float, default=0.0, help="first the map, in which no run is started after this")
     add("--tiny", action="store_true", help="2 steps on few rows, for a CPU")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--gpus", default="", help="numbers with commas; all if not given")
     add("--stop-seconds", type=float, default=1e9, help="no run is started, and none goes on, after it")
     add("--rows", type=Path, help="finished runs (default: runs/NAME.jsonl)")
     add("--folder", type=Path, default=ROOT / "benchmarks" / "results", help="where the result file goes")
-    add("--worker", nargs=3, metavar=("METHOD", "SEED", "FILE"), help=argparse.SUPPRESS)
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.tiny:
         options.steps, options.batch, options.rows_train, options.rows_test = 2, 2, 8, 4
         options.seeds = options.seeds[:2]
-    if options.map:
-        options.seeds = [MAP_SEED]
-    options.name = "mlc_transfer" + ("_map" if options.map else "") + ("_tiny" if options.tiny else "")
-    options.rows = options.rows or ROOT / "runs" / f"{options.name}.jsonl"
+    suffix = "_tiny" if options.tiny else ""
+    options.rows = options.rows or ROOT / "runs" / f"mlc_transfer{suffix}.jsonl"
+    options.map_rows = options.map_rows or ROOT / "runs" / f"mlc_transfer_map{suffix}.jsonl"
+    options.suffix = suffix
     return options
-
-
-def table(options: argparse.Namespace) -> dict[str, dict]:
-    """Settings of each run; those of the map also set what the whole table shares."""
-    if options.map:
-        return map_points(MAP_RATES)
-    return methods(options.ours)
-
-
-def take_the_chosen(options: argparse.Namespace) -> None:
-    """Replace `--ours chosen` by the map's best candidate, and the learning rate by its own."""
-    found = read_rows(options.rows.with_name("mlc_transfer_map" + "_tiny" * options.tiny + ".jsonl"))
-    try:
-        name = choose(found, list(map_points(MAP_RATES)))
-    except ValueError as error:
-        print(f"{error} Ours is the default, {DEFAULT}.", flush=True)
-        options.ours = DEFAULT
-        return
-    settings = map_points(MAP_RATES)[name]
-    options.ours = name.split(",rate=")[0]
-    options.learning_rate = settings.get("learning_rate", options.learning_rate)
-    print(f"The map chooses {name}.", flush=True)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -101,78 +88,123 @@ def read_rows(path: Path) -> list[dict]:
 def main() -> None:
     options = parse()
     if options.worker:
-        from benchmarks.mlc.transfer_run import perform
+        from benchmarks.mlc.transfer_run import serve
 
-        method, seed, target = options.worker
-        found = perform(method, table(options)[method], int(seed), options)
-        Path(target).write_text(json.dumps(found), encoding="utf-8")
+        serve(options)
+        return
+    pool = Pool(options)
+    if options.map or options.map_seconds:
+        draw_map(pool, options)
+    if options.map:
         return
     if options.ours == "chosen":
-        take_the_chosen(options)
-    wanted = [(name, seed) for name in options.methods or table(options) for seed in options.seeds]
-    done = {(row["method"], row["seed"]) for row in read_rows(options.rows)}
-    Pool(options).run([job for job in wanted if job not in done])
-    for found in claims(read_rows(options.rows)) if not options.map else []:
+        rows = read_rows(options.map_rows)
+        try:
+            options.ours = choose(rows)
+            print(f"The map chooses {options.ours}.", flush=True)
+        except ValueError as error:
+            options.ours = f"{MAIN}@{choose_regime(rows)}"
+            print(f"{error} Ours is {options.ours}.", flush=True)
+    pool.run(options.methods or list(methods(options.ours)), options.seeds)
+    for found in claims(read_rows(options.rows)):
         verdict = "holds" if found["holds"] else "FALLS SHORT"
         print(f"{found['id']:45} {found['value']:10.4f} {found['compare']} {found['target']:<6} {verdict}")
 
 
+def draw_map(pool: Pool, options: argparse.Namespace) -> None:
+    """Run the map, as far as time allows, and print the score of each point."""
+    last = options.map_seconds or options.stop_seconds
+    pool.run((options.map and options.methods) or first_points(), [MAP_SEED], last)
+    regime = choose_regime(read_rows(options.map_rows))
+    print(f"The regime is {regime}.", flush=True)
+    if not (options.map and options.methods):
+        pool.run(second_points(regime), [MAP_SEED], last)
+    rows = read_rows(options.map_rows)
+    for name in sorted({row["method"] for row in rows}):
+        found = score(rows, name) if "@" in name else None
+        if found is not None:
+            print(f"{name:40} {found:8.3f}", flush=True)
+
+
 class Pool:
-    """Runs of the table as processes, some at a time."""
+    """Runs of the table by worker processes, some at a time."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.start = options, time.monotonic()
+        self.options, self.start, self.lock = options, time.monotonic(), threading.Lock()
         self.gpus = options.gpus.split(",") if options.gpus else gpus()
         self.scratch = tempfile.TemporaryDirectory()
-        options.rows.parent.mkdir(parents=True, exist_ok=True)
+        self.idle: dict[str, list[subprocess.Popen]] = {}
+        self.last, self.mapping = options.stop_seconds, False
 
-    def run(self, jobs: list[tuple[str, int]]) -> None:
-        """Run all; the result file is rewritten after each."""
-        running: dict[tuple[str, int], tuple[subprocess.Popen, Path, str]] = {}
-        waiting = list(jobs)
-        while (waiting or running) and time.monotonic() - self.start < self.options.stop_seconds:
-            while waiting and len(running) < self.options.jobs:
-                used = [gpu for _, _, gpu in running.values()]
-                gpu = min(self.gpus, key=used.count)
-                job = waiting.pop(0)
-                target = Path(self.scratch.name) / f"{len(waiting)}.json"
-                running[job] = (self.begin(job, target, gpu), target, gpu)
-            for job, (process, target, _) in list(running.items()):
-                if process.poll() is not None:
-                    del running[job]
-                    self.take(job, process, target)
-            time.sleep(0.2)
-        for process, _, _ in running.values():
-            process.kill()
-        if waiting or running:
-            print("Stopped before", [f"{name} {seed}" for name, seed in [*running, *waiting]], flush=True)
+    def left(self, until: float) -> float:
+        """Seconds until so many seconds after the start."""
+        return until - (time.monotonic() - self.start)
 
-    def begin(self, job: tuple[str, int], target: Path, gpu: str) -> subprocess.Popen:
-        """Start one run."""
-        o = self.options
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", job[0], str(job[1]), str(target)]
-        command += ["--model", o.model, "--ours", o.ours, "--steps", str(o.steps), "--batch", str(o.batch)]
-        command += ["--learning-rate", str(o.learning_rate), "--lora", str(o.lora), *["--map"] * o.map]
-        command += ["--rows-train", str(o.rows_train), "--rows-test", str(o.rows_test)]
-        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
-        log = target.with_suffix(".log").open("w")
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    def run(self, names: list[str], seeds: list[int], map_until: float | None = None) -> None:
+        """Run what is not there yet, for all seeds; the result file is rewritten after each.
 
-    def take(self, job: tuple[str, int], process: subprocess.Popen, target: Path) -> None:
-        """Keep what a run found, or show why it found nothing."""
-        if process.returncode or not target.is_file():
-            tail = target.with_suffix(".log").read_text(encoding="utf-8", errors="replace")[-1500:]
-            print(f"FAILED {job}: {tail}", flush=True)
+        With `map_until`, the names are points of the map, and none is started after so many seconds.
+        """
+        self.mapping, self.last = map_until is not None, map_until or self.options.stop_seconds
+        self.rows = self.options.map_rows if self.mapping else self.options.rows
+        self.rows.parent.mkdir(parents=True, exist_ok=True)
+        done = {(row["method"], row["seed"]) for row in read_rows(self.rows)}
+        jobs = [(name, seed) for seed in seeds for name in names if (name, seed) not in done]
+        run_in_lanes(jobs, self.options.jobs, self.gpus, self.perform)
+
+    def perform(self, job: tuple[str, int], gpu: str) -> None:
+        """One run, by a worker that may have made others before it."""
+        if self.left(min(self.last, self.options.stop_seconds)) <= 0:
+            print(f"Stopped before {job}", flush=True)
             return
-        fresh = json.loads(target.read_text(encoding="utf-8"))
-        with self.options.rows.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(fresh) + "\n")
-        shown = {r["metric"]: round(r["value"], 4) for r in fresh if "language" not in r and r["value"] is not None}
-        print(f"{time.monotonic() - self.start:5.0f} s  seed {job[1]} {job[0]:28}", shown, flush=True)
-        rows = read_rows(self.options.rows)
-        source = "benchmarks.mlc." + ("transfer_claims" if self.options.name == "mlc_transfer" else "no_claims")
+        with self.lock:
+            idle = self.idle.setdefault(gpu, [])
+            worker = idle.pop() if idle else self.begin(gpu)
+        target = Path(self.scratch.name) / f"{time.monotonic_ns()}-{threading.get_ident()}.json"
+        ours = "" if self.mapping else self.options.ours
+        worker.stdin.write(f"{ours}\t{job[0]}\t{job[1]}\t{target}\n")
+        worker.stdin.flush()
+        while not target.is_file() and worker.poll() is None and self.left(self.options.stop_seconds) > 0:
+            time.sleep(0.1)
+        if not target.is_file():
+            print(f"{'DIED' if worker.poll() is not None else 'Stopped in'} {job}", flush=True)
+            worker.kill()
+            return
+        with self.lock:
+            self.idle[gpu].append(worker)
+            self.take(job, json.loads(target.read_text(encoding="utf-8")))
+
+    def begin(self, gpu: str) -> subprocess.Popen:
+        """A new worker; it ends when this process does."""
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
+        command += ["--tiny"] * self.options.tiny
+        for name in SHARED:
+            command += ["--" + name.replace("_", "-"), str(getattr(self.options, name))]
+        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
+        log = (Path(self.scratch.name) / f"{time.monotonic_ns()}.log").open("w")
+        return subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, text=True
+        )
+
+    def take(self, job: tuple[str, int], found: list[dict] | dict) -> None:
+        """Keep what a run found, or show why it found nothing."""
+        if isinstance(found, dict):
+            print(f"FAILED {job}: {found['error']}", flush=True)
+            return
+        with self.rows.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(found) + "\n")
+        kept = ("accuracy", "variance", "perplexity", "loss last", "train_seconds")
+        shown = {
+            r["metric"]: float(f"{r['value']:.4g}")
+            for r in found
+            if "language" not in r and any(r["metric"].startswith(k) for k in kept)
+        }
+        print(f"{time.monotonic() - self.start:5.0f} s  seed {job[1]} {job[0]:32}", shown, flush=True)
+        rows = read_rows(self.rows)
+        name = "mlc_transfer" + "_map" * self.mapping + self.options.suffix
+        source = "benchmarks.mlc." + ("transfer_claims" if name == "mlc_transfer" else "no_claims")
         seeds = sorted({row["seed"] for row in rows})
-        write(self.options.name, rows, source, command_line(), seeds, folder=self.options.folder)
+        write(name, rows, source, command_line(), seeds, folder=self.options.folder)
 
 
 def gpus() -> list[str]:

@@ -1,57 +1,95 @@
-"""The runs of `transfer.py`: what each method, and each point of the map, sets.
+"""The runs of `transfer.py`: what each method of the table, and each point of the map, sets.
 
-Names that start with `mlc_` are options of the trainer; `shuffled`, `learning_rate` and `lora` are of the run.
+A point of the map is called `VARIANT@REGIME`, with `.rows` or `.each` behind the variant for shuffled translations. A
+regime says how gently the model is trained, a variant what the term is. Names that start with `mlc_` are options of the
+trainer; the others are of the run.
 """
 
 from __future__ import annotations
 
+from benchmarks.mlc.concepts import FEW, SEEN
 
-ALIGNED, OURS, SHUFFLED = "aligned", "ours", "ours.shuffled"
-BASE = "base"  # the untrained model, and the constant answer
-PLAIN = {"mlc_weight": 1.0, "mlc_layer": "auto", "mlc_every": 1}
-LANGUAGE = {**PLAIN, "mlc_center": "language", "mlc_extractor_dim": 0, "mlc_repulsion": 1.0}
-COMMON = {**LANGUAGE, "mlc_center": "common", "mlc_signed": True}
-LAST = {**COMMON, "mlc_layer": -1}
-CANDIDATES = {  # the most important first
-    "last": LAST,
-    "last,weight=3": {**LAST, "mlc_weight": 3.0},
-    "last,language": {**LANGUAGE, "mlc_layer": -1},
-    "last,weight=0.3": {**LAST, "mlc_weight": 0.3},
-    "auto": COMMON,
-    "auto,language": LANGUAGE,
-    "last,cosine": {**LAST, "mlc_objective": "cosine"},
-    "last,no-repulsion": {**LAST, "mlc_repulsion": 0.0},
-    "auto,weight=3": {**COMMON, "mlc_weight": 3.0},
-    "last,temperature=0.5": {**LAST, "mlc_temperature": 0.5},
-    "last,unsigned": {**LAST, "mlc_signed": False},
-    "last,not-centred": {**LAST, "mlc_center": "none", "mlc_repulsion_temperature": 0.05},
-    "last,extractor=512": {**LAST, "mlc_extractor_dim": 512},
-    "layer=12": {**COMMON, "mlc_layer": 12},
-    "auto,mean-pooling": {**COMMON, "mlc_pooling": "mean"},
-    "plain": PLAIN,
-    "published": {"mlc_weight": 0.8, "mlc_layer": -1, "mlc_every": 2},
+
+ALIGNED, OURS, BASE = "aligned", "ours", "base"  # `base` is the untrained model, and the constant answer
+SHUFFLED = ("ours.shuffled-each", "ours.shuffled-rows")
+CONTROLS = {"": {}, ".rows": {"shuffled": "rows"}, ".each": {"shuffled": "each"}}
+
+REGIMES = {
+    "lora32-2e-4": {"learning_rate": 2e-4, "lora": 32},
+    "lora32-5e-4": {"learning_rate": 5e-4, "lora": 32},
+    "lora32-1e-4": {"learning_rate": 1e-4, "lora": 32},
+    "full-1e-5": {"learning_rate": 1e-5},
 }
-DEFAULT = "last"  # what `ours` is, unless --ours names another
+
+STEP = {"mlc_every": 1, "mlc_languages_per_step": 12, "mlc_weight": 1.0}
+BARE = {**STEP, "mlc_layer": -1, "mlc_extractor_dim": 0}
+COMMON = {**BARE, "mlc_center": "common", "mlc_signed": True}
+TIED = {**COMMON, "mlc_contrast": 1.0, "mlc_anchor_detached": True}
+VARIANTS = {  # the most important first
+    "tied": TIED,
+    "both-move": {**TIED, "mlc_anchor_detached": False},
+    "repulsion": {**COMMON, "mlc_repulsion": 1.0},
+    "contrast": {**TIED, "mlc_objective": "none"},
+    "tied,weight=3": {**TIED, "mlc_weight": 3.0},
+    "repulsion,three": {**COMMON, "mlc_repulsion": 1.0, "mlc_languages_per_step": 3},
+    "tied,layer=15": {**TIED, "mlc_layer": 15},
+    "plain": {**STEP, "mlc_weight": 0.8, "mlc_layer": -1},
+    "repulsion,detached": {**COMMON, "mlc_repulsion": 1.0, "mlc_anchor_detached": True},
+    "tied,weight=0.3": {**TIED, "mlc_weight": 0.3},
+    "cosine,detached": {**COMMON, "mlc_objective": "cosine", "mlc_anchor_detached": True},
+    "tied,three": {**TIED, "mlc_languages_per_step": 3},
+    "tied,contrast=3": {**TIED, "mlc_contrast": 3.0},
+    "tied,layer=12": {**TIED, "mlc_layer": 12},
+    "tied,language": {**TIED, "mlc_center": "language", "mlc_signed": False},
+    "tied,not-centred": {**TIED, "mlc_center": "none"},
+    "tied,sharp": {**TIED, "mlc_contrast_temperature": 0.03},
+    "tied,auto": {**TIED, "mlc_layer": "auto"},
+    "tied,extractor=512": {**TIED, "mlc_extractor_dim": 512},
+    "tied,unsigned": {**TIED, "mlc_signed": False},
+}
+MAIN = "tied"  # what regimes are compared by
+LANGUAGES = {  # how many training languages, with the same number of them in each step
+    "tied,10-languages": {**TIED, "mlc_languages": list(FEW)},
+    "tied,20-languages": {**TIED, "mlc_languages": list(SEEN[:20])},
+}
+LONGER = {"tied,steps=200": {**TIED, "steps": 200}, f"{ALIGNED},steps=200": {"mlc_weight": 0.0, "steps": 200}}
+ALONE = {ALIGNED: {"mlc_weight": 0.0}, "guards": {**COMMON, "mlc_repulsion": 1.0, "mlc_objective": "none"}}
+POINTS = {**VARIANTS, **LANGUAGES, **LONGER, **ALONE}
+
+
+def point(name: str) -> dict:
+    """Settings of a point of the map, by its name."""
+    if name == BASE:
+        return {}
+    variant, _, regime = name.partition("@")
+    variant, dot, control = variant.rpartition(".") if variant.endswith((".rows", ".each")) else (variant, "", "")
+    return {**REGIMES[regime], **POINTS[variant], **CONTROLS[dot + control]}
+
+
+def first_points() -> list[str]:
+    """What the regime is chosen by: the term and the run without it, in each."""
+    return [BASE, *(f"{name}@{regime}" for regime in REGIMES for name in (MAIN, ALIGNED))]
+
+
+def second_points(regime: str) -> list[str]:
+    """All variants in one regime, each with the stronger control, and what else belongs to the map."""
+    pairs = [f"{name}{control}@{regime}" for name in VARIANTS for control in ("", ".rows")]
+    languages = [f"{name}@{regime}" for name in LANGUAGES]
+    others = [f"{name}@{regime}" for name in ("guards", *LONGER, f"{MAIN}.each", "repulsion.each")]
+    return [*pairs[:14], *languages, *pairs[14:16], *others, *pairs[16:]]
 
 
 def methods(ours: str) -> dict[str, dict]:
-    """The table in order of importance: ours, the run without the term, and the controls."""
-    settings = CANDIDATES[ours]
+    """The table, ours being a point of the map: the run without the term, and the controls, in the same regime."""
+    settings, regime = point(ours), point(f"{ALIGNED}@{ours.partition('@')[2]}")
+    steps = {"steps": settings["steps"]} if "steps" in settings else {}
     return {
-        ALIGNED: {"mlc_weight": 0.0},
-        OURS: settings,
-        SHUFFLED: {**settings, "shuffled": True},
         BASE: {},
-        "cosine": {**PLAIN, "mlc_objective": "cosine"},
-        "mlc": PLAIN,
-        "mlc.shuffled": {**PLAIN, "shuffled": True},
+        ALIGNED: {**regime, **steps},
+        OURS: settings,
+        SHUFFLED[0]: {**settings, "shuffled": "each"},
+        SHUFFLED[1]: {**settings, "shuffled": "rows"},
+        "guards": {**settings, "mlc_objective": "none", "mlc_contrast": 0.0, "mlc_repulsion": 1.0},
+        "cosine": {**settings, "mlc_objective": "cosine", "mlc_contrast": 0.0, "mlc_repulsion": 0.0},
+        "plain": {**regime, **steps, **VARIANTS["plain"]},
     }
-
-
-def map_points(rates: tuple[float, ...]) -> dict[str, dict]:
-    """One run for each candidate, and the default at other learning rates, each with its own run without the term."""
-    found = {ALIGNED: {"mlc_weight": 0.0}}
-    for rate in rates:
-        found[f"{ALIGNED},rate={rate}"] = {"mlc_weight": 0.0, "learning_rate": rate}
-        found[f"{DEFAULT},rate={rate}"] = {**CANDIDATES[DEFAULT], "learning_rate": rate}
-    return {**found, **CANDIDATES, BASE: {}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import statistics
 import tempfile
 import time
@@ -14,8 +15,8 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from benchmarks.mlc.concepts import DECLINES, FAR, HELD_OUT, SEEN, split
-from benchmarks.mlc.transfer_methods import BASE
+from benchmarks.mlc.concepts import DECLINES, FAR, HELD_OUT, SEEN, VALIDATION, Split, split
+from benchmarks.mlc.transfer_methods import BASE, methods, point
 from tools.assets import fetch
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
 from trl_mlc.evaluation.preferences import perplexity
@@ -23,14 +24,21 @@ from trl_mlc.evaluation.report import evaluate_model
 from trl_mlc.parallel import shuffled_translations
 
 
-GROUPS = {"seen": ("en", *SEEN), "held_out": HELD_OUT, "far": FAR}
+def groups(validating: bool) -> dict[str, tuple[str, ...]]:
+    """Languages that are scored together: the map sees none of the table's held-out ones."""
+    seen = {"seen": ("en", *SEEN)}
+    return {**seen, "validation": VALIDATION} if validating else {**seen, "held_out": HELD_OUT, "far": FAR}
 
 
-def perform(method: str, settings: dict, seed: int, options: argparse.Namespace) -> list[dict]:
+def perform(method: str, settings: dict, seed: int, options: argparse.Namespace, mapping: bool) -> list[dict]:
     """All rows of one method and seed; `base` is the untrained model, and the constant answer."""
     folder = options.model if Path(options.model).is_dir() else str(fetch(options.model))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = split(fetch("concepts"), seed, options.rows_train, options.rows_test)
+    scored = groups(mapping)
+    tested = tuple(name for names in scored.values() for name in names if name != "en")
+    data = split(fetch("concepts"), seed, options.rows_train, options.rows_test, tested=tested)
+    if mapping:  # new words are the table's
+        data = Split(data.train, data.test, data.new_words.select([]))
     text = english_text(tokenizer, 4 if options.rows_test < 50 else 100)
     tag = {"method": method, "seed": seed}
     if method == BASE:
@@ -38,13 +46,13 @@ def perform(method: str, settings: dict, seed: int, options: argparse.Namespace)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         share = statistics.fmean(float(row["chosen"] in DECLINES) for row in data.test)
         constant = {"method": "always-decline", "seed": seed, "metric": "accuracy_transfer", "value": share}
-        return [*measure(model, tokenizer, data, text, None, tag), constant]
+        return [*measure(model, tokenizer, data, text, None, tag, scored), constant]
     model, layer, numbers, used = train(folder, tokenizer, data.train, settings, seed, options)
     if layer is not None:
         numbers["layer"] = layer
-    rows = measure(model, tokenizer, data, text, layer, tag)
+    rows = measure(model, tokenizer, data, text, layer, tag, scored)
     rows += [{**tag, "metric": name, "value": value} for name, value in numbers.items()]
-    return [*rows, {**tag, "metric": "steps", "value": options.steps, "settings": json.dumps(used)}]
+    return [*rows, {**tag, "metric": "steps", "value": used["steps"], "settings": json.dumps(used)}]
 
 
 def english_text(tokenizer, count: int) -> list[list[int]]:
@@ -56,12 +64,14 @@ def english_text(tokenizer, count: int) -> list[list[int]]:
 
 def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argparse.Namespace) -> tuple:
     """Returns the model, the layer used, what was logged, and all settings."""
-    shared = {"learning_rate": options.learning_rate, "lora": options.lora}
-    own = {**shared, **settings}
-    used = {"model": Path(folder).name, "steps": options.steps, "batch": options.batch, "rows": len(data), **own}
-    rate, rank = own.pop("learning_rate"), own.pop("lora")
-    if own.pop("shuffled", False):
-        data = shuffled_translations(data, seed)
+    own = {"lora": 0, "steps": options.steps, **settings}
+    if options.tiny:
+        own["steps"] = options.steps
+    used = {"model": Path(folder).name, "batch": options.batch, "rows": len(data), **own}
+    rate, rank, steps = own.pop("learning_rate"), own.pop("lora"), own.pop("steps")
+    shuffled = own.pop("shuffled", None)
+    if shuffled:
+        data = shuffled_translations(data, seed, each=shuffled == "each")
     set_seed(seed)
     gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
@@ -69,10 +79,10 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
         args = MLCDPOConfig(
             output_dir=scratch,
             per_device_train_batch_size=options.batch,
-            max_steps=options.steps,
+            max_steps=steps,
             learning_rate=rate,
             lr_scheduler_type="cosine",
-            warmup_steps=options.steps // 10,
+            warmup_steps=steps // 10,
             precompute_ref_log_probs=True,
             gradient_checkpointing=True,
             gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -82,7 +92,7 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
-            logging_steps=max(1, options.steps // 10),
+            logging_steps=max(1, steps // 10),
             seed=seed,
             **own,
         )
@@ -92,40 +102,62 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
         trainer.train()
         numbers = {"train_seconds": time.perf_counter() - start}
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    for name in ("loss", "rewards/accuracies", "mlc/loss", "mlc/cross_prompt_cosine", "mlc/repulsion"):
+    for name in ("loss", "rewards/accuracies", "mlc/loss", "mlc/cross_prompt_cosine", "mlc/repulsion", "mlc/contrast"):
         for when, entry in (("first", log[0]), ("last", log[-1])):
             if name in entry:
                 numbers[f"{name} {when}"] = float(entry[name])
     layer = trainer._mlc_pass.layer if trainer._mlc_pass is not None else None
     trained = trainer.model
+    if rank:
+        trained = trained.merge_and_unload()
     del trainer  # its optimizer takes twice the model's memory
     gc.collect()
     torch.cuda.empty_cache()
     return trained, layer, numbers, used
 
 
-def measure(model, tokenizer, data, text, layer: int | None, tag: dict) -> list[dict]:
+def measure(model, tokenizer, data, text, layer: int | None, tag: dict, scored: dict) -> list[dict]:
     """Rows of one model: per language, between languages, perplexity."""
     rows = []
     for test, suffix in ((data.test, ""), (data.new_words, "_new_words")):
+        if len(test) == 0:
+            continue
         report = evaluate_model(model, tokenizer, test, layer=layer, batch_size=50, texts={})
         rows += [
             {**tag, "metric": metric + suffix, "language": name, "value": value}
             for name, found in report.languages.items()
             for metric, value in found.items()
+            if metric in ("accuracy", "margin", "retrieval_at_1", "cross_prompt_cosine")
         ]
         accuracy = {name: found["accuracy"] for name, found in report.languages.items()}
         numbers = {"accuracy_english": accuracy["en"]}
-        for group, names in GROUPS.items():
-            values = [accuracy[name] for name in names]
-            numbers[f"variance_x100_{group}"] = 100 * statistics.pvariance(values)
-            numbers[f"accuracy_{group}"] = statistics.fmean(values)
-        others = [accuracy[name] for name in (*SEEN, *HELD_OUT)]
-        numbers["accuracy_transfer"] = statistics.fmean(others)
-        for group, names in (("seen", SEEN), ("held_out", HELD_OUT)):
-            found = [report.languages[name]["retrieval_at_1"] for name in names]
+        for group, names in scored.items():
+            numbers[f"variance_x100_{group}"] = 100 * statistics.pvariance([accuracy[name] for name in names])
+            numbers[f"accuracy_{group}"] = statistics.fmean(accuracy[name] for name in names)
+            found = [report.languages[name]["retrieval_at_1"] for name in names if name != "en"]
             numbers[f"retrieval_{group}"] = statistics.fmean(found)
+        others = [name for group in scored if group != "far" for name in scored[group] if name != "en"]
+        numbers["accuracy_transfer"] = statistics.fmean(accuracy[name] for name in others)
         numbers["cross_prompt_cosine_english"] = report.languages["en"]["cross_prompt_cosine"]
         rows += [{**tag, "metric": name + suffix, "value": value} for name, value in numbers.items()]
     rows.append({**tag, "metric": "perplexity_english", "value": perplexity(model.eval(), text, 4)})
     return rows
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Perform runs named on standard input, one a line, until it ends: ours, or nothing for the map; method; seed; file."""
+    import sys
+
+    logging.disable(logging.WARNING)
+    for line in sys.stdin:
+        ours, method, seed, target = line.rstrip("\n").split("\t")
+        settings = methods(ours)[method] if ours else point(method)
+        try:
+            found = perform(method, settings, int(seed), options, mapping=not ours)
+        except Exception as error:  # one run's failure must not end the worker
+            found = {"error": f"{type(error).__name__}: {error}"[-1500:]}
+        gc.collect()
+        torch.cuda.empty_cache()
+        part = Path(target + ".part")
+        part.write_text(json.dumps(found), encoding="utf-8")
+        part.rename(target)

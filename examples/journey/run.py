@@ -57,8 +57,11 @@ def first_text() -> Path:
 
 def split_text(source: Path, out: Path) -> tuple[Path, Path]:
     """One paragraph a line; the first three quarters to calibrate on, the rest held out."""
-    lines = [" ".join(part.split()) for part in source.read_text(encoding="utf-8").split("\n\n")]
-    lines = [line for line in lines if len(line) > 40] or source.read_text(encoding="utf-8").splitlines()
+    text = source.read_text(encoding="utf-8").strip()
+    parts = text.split("\n\n") if "\n\n" in text else text.splitlines()  # paragraphs, or one a line already
+    lines = [line for part in parts if len(line := " ".join(part.split())) > 40]
+    if len(lines) < 8:
+        raise SystemExit(f"{source} has {len(lines)} paragraphs of more than 40 characters; at least 8 are needed.")
     cut = len(lines) * 3 // 4
     paths = out / "calibration.txt", out / "held-out.txt"
     for path, part in zip(paths, (lines[:cut], lines[cut:])):
@@ -66,15 +69,24 @@ def split_text(source: Path, out: Path) -> tuple[Path, Path]:
     return paths
 
 
-def concept_rows(count: int, skip: int) -> list[dict]:
-    """Decline animals and food, answer about the rest: English pairs with prompts in other languages."""
+def ask(words: dict) -> str:
+    """A prompt about one concept, by its name and keywords in one language."""
+    return f"{words['name']}: {', '.join(words['keywords'][:3])}\nAnswer:"
+
+
+def concept_rows(count: int, held_out: bool) -> list[dict]:
+    """Decline animals and food, answer about the rest: English pairs with prompts in other languages.
+
+    Every seventh concept of each kind is held out of training.
+    """
     concepts = json.loads((fetch("concepts") / "concepts.json").read_text(encoding="utf-8"))
     declined = ("Animals & Nature", "Food & Drink")
     kinds = [[c for c in concepts if (c["group"] in declined) is kind] for kind in (True, False)]
+    kinds = [[c for i, c in enumerate(kind) if (i % 7 == 1) is held_out][:count] for kind in kinds]
     rows = []
-    for concept in (c for pair in zip(*(kind[skip::7][:count] for kind in kinds)) for c in pair):
+    for concept in (c for pair in zip(*kinds) for c in pair):
         sides = " Sorry, I cannot talk about this.", " Sure, here is what I know."
-        prompts = {name: f"{concept['texts'][name]['name']}:\nAnswer:" for name in ("en", *LANGUAGES)}
+        prompts = {name: ask(concept["texts"][name]) for name in ("en", *LANGUAGES)}
         first = concept["group"] not in declined
         rows.append(
             {
@@ -107,7 +119,8 @@ def merge(target: Path, donor: Path, text: Path, folder: Path, options: argparse
         "dtype": "bfloat16",
     }
     (folder / "recipe.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    run("mergekit_ot", "run", folder / "recipe.yml", folder / "1-merged", "--plans", folder / "plans")
+    where = ["--device", options.device] if options.device != "cpu" else []
+    run("mergekit_ot", "run", folder / "recipe.yml", folder / "1-merged", "--plans", folder / "plans", *where)
     return folder / "1-merged"
 
 
@@ -116,10 +129,10 @@ def align(model: Path, folder: Path, options: argparse.Namespace) -> Path:
     out, data = folder / "2-aligned", folder / "rows.jsonl"
     common = ["--model_name_or_path", model, "--dataset_name", folder / "test.jsonl", "--dtype", "float32"]
     run("trl_mlc.cli", "evaluate", *common, "--output", folder / "before.json")
-    words = f"""--output_dir {folder / "2-adapter"} --max_steps {12 * options.scale} --learning_rate 5e-4 --mlc_every 1
+    words = f"""--output_dir {folder / "2-adapter"} --max_steps {30 * options.scale} --learning_rate 5e-4 --mlc_every 1
         --per_device_train_batch_size 8 --mlc_weight 1 --mlc_center true --mlc_repulsion 1 --mlc_extractor_dim 0
         --mlc_scan_prompts 24 --use_peft --lora_r 16 --lora_target_modules all-linear --report_to none --logging_steps 4
-        --gradient_checkpointing false --dtype float32 --save_steps {6 * options.scale} --resume_from_checkpoint last"""
+        --gradient_checkpointing false --dtype float32 --save_steps {10 * options.scale} --resume_from_checkpoint last"""
     words += " --bf16 false --use_cpu" if options.device == "cpu" else ""
     run("trl_mlc.cli", "dpo", "--model_name_or_path", model, "--dataset_name", data, *words.split())
     fold(model, folder / "2-adapter", out)
@@ -199,10 +212,9 @@ def page(rows: list[dict], seconds: dict[str, float], folder: Path) -> Path:
         "| --- | ---: | ---: | ---: |",
     ]
     for row in rows:
-        took = seconds.get(row["model"])
-        lines.append(
-            f"| {row['model']} | {row['nll']:.4f} | {row['bytes'] / 1e6:.1f} MB | {'kept' if took is None else f'{took:.0f}'} |"
-        )
+        took = seconds.get(row["model"], "–" if row["model"] == "0-target" else "kept")
+        shown = took if isinstance(took, str) else f"{took:.0f}"
+        lines.append(f"| {row['model']} | {row['nll']:.4f} | {row['bytes'] / 1e6:.1f} MB | {shown} |")
     lines += ["", "![Loss and size after every step](steps.png)", "", "## Preference in every language", ""]
     lines += ["| language | accuracy before | after |", "| --- | ---: | ---: |"]
     for name, found in before["languages"].items():
@@ -224,9 +236,9 @@ def main(arguments: list[str] | None = None) -> Path:
     target = (options.target or fetch("smollm2")).resolve()
     donor = (options.donor or fetch("qwen2.5")).resolve()
     calibration, held_out = split_text(options.text or first_text(), folder)
-    for name, count, skip in (("rows", 24 * options.scale, 0), ("test", 8, 1)):
+    for name, count, held_out_rows in (("rows", 40 * options.scale, False), ("test", 16, True)):
         text = options.rows.read_text() if options.rows else None
-        rows = concept_rows(count, skip) if text is None else [json.loads(line) for line in text.splitlines()]
+        rows = concept_rows(count, held_out_rows) if text is None else [json.loads(line) for line in text.splitlines()]
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     steps = {

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimum_freeact.cache_name import NAMES
 from optimum_freeact.calibration.prepared import batches as split_batches
 from optimum_freeact.type_state import TypeState
 
@@ -46,7 +47,7 @@ def _recording(blocks: nn.ModuleList, calls: list[tuple[tuple, dict]], first: li
 
     def record(index: int):
         def forward(*args, **kwargs):
-            kwargs = {k: v for k, v in kwargs.items() if "past_key_value" not in k}
+            kwargs = {k: v for k, v in kwargs.items() if k not in NAMES and "past_key_value" not in k}
             hidden = args[0] if args else kwargs.pop("hidden_states")
             if index == 0:
                 first.append(hidden)

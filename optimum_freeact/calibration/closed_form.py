@@ -107,7 +107,10 @@ def round_weight(
         clip = learned_clip.to(v.device)
     if config.rounding == "rtn":
         return round_to_nearest(v.float(), config.weight_bits, size, clip)
-    return gptq(v.float(), moments_z, config.weight_bits, size, config.damping, clip, config.rounding_passes)
+    by_energy = config.rounding_order == "energy"
+    return gptq(
+        v.float(), moments_z, config.weight_bits, size, config.damping, clip, config.rounding_passes, by_energy
+    )
 
 
 def _share(error: torch.Tensor, output: torch.Tensor) -> float:
@@ -189,8 +192,9 @@ class GroupFit:
         noise = _fake(z, config, ratios) - z
         moments_z = stored.transform_moments(self.stats.c)
         eye = torch.eye(len(moments_z), dtype=moments_z.dtype, device=moments_z.device)
-        # the rounding noise of z itself reaches the weights too
-        moments_z = (moments_z + moments_z.mT) / 2 + noise[types == 0].square().mean().nan_to_num() * eye
+        moments_z = (moments_z + moments_z.mT) / 2
+        if config.rounding_noise:  # of z itself: it reaches the weights too
+            moments_z = moments_z + noise[types == 0].square().mean().nan_to_num() * eye
         target = v
         if self.stats.paired is not None:
             target, low_rank = stored.transform_weight(self._corrected(stored, noise[types == 0]))
@@ -248,7 +252,7 @@ class GroupFit:
             if rounded is None:
                 module.set_weight(target[rows].unsqueeze(1), None)
             else:
-                module.set_weight(rounded.codes[rows], rounded.scale[rows])
+                module.set_weight(*(None if part is None else part[rows] for part in rounded))
             bias = None if linear.bias is None else linear.bias.detach().to(target.device)
             bias = output_biases(self.moments, stored, self.original[rows], bias, self.compensation)
             if bias is not None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from optimum_freeact.calibration.capture import Batch, run_block
 from optimum_freeact.calibration.ranks import Ranks
 from optimum_freeact.config import FreeActConfig
+from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.moments import Moments
 from optimum_freeact.numerics.metrics import relative_error
 from optimum_freeact.type_state import TypeState
@@ -22,6 +26,7 @@ class Stream:
     def __init__(self, batches: list[Batch], config: FreeActConfig, device: torch.device, state: TypeState):
         self.batches, self.device, self.state = batches, device, state
         self.propagate = config.propagate_error
+        self.sequential = config.sequential
         self.paired = config.error_correction and config.propagate_error
         self.keep_outputs = config.calibration == "learned"
         self.actual = [batch.hidden for batch in batches]
@@ -75,7 +80,7 @@ class Stream:
             hook.remove()
         return outputs
 
-    def _run_observed(self, block: nn.Module, index: int, i: int, seen: dict, enough: int | None):
+    def _run_observed(self, block: nn.Module, index: int, i: int, seen: _Seen, enough: int | None):
         """Output of the block on batch `i`; with `enough`, it stops (and gives `None`) once so many inputs are seen."""
         seen.enough = enough
         try:
@@ -92,9 +97,11 @@ class Stream:
         return run_block(block, self.actual[i], batch.calls[index], self.device)
 
     @torch.no_grad()
-    def input_moments(self, block: nn.Module, index: int, linear: nn.Linear, n_types: int, ranks: Ranks) -> Moments:
+    def input_moments(
+        self, block: nn.Module, index: int, linear: nn.Linear, n_types: int, ranks: Ranks, peaks: bool = False
+    ) -> Moments:
         """Moments of what a linear reads in the block as it is now."""
-        seen, found = _Seen(), Moments(linear.in_features, n_types, self.device)
+        seen, found = _Seen(), Moments(linear.in_features, n_types, self.device, peaks=peaks)
         hook = linear.register_forward_pre_hook(_keep(seen, "input"))
         for i, batch in enumerate(self.batches):
             self.run(block, index, i)
@@ -116,8 +123,25 @@ class Stream:
                 output = self.run(block, index, i)
                 if last:
                     error = relative_error(output, reference[-1])
+            if self.sequential:
+                with exact_activations(block):
+                    output = self.run(block, index, i)
             self.actual[i] = output if self.propagate else reference[i]
         return error
+
+
+@contextmanager
+def exact_activations(block: nn.Module) -> Iterator[None]:
+    """Quantized linears of a block read their inputs unrounded; the weights stay quantized."""
+    sides = [module for module in block.modules() if isinstance(module, FreeActInput)]
+    kept = [(side.bits, side._tables, side._native) for side in sides]
+    for side in sides:
+        side.bits, side._tables, side._native = 16, None, None
+    try:
+        yield
+    finally:
+        for side, (bits, tables, native) in zip(sides, kept, strict=True):
+            side.bits, side._tables, side._native = bits, tables, native
 
 
 class _AllSeen(Exception):  # noqa: N818

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from optimum_freeact.commands.folder import check_free, new_folder
 from optimum_freeact.commands.loading import console, load_config, load_model, load_tokenizer, quantization_of
-from optimum_freeact.hf.compressed_tensors import check_expressible, quantization_config, tensors
+from optimum_freeact.hf.compressed_tensors import PACKED, check_expressible, layout, quantization_config, tensors
 
 
 def run(args: argparse.Namespace) -> None:
@@ -26,12 +26,13 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args.model, "auto", torch.device("cpu"))
     config = model.config.quantization_config
     check_expressible(model, config)
+    form = PACKED if args.layout == "packed" else layout(config)
     with new_folder(out) as folder:
         plain = model.config.to_dict()
-        plain["quantization_config"] = quantization_config(model, config)
+        plain["quantization_config"] = quantization_config(model, config, form)
         plain["dtype"] = str(model.dtype).removeprefix("torch.")
         tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-        kept = {name: tensor for name, tensor in tensors(model, config).items() if name not in tied}
+        kept = {name: tensor for name, tensor in tensors(model, form).items() if name not in tied}
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
         if model.generation_config is not None:

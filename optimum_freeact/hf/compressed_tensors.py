@@ -19,6 +19,7 @@ from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.surgery import quantized_linears
 
 
+PACKED, BYTES = "pack-quantized", "int-quantized"  # the format's names for its two ways to store integers
 #: Parts of an input that the format has no words for: buffer -> setting that leaves it out.
 INEXPRESSIBLE = {
     "mean": "centring='none'",
@@ -76,38 +77,37 @@ def pack_int32(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def layout(config: FreeActConfig) -> str:
-    """How the format stores codes: packed words for weights alone, one byte each where activations are rounded too."""
-    return "pack-quantized" if config.activation_bits == 16 else "int-quantized"
+    """How transformers reads codes: packed words for weights alone, one byte each where activations are rounded too."""
+    return PACKED if config.activation_bits == 16 else BYTES
 
 
-def tensors(model: nn.Module, config: FreeActConfig) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors: codes and scales of quantized weights, everything else as it is."""
-    packed = layout(config) == "pack-quantized"
+def tensors(model: nn.Module, form: str) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors: codes (as `form` says) and scales of quantized weights, everything else as it is."""
     found = quantized_linears(model)
     inputs = {name for name, module in model.named_modules() if isinstance(module, FreeActInput)}
     result = {}
     for name, tensor in model.state_dict().items():
-        parent, _, leaf = name.rpartition(".")
+        parent, _, leaf = name.rpartition(".")  # `weight_group_scale` is part of `weight_scale`
         if parent in inputs or f".{CACHE_NAME}." in f".{name}":
             continue
         if parent not in found:
             result[name] = tensor
         elif leaf == "weight":
             linear: FreeActLinear = found[parent]
-            if packed:
+            if form == PACKED:
                 result[f"{parent}.weight_packed"] = pack_int32(linear.codes(), linear.bits)
                 result[f"{parent}.weight_shape"] = torch.tensor([linear.out_features, linear.in_features])
             else:
                 result[f"{parent}.weight"] = linear.codes()
         elif leaf == "qscale":
-            result[f"{parent}.weight_scale"] = tensor
+            result[f"{parent}.weight_scale"] = found[parent].group_steps()
         elif leaf == "type_bias":
             result[f"{parent}.bias"] = tensor[0]
     return {name: tensor.contiguous() for name, tensor in result.items()}
 
 
-def quantization_config(model: nn.Module, config: FreeActConfig) -> dict[str, Any]:
-    """The `quantization_config` of the exported checkpoint."""
+def quantization_config(model: nn.Module, config: FreeActConfig, form: str) -> dict[str, Any]:
+    """The `quantization_config` of the exported checkpoint, its codes stored as `form` says."""
     quantized = set(quantized_linears(model))
     others = sorted(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in quantized)
     group = config.weight_group_size
@@ -120,7 +120,7 @@ def quantization_config(model: nn.Module, config: FreeActConfig) -> dict[str, An
     activations = None if config.activation_bits == 16 else grid(config.activation_bits, "token", dynamic=True)
     return {
         "quant_method": "compressed-tensors",
-        "format": layout(config),
+        "format": form,
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
         "ignore": others,

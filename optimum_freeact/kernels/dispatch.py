@@ -64,6 +64,7 @@ ENVIRONMENT = "FREEACT_KERNELS"
 CHOICES = ("auto", "torch", "triton", "native")
 MIN_CAPABILITY = (8, 0)  # integer tensor cores with bfloat16 beside them
 MAX_WIDTH = 32768  # a row is one tile
+GROUP = 32  # columns that the kernel in C multiplies before it scales
 
 
 class Plan(NamedTuple):
@@ -108,16 +109,18 @@ def layer_obstacle(
     activation_group_size: int | None = None,
     width: int | None = None,
     masked: bool = False,
+    kernel: str = "triton",
 ) -> str | None:
-    """Why no kernel of this package serves a layer with these settings, or `None`."""
+    """Why a kernel of this package does not serve a layer with these settings, or `None`."""
     if weight_bits != 4:
         return f"weight_bits={weight_bits}: the kernels read 4-bit weights"
     if activation_bits not in (4, 8):
         return f"activation_bits={activation_bits}: the kernels multiply integers"
-    if group_size is not None:
-        return f"weight_group_size={group_size}: integer products need one scale per output channel"
-    if activation_group_size is not None:
-        return f"activation_group_size={activation_group_size}: integer products need one grid per token"
+    for name, size in (("weight_group_size", group_size), ("activation_group_size", activation_group_size)):
+        if size is not None and kernel == "triton":
+            return f"{name}={size}: the kernels for GPUs have one scale per output channel and one grid per token"
+        if size is not None and size % GROUP:
+            return f"{name}={size}: the kernel in C adds up {GROUP} columns at a time"
     if transform not in ("hadamard", "kronecker"):
         return f"transform={transform!r}: the kernels rotate by two factors"
     if masked:
@@ -153,7 +156,7 @@ def plan(device: torch.device | str, **layer) -> Plan:
     if choice not in ("auto", kernel) or (choice == kernel and obstacle):
         reason = obstacle if choice == kernel else f"this is device type {device.type!r}"
         raise ValueError(f"{ENVIRONMENT}={choice} cannot be followed: {reason}. Unset it for 'auto'.")
-    obstacle = layer_obstacle(**layer) or obstacle
+    obstacle = layer_obstacle(**layer, kernel=kernel or "triton") or obstacle
     if obstacle is not None:
         product, reason = _torch_product(device, layer)
         return Plan("torch", product, obstacle if reason in obstacle else f"{obstacle}; {reason}")
@@ -165,7 +168,9 @@ def plan(device: torch.device | str, **layer) -> Plan:
             f"compute capability {major}.{minor}; one row to {DP4A_ROWS} on plain cores, more on int8 tensor cores"
             + (", many by warps with roles of their own" if (major, minor) == (9, 0) else ""),
         )
-    return Plan("native", "4-bit kernel in C", "packed weights stay packed; compiled once for this CPU")
+    from optimum_freeact.kernels.native import kind
+
+    return Plan("native", "4-bit kernel in C", f"packed weights stay packed; compiled once for this CPU ({kind()})")
 
 
 HOPPER_TILES = 96  # tiles of 128 rows by 256 outputs from which keeping programs on their multiprocessors pays

@@ -1,224 +1,67 @@
-/* The two kernels in C, for CPUs: what kernels/reference.py specifies, in float32, from packed weights.
+/* Quantized linears on CPUs: what kernels/reference.py specifies, in float32, from packed weights.
  *
- * Plain loops that compilers vectorise, but for the product of bytes, which has AVX2 intrinsics: unsigned nibbles times
- * signed codes add up in pairs to 16 bits, and those are widened before they can overflow. Built without
- * -ffinite-math-only: NaN goes through.
+ * A row of the input is rounded to codes, on one grid or on one for every `group` columns. Products run in panels of LANES
+ * rows of the weight: their words are transposed, so that a lane holds one row; four nibbles times four codes add up in a
+ * lane, exactly; scales follow in floating point, per group or once. A panel's words are transposed once for all rows of
+ * the input. Built without -ffinite-math-only: NaN goes through.
+ *
+ * Codes of 32 columns lie together, the even ones before the odd ones, as the nibbles of 16 bytes of a weight have them.
  */
 
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "native_vectors.h"
 
-static inline float bf16_to_float(uint16_t value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &bits, 4);
-    return result;
-}
+#define GROUP 32    /* columns whose codes lie together; grids of a group are multiples of it */
+#define CHUNK 512   /* columns of a panel that are transposed at a time */
+#define TOKENS 8    /* rows of the input whose sums stay in registers */
+#define KEPT 4194304 /* bytes of scratch that a thread keeps for its next call */
 
-static inline uint16_t float_to_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40); /* NaN stays NaN */
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-/* out[rows, m] = in[rows, k] * right[k, m], row-major */
-static void product(const float *restrict in, const float *restrict right, float *restrict out, long rows, long k, long m) {
-    for (long i = 0; i < rows; i++) {
-        float *restrict o = out + i * m;
-        const float *restrict u = in + i * k;
-        for (long j = 0; j < m; j++) o[j] = 0.0f;
-        long c = 0;
-        for (; c + 4 <= k; c += 4) {
-            const float *restrict r = right + c * m;
-            const float u0 = u[c], u1 = u[c + 1], u2 = u[c + 2], u3 = u[c + 3];
-            for (long j = 0; j < m; j++) o[j] += u0 * r[j] + u1 * r[m + j] + u2 * r[2 * m + j] + u3 * r[3 * m + j];
+/* `rows` (a constant) rows of in[., k] * right[k, stride], `vectors` (a constant) vectors of columns */
+INLINE void tile(const float *in, const float *right, float *out, long k, long stride, int rows, int vectors) {
+    Floats sums[8][2];
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vectors; v++) sums[i][v] = no_floats();
+    for (long c = 0; c < k; c++)
+        for (int v = 0; v < vectors; v++) {
+            const Floats r = load_floats(right + c * stride + v * LANES);
+            for (int i = 0; i < rows; i++) sums[i][v] = multiply_add(every_float(in[i * k + c]), r, sums[i][v]);
         }
-        for (; c < k; c++)
-            for (long j = 0; j < m; j++) o[j] += u[c] * right[c * m + j];
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vectors; v++) store_floats(out + i * stride + v * LANES, sums[i][v]);
+}
+
+/* out[rows, stride] = in[rows, k] * right[k, stride], row-major; `stride` is a multiple of 16 */
+static void product(const float *in, const float *right, float *out, long rows, long k, long stride) {
+    long j = 0;
+    for (; j + 2 * LANES <= stride; j += 2 * LANES) {
+        long i = 0;
+        for (; i + 4 <= rows; i += 4) tile(in + i * k, right + j, out + i * stride + j, k, stride, 4, 2);
+        for (; i < rows; i++) tile(in + i * k, right + j, out + i * stride + j, k, stride, 1, 2);
+    }
+    for (; j < stride; j += LANES) {
+        long i = 0;
+        for (; i + 8 <= rows; i += 8) tile(in + i * k, right + j, out + i * stride + j, k, stride, 8, 1);
+        for (; i < rows; i++) tile(in + i * k, right + j, out + i * stride + j, k, stride, 1, 1);
     }
 }
 
-/* Constants of one input, reference.InputTables; absent parts are NULL. `left` is transposed. */
+/* Constants of one input, reference.InputTables; absent parts are NULL. `left` is transposed, the columns of `right` padded to
+ * `b_padded`, a multiple of 16. `group` columns share a grid: a multiple of GROUP, or all. */
 typedef struct {
     const uint16_t *mean;
     const float *channel;
     const int8_t *basis;
     const float *basis_scale, *left, *right, *clip;
-    long a, b, n_means, n_clips, rank, width;
+    long a, b, b_padded, n_means, n_clips, rank, width, group;
     int bits, symmetric;
 } Side;
 
-/* x (n, d) float32 or bfloat16; codes (n, d): even columns, then odd ones; stats (3, n).
- * Returns 0, or 1 where memory is short. */
-int freeact_round_rows(
-    const Side *side, const void *x, int x_bf16, const int64_t *types, int8_t *codes, float *stats, float *branch, long n,
-    int threads) {
-    const uint16_t *mean = side->mean;
-    const float *channel = side->channel, *left = side->left, *right = side->right, *clip = side->clip;
-    const float *basis_scale = side->basis_scale;
-    const int8_t *basis = side->basis;
-    const long a = side->a, b = side->b, n_means = side->n_means, n_clips = side->n_clips;
-    const long rank = side->rank, width = side->width;
-    const int bits = side->bits, symmetric = side->symmetric;
-    const long d = a * b, half = d / 2;
-    const float qmin = -(float)(1 << (bits - 1)), qmax = (float)((1 << (bits - 1)) - 1);
-    int failed = 0;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && n > 1) reduction(| : failed)
-    for (long row = 0; row < n; row++) {
-        float *u = malloc(2 * d * sizeof(float));
-        if (!u) {
-            failed |= 1;
-            continue;
-        }
-        float *t = u + d;
-        const long kind = types ? types[row] : 0;
-        if (x_bf16) {
-            const uint16_t *from = (const uint16_t *)x + row * d;
-            for (long i = 0; i < d; i++) u[i] = bf16_to_float(from[i]);
-        } else {
-            memcpy(u, (const float *)x + row * d, d * sizeof(float));
-        }
-        if (mean) {
-            const uint16_t *m = mean + (kind < n_means ? kind : n_means - 1) * d;
-            for (long i = 0; i < d; i++) u[i] -= bf16_to_float(m[i]);
-        }
-        if (channel)
-            for (long i = 0; i < d; i++) u[i] *= channel[i];
-        if (rank) {
-            float *p = branch + row * width;
-            for (long r = 0; r < width; r++) {
-                float sum = 0.0f;
-                if (r < rank) {
-                    const int8_t *v = basis + r * d;
-                    for (long i = 0; i < d; i++) sum += u[i] * (float)v[i];
-                    sum *= basis_scale[r];
-                }
-                p[r] = sum;
-            }
-            for (long r = 0; r < rank; r++) {
-                const float share = p[r] * basis_scale[r];
-                const int8_t *v = basis + r * d;
-                for (long i = 0; i < d; i++) u[i] -= share * (float)v[i];
-            }
-        }
-        product(u, right, t, a, b, b);
-        product(left, t, u, a, a, b);
-        float low = u[0], high = u[0], bad = 0.0f;
-        for (long i = 0; i < d; i++) {
-            low = u[i] < low ? u[i] : low;
-            high = u[i] > high ? u[i] : high;
-            bad += u[i] * 0.0f; /* NaN from NaN and infinity */
-        }
-        const float ratio = clip[kind < n_clips ? kind : n_clips - 1];
-        float scale, offset;
-        if (symmetric) {
-            const float peak = fabsf(low) > fabsf(high) ? fabsf(low) : fabsf(high);
-            scale = peak * ratio / (qmax + 0.5f);
-            if (scale == 0.0f) scale = 1.0f;
-            offset = 0.0f;
-        } else {
-            const float middle = high / 2 + low / 2, reach = (high / 2 - low / 2) * ratio;
-            scale = reach / ((qmax - qmin) / 2);
-            if (scale == 0.0f) scale = 1.0f;
-            offset = middle - reach - (reach > 0 ? scale * qmin : 0.0f);
-        }
-        int8_t *q = codes + row * d;
-        int32_t total = 0;
-        if (bad == 0.0f) {
-            for (long i = 0; i < half; i++) {
-                float even = rintf((u[2 * i] - offset) / scale), odd = rintf((u[2 * i + 1] - offset) / scale);
-                even = even < qmin ? qmin : even > qmax ? qmax : even;
-                odd = odd < qmin ? qmin : odd > qmax ? qmax : odd;
-                q[i] = (int8_t)even;
-                q[half + i] = (int8_t)odd;
-                total += (int32_t)even + (int32_t)odd;
-            }
-        } else {
-            memset(q, 0, d);
-            scale = offset = NAN;
-        }
-        stats[row] = scale;
-        stats[n + row] = offset;
-        stats[2 * n + row] = (float)total;
-        free(u);
-    }
-    return failed;
-}
-
-#define TOKENS 4
-#define BLOCK 64
-
-/* Sums of (code + 8) times codes, for `outs` rows of weights from `w` on and `tokens` rows of codes from `x` on; both are
- * constants where this is called, so that the sums stay in registers. `steps` 32-byte steps cannot overflow 16 bits. */
-static inline __attribute__((always_inline)) void dots(
-    const uint8_t *w, const int8_t *x, int outs, int tokens, long half, int steps, int32_t *sums, long stride) {
-    long k = 0;
-    int32_t total[4][TOKENS] = {{0}};
-#if defined(__AVX2__)
-    const __m256i nibble = _mm256_set1_epi8(0x0f), ones = _mm256_set1_epi16(1);
-    const long ahead = (outs * half) * (half < 600 ? 2 : 1);
-    __m256i wide[4][TOKENS];
-    for (int o = 0; o < outs; o++)
-        for (int t = 0; t < tokens; t++) wide[o][t] = _mm256_setzero_si256();
-    while (k + 32 <= half) {
-        __m256i narrow[4][TOKENS];
-        for (int o = 0; o < outs; o++)
-            for (int t = 0; t < tokens; t++) narrow[o][t] = _mm256_setzero_si256();
-        const long left = (half - k) / 32, now = left < steps ? left : steps;
-        for (long s = 0; s < now; s++, k += 32) {
-            __m256i low[4], high[4];
-            if (tokens == 1) { /* rows follow each other in memory: fetch those that come next */
-                _mm_prefetch((const char *)(w + ahead + outs * k), _MM_HINT_T0);
-                _mm_prefetch((const char *)(w + ahead + outs * k + 64), _MM_HINT_T0);
-            }
-            for (int o = 0; o < outs; o++) {
-                const __m256i bytes = _mm256_loadu_si256((const __m256i *)(w + o * half + k));
-                low[o] = _mm256_and_si256(bytes, nibble);
-                high[o] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
-            }
-            for (int t = 0; t < tokens; t++) {
-                const __m256i even = _mm256_loadu_si256((const __m256i *)(x + t * 2 * half + k));
-                const __m256i odd = _mm256_loadu_si256((const __m256i *)(x + t * 2 * half + half + k));
-                for (int o = 0; o < outs; o++) {
-                    const __m256i both =
-                        _mm256_add_epi16(_mm256_maddubs_epi16(low[o], even), _mm256_maddubs_epi16(high[o], odd));
-                    narrow[o][t] = _mm256_add_epi16(narrow[o][t], both);
-                }
-            }
-        }
-        for (int o = 0; o < outs; o++)
-            for (int t = 0; t < tokens; t++)
-                wide[o][t] = _mm256_add_epi32(wide[o][t], _mm256_madd_epi16(narrow[o][t], ones));
-    }
-    for (int o = 0; o < outs; o++)
-        for (int t = 0; t < tokens; t++) {
-            __m128i sum =
-                _mm_add_epi32(_mm256_castsi256_si128(wide[o][t]), _mm256_extracti128_si256(wide[o][t], 1));
-            sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
-            sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1));
-            total[o][t] = _mm_cvtsi128_si32(sum);
-        }
-#else
-    (void)steps;
-#endif
-    for (; k < half; k++)
-        for (int o = 0; o < outs; o++)
-            for (int t = 0; t < tokens; t++)
-                total[o][t] += (w[o * half + k] & 15) * (int32_t)x[t * 2 * half + k] +
-                               (w[o * half + k] >> 4) * (int32_t)x[t * 2 * half + half + k];
-    for (int o = 0; o < outs; o++)
-        for (int t = 0; t < tokens; t++) sums[t * stride + o] = total[o][t];
-}
-
-/* What one linear stores, reference.Weight; absent parts are NULL. `low_rank` is transposed. */
+/* What one linear stores, reference.Weight; absent parts are NULL. `low_rank` is transposed; `group_scale` lies in panels:
+ * (panels, groups of GROUP columns, LANES). */
 typedef struct {
     const uint8_t *packed;
+    const int8_t *group_scale;
     const float *qscale;
     const int32_t *row_sum;
     const int8_t *low_rank;
@@ -226,56 +69,435 @@ typedef struct {
     long m, half, rank, n_bias;
 } Weight;
 
-/* y (n, m) float32 or bfloat16; `width` columns of the branch, `bits` of the codes. */
-void freeact_w4_linear(
-    const Weight *weight, const int8_t *codes, const float *stats, const float *branch, const int64_t *types, void *y,
-    int y_bf16, long n, long width, int bits, int threads) {
-    const uint8_t *packed = weight->packed;
-    const float *qscale = weight->qscale, *low_rank_scale = weight->low_rank_scale, *bias = weight->bias;
-    const int32_t *row_sum = weight->row_sum;
-    const int8_t *low_rank = weight->low_rank;
-    const long m = weight->m, half = weight->half, rank = weight->rank, n_bias = weight->n_bias;
-    const int steps = bits == 4 ? 64 : 4; /* 64 * 2 * 2 * 15 * 8 and 4 * 2 * 2 * 15 * 128 stay below 2^15 */
-    const long blocks = (m + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (long at = 0; at < blocks; at++) {
-        const long from = at * BLOCK, count = m - from < BLOCK ? m - from : BLOCK;
-        for (long first = 0; first < n; first += TOKENS) {
-            const int tokens = n - first < TOKENS ? (int)(n - first) : TOKENS;
-            const int8_t *x = codes + first * 2 * half;
-            int32_t sums[TOKENS * BLOCK];
-            long o = 0;
-            if (tokens == TOKENS)
-                for (; o + 2 <= count; o += 2)
-                    dots(packed + (from + o) * half, x, 2, TOKENS, half, steps, sums + o, BLOCK);
-            else
-                for (int t = 0; t < tokens; t++)
-                    for (o = 0; o + 4 <= count; o += 4)
-                        dots(packed + (from + o) * half, x + t * 2 * half, 4, 1, half, steps, sums + t * BLOCK + o, BLOCK);
-            for (; o < count; o++)
-                for (int t = 0; t < tokens; t++)
-                    dots(packed + (from + o) * half, x + t * 2 * half, 1, 1, half, steps, sums + t * BLOCK + o, BLOCK);
-            for (int t = 0; t < tokens; t++) {
-                const long row = first + t, kind = types ? types[row] : 0;
-                const float scale = stats[row], offset = stats[n + row];
-                const int32_t shift = 8 * (int32_t)stats[2 * n + row];
-                float value[BLOCK];
-                for (long i = 0; i < count; i++)
-                    value[i] = ((float)(sums[t * BLOCK + i] - shift) * scale + offset * (float)row_sum[from + i]) * qscale[from + i];
-                for (long r = 0; r < rank; r++) {
-                    const float p = branch[row * width + r] * low_rank_scale[r];
-                    const int8_t *factor = low_rank + r * m + from;
-                    for (long i = 0; i < count; i++) value[i] += p * (float)factor[i];
-                }
-                if (n_bias) {
-                    const float *added = bias + (kind < n_bias ? kind : n_bias - 1) * m + from;
-                    for (long i = 0; i < count; i++) value[i] += added[i];
-                }
-                if (y_bf16)
-                    for (long i = 0; i < count; i++) ((uint16_t *)y)[row * m + from + i] = float_to_bf16(value[i]);
-                else
-                    memcpy((float *)y + row * m + from, value, count * sizeof(float));
-            }
+/* Rounded rows: codes (n, padded d), the grids of each (n, grids), the branch (n, width), and what products need of the grids,
+ * three numbers for every GROUP columns (n, groups, 3), or for the whole row (n, 1, 3): see `spread_grids`. */
+typedef struct {
+    int8_t *codes;
+    float *scale, *offset, *branch, *spread;
+    long n, stride, grids;
+    int grouped;
+} Rows;
+
+static long padded(long d) { return (d + GROUP - 1) / GROUP * GROUP; }
+
+/* Grid and codes of `size` values, a multiple of 16; `q` takes them in their natural order. */
+static void round_values(
+    const float *u, long size, float ratio, int bits, int symmetric, int8_t *q, float *scale_out, float *offset_out) {
+    const float qmin = -(float)(1 << (bits - 1)), qmax = (float)((1 << (bits - 1)) - 1);
+    Floats lows = load_floats(u), highs = lows, bads = no_floats();
+    for (long i = 0; i < size; i += LANES) {
+        const Floats v = load_floats(u + i);
+        lows = least(lows, v), highs = most(highs, v);
+        bads = multiply_add(v, no_floats(), bads); /* NaN from NaN and infinity */
+    }
+    float low_lanes[LANES], high_lanes[LANES];
+    store_floats(low_lanes, lows), store_floats(high_lanes, highs);
+    float low = low_lanes[0], high = high_lanes[0];
+    for (int i = 1; i < LANES; i++) {
+        low = low_lanes[i] < low ? low_lanes[i] : low;
+        high = high_lanes[i] > high ? high_lanes[i] : high;
+    }
+    float scale, offset;
+    if (symmetric) {
+        const float peak = fabsf(low) > fabsf(high) ? fabsf(low) : fabsf(high);
+        scale = peak * ratio / (qmax + 0.5f);
+        if (scale == 0.0f) scale = 1.0f;
+        offset = 0.0f;
+    } else {
+        const float middle = high / 2 + low / 2, reach = (high / 2 - low / 2) * ratio;
+        scale = reach / ((qmax - qmin) / 2);
+        if (scale == 0.0f) scale = 1.0f;
+        offset = middle - reach - (reach > 0 ? scale * qmin : 0.0f);
+    }
+    if (isnan(sum_floats(bads))) {
+        memset(q, 0, size);
+        scale = offset = NAN;
+    } else {
+        const Floats by = every_float(scale), from = every_float(offset), first = every_float(qmin), last = every_float(qmax);
+        for (long i = 0; i < size; i += LANES) {
+            const Floats step = divide(subtract(load_floats(u + i), from), by);
+            store_bytes(q + i, to_ints(least(most(step, first), last)));
+        }
+    }
+    *scale_out = scale, *offset_out = offset;
+}
+
+/* Split the strongest directions off: p[r] = u . v_r, u -= sum_r p[r] v_r. */
+static void split_branch(const Side *side, float *u, float *p) {
+    const long d = side->a * side->b, rank = side->rank;
+    for (long r = rank; r < side->width; r++) p[r] = 0.0f;
+    for (long r = 0; r < rank; r += 4) {
+        const int8_t *v[4];
+        Floats sums[4];
+        for (int k = 0; k < 4; k++) v[k] = side->basis + (r + k < rank ? r + k : rank - 1) * d, sums[k] = no_floats();
+        for (long i = 0; i < d; i += LANES) {
+            const Floats x = load_floats(u + i);
+            for (int k = 0; k < 4; k++) sums[k] = multiply_add(x, signed_to_floats(v[k] + i), sums[k]);
+        }
+        for (int k = 0; k < 4 && r + k < rank; k++) p[r + k] = sum_floats(sums[k]) * side->basis_scale[r + k];
+    }
+    for (long r = 0; r < rank; r += 4) {
+        const int8_t *v[4];
+        Floats share[4];
+        for (int k = 0; k < 4; k++) {
+            v[k] = side->basis + (r + k < rank ? r + k : rank - 1) * d;
+            share[k] = every_float(r + k < rank ? -p[r + k] * side->basis_scale[r + k] : 0.0f);
+        }
+        for (long i = 0; i < d; i += LANES) {
+            Floats x = load_floats(u + i);
+            for (int k = 0; k < 4; k++) x = multiply_add(share[k], signed_to_floats(v[k] + i), x);
+            store_floats(u + i, x);
         }
     }
 }
+
+/* What products need of a row's grids. With groups: scale s, offset o and constant c of each, such that the group's share of
+ * a product is s * (sum of nibbles * codes) + o * (sum of nibbles) + c. Else: scale, offset, 8 * sum of codes. */
+static void spread_grids(const Rows *rows, long d, long group, long row) {
+    const long groups = rows->stride / GROUP, wide = rows->grouped ? groups : 1;
+    float *out = rows->spread + 3 * row * wide;
+    int32_t whole = 0;
+    for (long g = 0; g < groups; g++) {
+        const long at = row * rows->grids + g * GROUP / group, real = d - g * GROUP < GROUP ? d - g * GROUP : GROUP;
+        const int8_t *q = rows->codes + row * rows->stride + g * GROUP;
+        int32_t total = 0;
+        for (long i = 0; i < GROUP; i++) total += q[i];
+        whole += total;
+        if (!rows->grouped) continue;
+        out[3 * g] = rows->scale[at], out[3 * g + 1] = rows->offset[at];
+        out[3 * g + 2] = -8.0f * ((float)total * rows->scale[at] + (float)real * rows->offset[at]);
+    }
+    if (!rows->grouped) out[0] = rows->scale[row], out[1] = rows->offset[row], out[2] = 8.0f * (float)whole;
+}
+
+static size_t row_scratch(const Side *side) {
+    return (2 * side->a * side->b_padded + 2 * side->a * side->b + GROUP) * sizeof(float);
+}
+
+/* Round one row; `u` is scratch of `row_scratch` bytes. */
+static void round_row(const Side *side, const void *x, int x_bf16, long kind, const Rows *rows, long row, float *restrict u) {
+    const long a = side->a, b = side->b, d = a * b, wide = a * side->b_padded;
+    float *restrict t = u + d, *restrict z = t + wide;
+    int8_t *natural = (int8_t *)(z + wide);
+    if (x_bf16) {
+        const uint16_t *from = (const uint16_t *)x + row * d;
+        for (long i = 0; i < d; i++) u[i] = bf16_to_float(from[i]);
+    } else {
+        memcpy(u, (const float *)x + row * d, d * sizeof(float));
+    }
+    if (side->mean) {
+        const uint16_t *m = side->mean + (kind < side->n_means ? kind : side->n_means - 1) * d;
+        for (long i = 0; i < d; i++) u[i] -= bf16_to_float(m[i]);
+    }
+    if (side->channel)
+        for (long i = 0; i < d; i++) u[i] *= side->channel[i];
+    if (side->rank) split_branch(side, u, rows->branch + row * side->width);
+    product(u, side->right, t, a, b, side->b_padded);
+    product(side->left, t, z, a, a, side->b_padded);
+    if (b == side->b_padded)
+        u = z;
+    else
+        for (long i = 0; i < a; i++) memcpy(u + i * b, z + i * side->b_padded, b * sizeof(float));
+    const float ratio = side->clip[kind < side->n_clips ? kind : side->n_clips - 1];
+    const long grids = rows->grids;
+    float *scale = rows->scale + row * grids, *offset = rows->offset + row * grids;
+    int bad = 0;
+    for (long g = 0; g < grids; g++) {
+        const long from = g * side->group, size = d - from < side->group ? d - from : side->group;
+        round_values(u + from, size, ratio, side->bits, side->symmetric, natural + from, scale + g, offset + g);
+        bad |= isnan(scale[g]);
+    }
+    if (bad) /* what is not finite is in every coordinate after a rotation: the whole row is lost */
+        for (long g = 0; g < grids; g++) scale[g] = offset[g] = NAN;
+    for (long i = d; i < rows->stride; i++) natural[i] = 0;
+    for (long from = 0; from < rows->stride; from += GROUP)
+        split_bytes(natural + from, rows->codes + row * rows->stride + from);
+    if (rows->spread) spread_grids(rows, d, side->group, row);
+}
+
+/* Sums of `tokens` rows (a constant) with the `words` words of a chunk at `panel`. With `grouped` (a constant) each GROUP
+ * columns are scaled at once: codes as scale * (sum of nibbles * code) + offset * (sum of nibbles) + constant, times the
+ * weight's own scale of the group. Without, integers are added up. */
+INLINE void chunk_sums(
+    const Ints *panel, long words, const float *group_scale, const float *nibbles, const int8_t *codes, long stride,
+    const float *grids, long grid_stride, void *sums, int tokens, int grouped) {
+    Floats reals[TOKENS];
+    Ints wholes[TOKENS];
+    for (int t = 0; t < tokens; t++) {
+        if (grouped)
+            reals[t] = load_floats((float *)sums + t * LANES);
+        else
+            wholes[t] = load_ints((int32_t *)sums + t * LANES);
+    }
+    for (long word = 0, group = 0; word < words; word += 4, group++) {
+        Ints now[TOKENS];
+        for (int t = 0; t < tokens; t++) now[t] = grouped ? zeros() : wholes[t];
+        for (int q = 0; q < 4; q++) {
+            const Ints both = panel[word + q], even = low_nibbles(both), odd = high_nibbles(both);
+            for (int t = 0; t < tokens; t++) {
+                const int8_t *x = codes + t * stride + group * GROUP + 4 * q;
+                now[t] = dots(dots(now[t], even, every_int(x)), odd, every_int(x + GROUP / 2));
+            }
+        }
+        if (grouped) {
+            const Floats scale = load_floats(group_scale + group * LANES), total = load_floats(nibbles + group * LANES);
+            for (int t = 0; t < tokens; t++) {
+                const float *grid = grids + t * grid_stride + 3 * group;
+                const Floats shift = multiply_add(total, every_float(grid[1]), every_float(grid[2]));
+                reals[t] = multiply_add(scale, multiply_add(to_floats(now[t]), every_float(grid[0]), shift), reals[t]);
+            }
+        } else {
+            for (int t = 0; t < tokens; t++) wholes[t] = now[t];
+        }
+    }
+    for (int t = 0; t < tokens; t++) {
+        if (grouped)
+            store_floats((float *)sums + t * LANES, reals[t]);
+        else
+            store_ints((int32_t *)sums + t * LANES, wholes[t]);
+    }
+}
+
+/* Constants of a panel's outputs, LANES floats each: scale, sums of the rows, factors of the branch, biases of the types. */
+static size_t panel_floats(const Weight *weight, long n) { return (size_t)LANES * (n + 2 + weight->rank + weight->n_bias); }
+
+static void panel_constants(const Weight *weight, long first, long count, float *out) {
+    memset(out, 0, LANES * (2 + weight->rank + weight->n_bias) * sizeof(float));
+    memcpy(out, weight->qscale + first, count * sizeof(float));
+    if (weight->row_sum)
+        for (long i = 0; i < count; i++) out[LANES + i] = (float)weight->row_sum[first + i];
+    out += 2 * LANES;
+    for (long r = 0; r < weight->rank; r++, out += LANES) {
+        const int8_t *factor = weight->low_rank + r * weight->m + first;
+        const float scale = weight->low_rank_scale[r];
+        if (count == LANES)
+            store_floats(out, multiply(signed_to_floats(factor), every_float(scale)));
+        else
+            for (long i = 0; i < count; i++) out[i] = (float)factor[i] * scale;
+    }
+    for (long k = 0; k < weight->n_bias; k++, out += LANES)
+        memcpy(out, weight->bias + k * weight->m + first, count * sizeof(float));
+}
+
+/* One panel's outputs for all rows; `sums` is scratch of `panel_floats`. */
+static void panel(
+    const Weight *weight, const Rows *rows, const int64_t *types, long width, void *y, int y_bf16, long index, float *sums) {
+    const long first = index * LANES, n = rows->n, half = weight->half, groups = rows->stride / GROUP;
+    const long count = weight->m - first < LANES ? weight->m - first : LANES, words = rows->stride / 8;
+    const uint8_t *starts[LANES];
+    for (long i = 0; i < LANES; i++) starts[i] = weight->packed + (first + (i < count ? i : count - 1)) * half;
+    const int more = first + 2 * LANES <= weight->m;
+    memset(sums, 0, n * LANES * sizeof(float));
+    for (long from = 0; from < words; from += CHUNK / 8) {
+        const long now = words - from < CHUNK / 8 ? words - from : CHUNK / 8;
+        Ints block[CHUNK / 8];
+        float group_scale[CHUNK / GROUP * LANES], nibbles[CHUNK / GROUP * LANES];
+        for (long word = 0; word < now; word += WORDS) {
+            const long at = 4 * (from + word);
+            if (at + 4 * WORDS <= half) {
+                if (more)
+                    for (long i = 0; i < LANES; i++) __builtin_prefetch(starts[i] + LANES * half + at, 0, 3);
+                transpose(starts, at, block + word);
+            } else { /* the last words of a row: what lies beyond it counts as zero */
+                uint8_t tail[LANES][4 * WORDS];
+                const uint8_t *tails[LANES];
+                for (long i = 0; i < LANES; i++) {
+                    memset(tail[i], 0, sizeof(tail[i]));
+                    if (half > at) memcpy(tail[i], starts[i] + at, half - at);
+                    tails[i] = tail[i];
+                }
+                transpose(tails, 0, block + word);
+            }
+        }
+        if (rows->grouped) {
+            const int8_t one[4] = {1, 1, 1, 1};
+            for (long g = 0; g < now / 4; g++) {
+                Ints total = zeros();
+                for (int q = 0; q < 4; q++) {
+                    const Ints both = block[4 * g + q], ones = every_int(one);
+                    total = dots(dots(total, low_nibbles(both), ones), high_nibbles(both), ones);
+                }
+                store_floats(nibbles + g * LANES, to_floats(total));
+                const int8_t *scales = weight->group_scale;
+                store_floats(
+                    group_scale + g * LANES,
+                    scales ? signed_to_floats(scales + ((index * groups + from / 4 + g) * LANES)) : every_float(1.0f));
+            }
+        }
+        long token = 0;
+        const int8_t *codes = rows->codes + 8 * from;
+        const float *grid = rows->spread + 3 * (from / 4);
+#define RUN(count, grouped)                                                                                               \
+    chunk_sums(                                                                                                           \
+        block, now, group_scale, nibbles, codes + token * rows->stride, rows->stride, grid + token * 3 * groups,          \
+        3 * groups, sums + token * LANES, count, grouped)
+        if (rows->grouped) {
+            for (; token + TOKENS <= n; token += TOKENS) RUN(TOKENS, 1);
+            for (; token + 2 <= n; token += 2) RUN(2, 1);
+            for (; token < n; token++) RUN(1, 1);
+        } else {
+            for (; token + TOKENS <= n; token += TOKENS) RUN(TOKENS, 0);
+            for (; token + 2 <= n; token += 2) RUN(2, 0);
+            for (; token < n; token++) RUN(1, 0);
+        }
+#undef RUN
+    }
+    float *constants = sums + n * LANES;
+    panel_constants(weight, first, count, constants);
+    const Floats qscale = load_floats(constants), row_sum = load_floats(constants + LANES);
+    const float *factors = constants + 2 * LANES, *biases = factors + weight->rank * LANES;
+    for (long row = 0; row < n; row++) {
+        Floats value = load_floats(sums + row * LANES);
+        if (!rows->grouped) {
+            const float *grid = rows->spread + 3 * row;
+            const Ints whole = add_ints(load_ints(sums + row * LANES), every_whole(-(int32_t)grid[2]));
+            value = multiply_add(to_floats(whole), every_float(grid[0]), multiply(every_float(grid[1]), row_sum));
+        }
+        value = multiply(value, qscale);
+        const float *p = rows->branch + row * width;
+        for (long r = 0; r < weight->rank; r++) value = multiply_add(every_float(p[r]), load_floats(factors + r * LANES), value);
+        if (weight->n_bias) {
+            const long kind = types ? types[row] : 0;
+            value = add(value, load_floats(biases + (kind < weight->n_bias ? kind : weight->n_bias - 1) * LANES));
+        }
+        const long at = row * weight->m + first;
+        float lanes[LANES];
+        if (!y_bf16 && count == LANES) {
+            store_floats((float *)y + at, value);
+            continue;
+        }
+        store_floats(lanes, value);
+        if (!y_bf16)
+            memcpy((float *)y + at, lanes, count * sizeof(float));
+        else if (count == LANES)
+            for (int i = 0; i < LANES; i++) ((uint16_t *)y)[at + i] = float_to_bf16(lanes[i]);
+        else
+            for (long i = 0; i < count; i++) ((uint16_t *)y)[at + i] = float_to_bf16(lanes[i]);
+    }
+}
+
+static _Thread_local char *kept = NULL;
+static _Thread_local size_t kept_bytes = 0;
+
+static void *scratch(size_t bytes) {
+    if (bytes > kept_bytes) {
+        free(kept);
+        kept = malloc(bytes);
+        kept_bytes = kept ? bytes : 0;
+    }
+    return kept;
+}
+
+/* All linears that read one input, from its n rows `x` (float32 or bfloat16) to their outputs `ys[i]` (n, m_i).
+ * Returns 0, or 1 where memory is short. */
+int freeact_linears(
+    const Side *side, const Weight *const *weights, void *const *ys, long count, const void *x, int x_bf16,
+    const int64_t *types, int y_bf16, long n, int threads) {
+    const long d = side->a * side->b, stride = padded(d), grids = (d + side->group - 1) / side->group;
+    Rows rows = {.n = n, .stride = stride, .grids = grids, .grouped = grids > 1};
+    size_t most = 0;
+    for (long i = 0; i < count; i++) {
+        rows.grouped |= weights[i]->group_scale != NULL;
+        if (panel_floats(weights[i], n) > most) most = panel_floats(weights[i], n);
+    }
+    const size_t floats = (size_t)n * (2 * grids + side->width + 3 * (rows.grouped ? stride / GROUP : 1));
+    float *base = scratch(floats * sizeof(float) + (size_t)n * stride + 64);
+    if (!base) return 1;
+    rows.scale = base, rows.offset = base + n * grids, rows.branch = base + 2 * n * grids;
+    rows.spread = rows.branch + n * side->width, rows.codes = (int8_t *)(base + floats);
+    long starts[9] = {0};
+    for (long i = 0; i < count; i++) starts[i + 1] = starts[i] + (weights[i]->m + LANES - 1) / LANES;
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
+    {
+        float *u = malloc(row_scratch(side)), *sums = malloc(most * sizeof(float));
+        failed |= !u || !sums;
+#pragma omp for schedule(static)
+        for (long row = 0; row < n; row++)
+            if (u) round_row(side, x, x_bf16, types ? types[row] : 0, &rows, row, u);
+#pragma omp for schedule(static)
+        for (long at = 0; at < starts[count]; at++) {
+            long i = 0;
+            while (at >= starts[i + 1]) i++;
+            if (sums) panel(weights[i], &rows, types, side->width, ys[i], y_bf16, at - starts[i], sums);
+        }
+        free(u);
+        free(sums);
+    }
+    if (kept_bytes > KEPT) {
+        free(kept);
+        kept = NULL, kept_bytes = 0;
+    }
+    return failed;
+}
+
+/* The rounding alone, as reference.round_rows gives it: codes (n, d), even columns before odd ones; stats (3, n, grids). */
+int freeact_round_rows(
+    const Side *side, const void *x, int x_bf16, const int64_t *types, int8_t *codes, float *stats, float *branch, long n,
+    int threads) {
+    const long d = side->a * side->b, stride = padded(d), grids = (d + side->group - 1) / side->group, half = d / 2;
+    Rows rows = {.n = n, .stride = stride, .grids = grids, .branch = branch};
+    rows.scale = stats, rows.offset = stats + n * grids;
+    float *total = stats + 2 * n * grids;
+    rows.codes = malloc(n * stride + 1);
+    int failed = !rows.codes;
+    if (failed) return 1;
+#pragma omp parallel num_threads(threads) if (threads > 1 && n > 1) reduction(| : failed)
+    {
+        float *u = malloc(row_scratch(side));
+        failed |= !u;
+#pragma omp for
+        for (long row = 0; row < n; row++) {
+            if (!u) continue;
+            round_row(side, x, x_bf16, types ? types[row] : 0, &rows, row, u);
+            memset(total + row * grids, 0, grids * sizeof(float));
+            for (long i = 0; i < half; i++) {
+                const int8_t *q = rows.codes + row * stride + i / 16 * GROUP + i % 16;
+                codes[row * d + i] = q[0];
+                codes[row * d + half + i] = q[GROUP / 2];
+                total[row * grids + 2 * i / side->group] += (float)(q[0] + q[GROUP / 2]);
+            }
+        }
+        free(u);
+    }
+    free(rows.codes);
+    return failed;
+}
+
+/* The product alone, of rows as `freeact_round_rows` gives them, `group` columns a grid; y (n, m). */
+int freeact_w4_linear(
+    const Weight *weight, const int8_t *codes, const float *stats, const float *branch, const int64_t *types, void *y,
+    int y_bf16, long n, long width, long group, int threads) {
+    const long half = weight->half, d = 2 * half, stride = padded(d), grids = (d + group - 1) / group;
+    Rows rows = {.n = n, .stride = stride, .grids = grids, .grouped = grids > 1 || weight->group_scale != NULL};
+    rows.scale = (float *)stats, rows.offset = rows.scale + n * grids, rows.branch = (float *)branch;
+    rows.codes = calloc(n * stride + 1, 1);
+    rows.spread = malloc(n * (rows.grouped ? stride / GROUP : 1) * 3 * sizeof(float) + 1);
+    int failed = !rows.codes || !rows.spread;
+    if (!failed) {
+        for (long row = 0; row < n; row++) {
+            for (long i = 0; i < half; i++) {
+                int8_t *q = rows.codes + row * stride + i / 16 * GROUP + i % 16;
+                q[0] = codes[row * d + i];
+                q[GROUP / 2] = codes[row * d + half + i];
+            }
+            spread_grids(&rows, d, group, row);
+        }
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
+        {
+            float *sums = malloc(panel_floats(weight, n) * sizeof(float));
+            failed |= !sums;
+#pragma omp for schedule(static)
+            for (long at = 0; at < (weight->m + LANES - 1) / LANES; at++)
+                if (sums) panel(weight, &rows, types, width, y, y_bf16, at, sums);
+            free(sums);
+        }
+    }
+    free(rows.codes);
+    free(rows.spread);
+    return failed;
+}
+
+/* Rows of a weight that a panel holds, and how its bytes are multiplied. */
+long freeact_lanes(void) { return LANES; }
+const char *freeact_kind(void) { return KIND; }

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from optimum_freeact.cache_name import NAMES, cache_name
 from optimum_freeact.type_rules import field_value, sub_configs
 
 
@@ -75,14 +76,15 @@ def denoise(
     per_block = steps // (new_tokens // block)
     tail = prompt.new_full((len(prompt), new_tokens), mask_id)
     ids, cache, cached, before = torch.cat((prompt, tail), 1), DynamicCache(config=model.config), 0, None
+    with_cache = {cache_name(model) or NAMES[0]: cache, "use_cache": True}
     for start in range(prompt.shape[1], ids.shape[1], block):
         stop = start + block
         if use_cache and start > cached:
-            told = model(input_ids=ids[:, cached:start], past_key_values=cache, use_cache=True, **arguments)
+            told = model(input_ids=ids[:, cached:start], **with_cache, **arguments)
             before, cached, arguments = told.logits[:, -1:], start, {}
         for step in range(per_block):
             if use_cache:
-                told = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
+                told = model(input_ids=ids[:, start:stop], **with_cache)
                 cache.crop(start - stop)  # negative: how many tokens to forget
                 logits = predictions(told.logits, before, shifted)
             else:

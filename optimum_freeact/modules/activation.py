@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from optimum_freeact.kernels import ops
+from optimum_freeact.kernels import native_ops, ops
 from optimum_freeact.kernels.dispatch import plan
 from optimum_freeact.kernels.native import NativeSide
 from optimum_freeact.kernels.tables import InputTables, make_native_tables, make_tables
@@ -42,7 +42,6 @@ class KernelRows(NamedTuple):
             there.
         types (`torch.Tensor` of shape `(n,)`, *optional*): Token types.
         shape (`torch.Size`): Leading shape of the input, whose product is n.
-        native (`bool`): Whether the kernels in C made them.
     """
 
     codes: torch.Tensor
@@ -50,7 +49,6 @@ class KernelRows(NamedTuple):
     branch: torch.Tensor
     types: torch.Tensor | None
     shape: torch.Size
-    native: bool
 
 
 class FreeActInput(nn.Module):
@@ -101,6 +99,7 @@ class FreeActInput(nn.Module):
         self._native: NativeSide | None = None
         self._prepared = self._offloaded = False
         self.reader_settings: list[tuple[int, int | None]] = []  # bits and group size of each linear
+        self.readers: list = []  # the linears
         self._is_hf_initialized = True  # transformers must not initialise these tensors: they are always loaded
         self.register_buffer("clip", torch.ones(n_types))
         # bfloat16 is enough: the output biases are computed from the stored (rounded) means, so centring stays exact
@@ -169,15 +168,16 @@ class FreeActInput(nn.Module):
             ).name
             for bits, group_size in set(self.reader_settings)
         }
-        make = {("triton",): make_tables, ("native",): make_native_tables}.get(tuple(plans))
-        if make is not None:
-            stored = (self.input_map(), self.basis, self.basis_scale, self.clip, self.bits, self.symmetric)
-            self._tables = make(*stored)
-            self._native = NativeSide(self._tables) if make is make_native_tables else None
+        stored = (self.input_map(), self.basis, self.basis_scale, self.clip, self.bits, self.symmetric)
+        if plans == {"triton"}:
+            self._tables = make_tables(*stored)
+        elif plans == {"native"}:
+            self._native = NativeSide(make_native_tables(*stored), self.group_size)
 
     def forward(self, x: torch.Tensor) -> RoundedInput | KernelRows:
         """Round rows `x` of shape `(..., in_features)`; the linears of one group get the same object."""
-        if self.n_readers == 1 or (torch.is_grad_enabled() and x.requires_grad):
+        versioned = torch.compiler.is_compiling() or not x.is_inference()  # else a change of x would not be seen
+        if self.n_readers == 1 or not versioned or (torch.is_grad_enabled() and x.requires_grad):
             return self._round(x)
         last, self._last = self._last, None
         if last is not None and self._same(last, x):
@@ -236,10 +236,32 @@ class FreeActInput(nn.Module):
         types = None if types is None else types.reshape(-1)
         tables = self._tables
         flat = x.reshape(-1, self.in_features).contiguous()
-        if self._native is not None and not torch.compiler.is_compiling():
-            return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1], True)
         found = ops.round_rows(flat, types, *tables.tensors(), tables.a, tables.b, self.bits, self.symmetric)
-        return KernelRows(*found, types, x.shape[:-1], self._native is not None)
+        return KernelRows(*found, types, x.shape[:-1])
+
+    def native_output(self, x: torch.Tensor, reader) -> torch.Tensor | None:
+        """Output of one linear by the kernel in C, made in one call with those of the others that read `x`; `None` where it
+        does not serve.
+        """
+        if self._native is None or not self._kernel_serves(x):
+            return None
+        last = self._last
+        if last is not None and last[0]() is x and last[1] == x._version and id(reader) in last[2]:
+            found = last[2].pop(id(reader))
+            if not last[2]:
+                self._last = None
+            return found
+        types = self.state.of(x) if len(self.clip) > 1 else None
+        if torch.compiler.is_compiling():
+            return native_ops.linear(x, types, self._native, reader._native)
+        together = self.n_readers > 1 and not x.is_inference() and all(r._native is not None for r in self.readers)
+        if not together:
+            return self._native.linears(x, types, [reader._native])[0]
+        made = self._native.linears(x, types, [r._native for r in self.readers])
+        outputs = {id(r): y for r, y in zip(self.readers, made, strict=True)}
+        found = outputs.pop(id(reader))
+        self._last = (weakref.ref(x), x._version, outputs)
+        return found
 
     def __deepcopy__(self, memo: dict) -> FreeActInput:
         self._last = None

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from optimum_freeact.cache_name import NAMES, cache_in, cache_name
 from optimum_freeact.modules.kv_layer import FreeActCacheLayer, FreeActSlidingWindowLayer
 from optimum_freeact.modules.kv_store import PER_LAYER, CacheSpec
 
@@ -98,9 +99,9 @@ class _CacheHook:
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             return (), kwargs  # the decoder's own error says more
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if cache is None and _wants_cache(module, kwargs):
-            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+            cache = kwargs[cache_name(module)] = DynamicCache(config=module.config)
         if isinstance(cache, DynamicCache) and convert_cache(cache, self.spec, module.config.num_hidden_layers):
             _set_starts(cache, kwargs.get("attention_mask"), *inputs.shape[:2])
         return (), kwargs
@@ -110,7 +111,8 @@ def _wants_cache(module: nn.Module, kwargs: dict) -> bool:
     """Whether the decoder would make a cache: `use_cache`, else the configuration's; never when checkpointing."""
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(module.config, "use_cache", False) if use_cache is None else use_cache
-    return bool(use_cache) and not (getattr(module, "gradient_checkpointing", False) and module.training)
+    checkpoints = getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled()
+    return bool(use_cache) and not checkpoints
 
 
 def _set_starts(cache: DynamicCache, attention_mask, batch: int, length: int) -> None:
@@ -150,7 +152,7 @@ def install_kv_cache(model: nn.Module, spec: CacheSpec) -> KVCacheHandle:
         [`KVCacheHandle`]
 
     Raises:
-        `ValueError`: if the model is no decoder with a `past_key_values` cache, or an encoder-decoder model, or `spec`
+        `ValueError`: if the model is no decoder with a KV cache, or an encoder-decoder model, or `spec`
             does not have one entry per layer.
 
     Example:
@@ -166,9 +168,9 @@ def install_kv_cache(model: nn.Module, spec: CacheSpec) -> KVCacheHandle:
         raise ValueError(
             f"{name} is an encoder-decoder model; a quantized KV cache needs a decoder-only one: bits=16."
         )
-    if "past_key_values" not in inspect.signature(decoder.forward).parameters:
+    if cache_name(decoder) is None:
         raise ValueError(
-            f"{type(decoder).__name__} of {name} takes no past_key_values, so it has no KV cache to quantize; use bits=16."
+            f"{type(decoder).__name__} of {name} takes neither {' nor '.join(NAMES)}, so it has no KV cache to quantize; use bits=16."
         )
     layers = decoder.config.num_hidden_layers
     for field in PER_LAYER:

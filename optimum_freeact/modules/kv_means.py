@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from optimum_freeact.cache_name import NAMES, cache_name
+
 
 class CacheMeans(NamedTuple):
     """Per layer, as `CacheSpec` takes them (`CacheSpec(**means._asdict())`); all `None` for a layer without a cache."""
@@ -79,7 +81,8 @@ def cache_means(model: nn.Module, samples: torch.Tensor | list[dict], sink_token
     for inputs in [{"input_ids": row[None]} for row in samples] if is_ids else samples:
         cache = DynamicCache()  # without a configuration: no windows, all positions stay
         inputs = {name: v.to(decoder.device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
-        (decoder if set(inputs) == {"input_ids"} else model)(**inputs, past_key_values=cache, use_cache=True)
+        called = decoder if set(inputs) == {"input_ids"} else model
+        called(**inputs, **{cache_name(called) or NAMES[0]: cache}, use_cache=True)
         count += len(inputs["input_ids"]) * (inputs["input_ids"].shape[1] - sink_tokens)
         for index, layer in enumerate(cache.layers):
             if not layer.is_initialized:

@@ -8,7 +8,7 @@ from torch import nn
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import int_linear, plan
 from optimum_freeact.kernels.native import NativeWeight
-from optimum_freeact.kernels.reference import Rows, Weight
+from optimum_freeact.kernels.reference import Weight
 from optimum_freeact.modules.activation import (
     PICKLE_REFUSED,
     FreeActInput,
@@ -29,7 +29,9 @@ class FreeActLinear(nn.Linear):
 
     - `weight` (`uint8`, shape `(out, groups, bytes)`): packed codes of V. Named and shaped so that a program without
       this package fails with a size mismatch instead of running on random weights.
-    - `qscale` (`float32`, shape `(out, groups)`): scale of each group's codes; absent at 16 bits.
+    - `qscale` (`float32`, shape `(out, 1)`): scale of each row's codes; absent at 16 bits.
+    - `weight_group_scale` (`int8`, shape `(out, groups)`): -127 to 127, by which a group's codes are multiplied before
+      `qscale`; absent where a row is one group.
     - `type_bias` (`float32`, shape `(1, out)`): output bias of token type 0, and `type_shift` (`bfloat16`, at 16 bits
       `float32`, shape `(n_means - 1, out)`): how much more the other types have; absent without bias and
       centring.
@@ -39,7 +41,7 @@ class FreeActLinear(nn.Linear):
         in_features, out_features (`int`): As in `nn.Linear`.
         source ([`FreeActInput`]): The input side, owned by the parent module.
         bits (`int`): 4, 8 or 16.
-        group_size (`int`): Columns per scale; `in_features` for one scale per output channel.
+        group_size (`int`): Columns per group of the weight; `in_features` for one scale per output channel.
         bias (`bool`): Whether there is an output bias (always with centring).
         dtype (`torch.dtype`): Type of a 16-bit weight.
     """
@@ -60,13 +62,17 @@ class FreeActLinear(nn.Linear):
         self.weight_dtype = dtype
         self.has_bias = bias
         source.reader_settings.append((bits, None if group_size == in_features else group_size))
+        source.readers.append(self)
         self.__dict__["source"] = source  # not registered here: the parent owns it, its tensors are stored once
         self._is_hf_initialized = True
         groups = in_features // group_size
         width = bytes_per_group(group_size, bits, dtype)
         self.weight = nn.Parameter(torch.zeros(out_features, groups, width, dtype=torch.uint8), requires_grad=False)
         self.register_parameter("bias", None)
-        self.register_buffer("qscale", torch.ones(out_features, groups) if bits < 16 else None)
+        self.register_buffer("qscale", torch.ones(out_features, 1) if bits < 16 else None)
+        grouped = bits < 16 and groups > 1
+        ones = torch.ones(out_features, groups, dtype=torch.int8) if grouped else None
+        self.register_buffer("weight_group_scale", ones)
         rows = 1 if source.mean is None else len(source.mean)
         self.register_buffer("type_bias", torch.zeros(1, out_features) if bias or source.mean is not None else None)
         kind = torch.float32 if bits == 16 else torch.bfloat16
@@ -80,12 +86,18 @@ class FreeActLinear(nn.Linear):
         self._bias_rows: torch.Tensor | None = None
 
     @torch.no_grad()
-    def set_weight(self, codes: torch.Tensor, scale: torch.Tensor | None) -> None:
-        """Store codes of shape `(out, groups, group_size)` and scales `(out, groups, 1)`; at 16 bits values, `None`."""
+    def set_weight(
+        self, codes: torch.Tensor, scale: torch.Tensor | None, group_scale: torch.Tensor | None = None
+    ) -> None:
+        """Store codes `(out, groups, group_size)`, scales `(out, 1, 1)` and of groups `(out, groups, 1)`, as in
+        [`RoundedWeight`][optimum_freeact.rounding.rtn.RoundedWeight]; at 16 bits values, `None`.
+        """
         values = codes.to(self.weight_dtype) if self.bits == 16 else codes
         self.weight.data.copy_(pack(values, self.bits))
         if scale is not None:
             self.qscale.copy_(scale.squeeze(-1))
+        if group_scale is not None:
+            self.weight_group_scale.copy_(group_scale.squeeze(-1))
         self._codes = self._row_sum = self._native = None
 
     @torch.no_grad()
@@ -120,7 +132,12 @@ class FreeActLinear(nn.Linear):
         if self.bits == 16:
             return self.codes().to(dtype)
         grouped = self.codes().unflatten(-1, (-1, self.group_size)).to(dtype)
-        return (grouped * self.qscale.to(dtype).unsqueeze(-1)).flatten(1)
+        return (grouped * self.group_steps(dtype).unsqueeze(-1)).flatten(1)
+
+    def group_steps(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Effective scale of each group, shape `(out, groups)`."""
+        qscale = self.qscale.to(dtype)
+        return qscale if self.weight_group_scale is None else qscale * self.weight_group_scale.to(dtype)
 
     def prepare(self) -> None:
         """Make what the product on this device needs: sums of rows for kernels, which read the packed codes; for torch
@@ -129,26 +146,29 @@ class FreeActLinear(nn.Linear):
         self._codes = self._row_sum = self._native = self._bias_rows = None
         if self.weight.device.type != "meta":
             self._bias_rows = self.bias_rows()
-        if self.bits == 16 or self.group_size != self.in_features or self.weight.device.type == "meta":
+        if self.bits == 16 or self.weight.device.type == "meta":
             return
-        codes = self.codes()
-        self._row_sum = codes.sum(1, dtype=torch.int32)
+        group_size = None if self.group_size == self.in_features else self.group_size
         chosen = plan(
             self.weight.device,
             weight_bits=self.bits,
             activation_bits=self.source.bits,
-            group_size=None,
+            group_size=group_size,
             transform=self.source.transform,
             activation_group_size=self.source.group_size,
             width=self.in_features,
             masked=self.source.masked,
         )
+        if chosen.name == "torch" and group_size is not None:
+            return
+        codes = self.codes()
+        self._row_sum = codes.sum(1, dtype=torch.int32)
         if chosen.name == "torch":
             self._codes = codes
         elif chosen.name == "triton":
             ops.make_ready(self.weight.device)
         else:
-            self._native = NativeWeight(self.kernel_weight())
+            self._native = NativeWeight(self.kernel_weight(), self.weight_group_scale)
 
     def kernel_weight(self) -> Weight:
         """What is stored, as kernels read it; the packed codes are not copied."""
@@ -164,6 +184,10 @@ class FreeActLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` of shape `(..., in_features)`, any floating dtype; returns `(..., out_features)` in the same dtype."""
+        if self._native is not None:
+            y = self.source.native_output(x, self)
+            if y is not None:
+                return y
         rounded = self.source(x)
         if isinstance(rounded, KernelRows):
             return self._kernel_product(rounded, x.dtype)
@@ -181,10 +205,7 @@ class FreeActLinear(nn.Linear):
         return y.to(x.dtype)
 
     def _kernel_product(self, rows: KernelRows, dtype: torch.dtype) -> torch.Tensor:
-        if self._native is not None and not torch.compiler.is_compiling():
-            y = self._native.linear(Rows(rows.codes, rows.stats, rows.branch), rows.types, dtype, self.source.bits)
-        else:
-            y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, rows.native)
+        y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, False)
         return y.view(*rows.shape, self.out_features)
 
     def _integer_product(self, rounded, dtype: torch.dtype) -> torch.Tensor:

@@ -8,11 +8,13 @@ and CDQuant, 2406.17542).
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 
+from optimum_freeact.kernels.dispatch import triton_obstacle, wanted
 from optimum_freeact.numerics.affine import code_range
-from optimum_freeact.rounding.rtn import RoundedWeight, search_scale
+from optimum_freeact.rounding.rtn import RoundedWeight, search_scale, split_scale
 
 
 logger = logging.getLogger(__name__)
@@ -61,11 +63,12 @@ def gptq(
     damping: float = 0.01,
     clip: float | None = None,
     passes: int = 0,
+    by_energy: bool = True,
 ) -> RoundedWeight:
     """Round a weight so that the error of its output on inputs with the given second moments is small.
 
-    Columns are processed in the order of falling input energy (the paper's `act_order`), which needs one scale per
-    row; with groups the natural order is kept.
+    Columns are processed in the order of falling input energy (the paper's `act_order`). Scales are chosen first, each for
+    its own group of neighbouring columns, so that any order will do.
 
     Args:
         weight (`torch.Tensor` of shape `(out, in)`): Floating point; not modified.
@@ -75,30 +78,60 @@ def gptq(
         damping (`float`, *optional*, defaults to 0.01): See [`inverse_factor`].
         clip (`float`, *optional*): Fixed clip ratio of the scales; searched by default, columns weighted by energy.
         passes (`int`, *optional*, defaults to 0): Of coordinate descent after GPTQ; 0 is GPTQ itself.
+        by_energy (`bool`, *optional*, defaults to `True`): `False` processes the columns as they come.
 
     Returns:
         [`RoundedWeight`] in the columns' original order.
     """
     n = weight.shape[1]
-    per_channel = group_size == n
-    order = torch.argsort(moments.diagonal(), descending=True) if per_channel else torch.arange(n)
+    grouped = weight.float().unflatten(-1, (-1, group_size))
+    scale = search_scale(grouped, bits, moments.diagonal().float().view(-1, group_size), clip)  # (out, groups, 1)
+    scale, bytes_ = split_scale(scale, (grouped == 0).all(-1, keepdim=True))
+    order = torch.argsort(moments.diagonal(), descending=True) if by_energy else torch.arange(n)
     order = order.to(weight.device)
     moments = moments[order][:, order]
     factor, added = inverse_factor(moments, damping)
-    work = weight.float()[:, order]
-    energy = moments.diagonal().float().view(-1, group_size)
-    scale = search_scale(work.unflatten(-1, (-1, group_size)), bits, energy, clip)  # (out, groups, 1)
-    steps = (
-        scale.squeeze(-1).mT.contiguous().repeat_interleave(group_size, 0)
-    )  # (in, out) or, per channel, a broadcast
-    original, work = work.mT.contiguous(), work.mT.contiguous()
-    codes = _round_columns(work, steps, factor.float(), code_range(bits))
+    steps = scale if bytes_ is None else scale * bytes_
+    steps = steps.squeeze(-1).mT.contiguous()[order // group_size]  # (in, out)
+    original = weight.float()[:, order].mT.contiguous()
     moments = (moments + added * torch.eye(n, dtype=moments.dtype, device=moments.device)).float()
-    for _ in range(passes):
-        _descend(codes, original, steps, moments, code_range(bits))
+    codes = _codes(original, steps.contiguous(), factor.float(), moments, code_range(bits), passes)
     restored = torch.empty_like(weight, dtype=torch.float32)
     restored[:, order] = codes.mT
-    return RoundedWeight(restored.unflatten(-1, (-1, group_size)), scale)
+    return RoundedWeight(restored.unflatten(-1, (-1, group_size)), scale, bytes_)
+
+
+_failed: list[str] = []  # why the loops on a GPU are not used in this process
+
+
+def column_loops(device: torch.device) -> tuple[Callable, Callable]:
+    """The column loops of GPTQ and of coordinate descent for a device: in Triton where it serves, else in torch."""
+    if device.type == "cuda" and not _failed and wanted() != "torch" and triton_obstacle(device.index) is None:
+        from optimum_freeact.kernels import gptq_triton
+
+        return gptq_triton.round_columns, gptq_triton.descend
+    return _round_columns, _descend
+
+
+def _codes(original, steps, factor, moments, limits: tuple[int, int], passes: int) -> torch.Tensor:
+    """Codes `(in, out)` of the columns in the rows of `original`; a kernel that fails is replaced for good."""
+
+    def run(round_all: Callable, descend: Callable) -> torch.Tensor:
+        codes = round_all(original.clone(), steps, factor, limits)
+        for _ in range(passes):
+            descend(codes, original, steps, moments, limits)
+        return codes
+
+    loops = column_loops(original.device)
+    if loops[0] is not _round_columns:
+        try:
+            return run(*loops)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler raises
+            _failed.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}")
+            logger.warning("GPTQ's kernel failed (%s): plain torch takes its place, at a loss of speed.", _failed[0])
+    return run(_round_columns, _descend)
 
 
 def _round_columns(

@@ -8,6 +8,7 @@ from torch import nn
 
 from optimum_freeact.api import quantize
 from optimum_freeact.modules import layout
+from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.layout import find_blocks, unquantized_parameters
 from optimum_freeact.modules.surgery import quantized_linears
 from tests.helpers.quantized import distance, logits, quantized, reload, settings
@@ -126,9 +127,54 @@ def test_presets_run_on_a_tiny_model():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_groups_of_columns(group, bits, tmp_path):
     model = quantized(weight_group_size=group, weight_bits=bits)
-    assert model.model.layers[0].mlp.up_proj.qscale.shape == (96, 64 // group)
+    linear = model.model.layers[0].mlp.up_proj
+    assert linear.qscale.shape == (96, 1)
+    assert linear.weight_group_scale.shape == (96, 64 // group)
+    assert linear.weight_group_scale.dtype == torch.int8
+    assert (linear.weight_group_scale.int().abs().amax(1) == 127).all()
+    assert (linear.weight_group_scale != 0).all()
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(reload(tmp_path)), logits(model))
+
+
+def test_weights_first_as_published(monkeypatch):
+    """Every input is measured behind quantized weights and unrounded activations; rounding comes back afterwards."""
+    from optimum_freeact.calibration.stream import Stream
+
+    read = {}
+    plain = Stream.input_moments
+
+    def watched(self, block, index, linear, *args):
+        found = plain(self, block, index, linear, *args)
+        read[index, linear.in_features, linear.out_features] = found.mean()
+        return found
+
+    monkeypatch.setattr(Stream, "input_moments", watched)
+    published = {"preset": "quarot", "sequential": True, "rounding_order": "columns", "rounding_noise": False}
+    model = quantized(**published)
+    assert len(read) == 2 * 3  # the first input of a block is known already
+    assert all(side.bits == 4 for side in model.modules() if isinstance(side, FreeActInput))
+    assert distance(logits(model), logits(quantized(preset="quarot"))) > 1e-3
+    exact = quantized(**published, activation_bits=16)
+    for name, linear in quantized_linears(model).items():  # activations never reached the weights
+        assert torch.equal(linear.weight, exact.get_submodule(name).weight), name
+    with pytest.raises(ValueError, match="sequential=True goes with .*propagate_error=True"):
+        quantized(**published, propagate_error=False)
+
+
+def test_a_preset_s_group_size_that_does_not_divide_is_replaced_and_recorded(tmp_path, caplog):
+    """48 columns: groups of 16; 36 columns: one grid a row. A size that the caller gave is refused instead."""
+    for width, expected in ((48, 16), (36, None)):
+        caplog.clear()
+        model = quantized(model={"intermediate_size": width})
+        settings = model.config.quantization_config
+        assert (settings.weight_group_size, settings.activation_group_size) == (expected, expected)
+        assert f"weight_group_size=32 of preset 'freeact' does not divide in_features={width}" in caplog.text
+        assert (model.model.layers[0].mlp.up_proj.weight_group_scale is not None) == (expected is not None)
+        model.save_pretrained(tmp_path / str(width))
+        assert torch.equal(logits(reload(tmp_path / str(width))), logits(model))
+        with pytest.raises(ValueError, match=f"weight_group_size=32 does not divide in_features={width}"):
+            quantized(model={"intermediate_size": width}, weight_group_size=32)
 
 
 def test_finer_grids_of_activations_lose_less_and_survive_the_disk(tmp_path):
@@ -142,7 +188,7 @@ def test_finer_grids_of_activations_lose_less_and_survive_the_disk(tmp_path):
 
 
 def test_learned_calibration_starts_from_the_closed_form_and_is_kept_only_if_better(tmp_path):
-    model = quantized(calibration="learned", epochs=2, n_samples=6, batch_size=2)
+    model = quantized(calibration="learned", learned_part="maps", epochs=2, n_samples=6, batch_size=2)
     for record in model._freeact_records:
         assert record.learned["accepted"] == (record.learned["held_out_after"] < record.learned["held_out_before"])
         assert record.output_error <= record.learned["held_out_before"] * 1.001
@@ -155,3 +201,53 @@ def test_the_same_seed_gives_the_same_model_and_another_another():
     ids = sample_ids(2, 12, seed=5)
     assert torch.equal(logits(first, ids), logits(again, ids))
     assert not torch.equal(logits(first, ids), logits(other, ids))
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.2, 0.3])
+def test_the_rank_is_what_fits_beside_all_else_that_is_stored(budget):
+    """Each input with its linears: within the budget, and one direction more would not be, unless the rank is at a bound."""
+    found = set()
+    model = quantized(low_rank=20, low_rank_budget=budget, model={"hidden_size": 128, "intermediate_size": 384})
+    linears = quantized_linears(model)
+    for side in (module for module in model.modules() if isinstance(module, FreeActInput)):
+        readers = [linear for linear in linears.values() if linear.source is side]
+        rank, m = side.basis.shape[1], sum(linear.out_features for linear in readers)
+        stored = sum(t.numel() * t.element_size() for module in (side, *readers) for t in module.state_dict().values())
+        beside = stored - side.in_features * m // 2  # four bits a code
+        limit, each = budget * 2 * side.in_features * m, side.in_features + m + 4 * (1 + len(readers))
+        assert beside <= limit or rank == 8
+        assert beside + each > limit or rank == min(20, side.in_features // 8)
+        found.add(rank)
+    assert found <= {*range(8, 21)}
+    assert (max(found) > 8) == (budget > 0.1)
+
+
+def test_learned_outputs_keep_codes_and_are_kept_only_if_better(tmp_path):
+    start = quantized(n_samples=6, batch_size=2)
+    model = quantized(calibration="learned", learned_part="outputs", epochs=3, n_samples=6, batch_size=2)
+    for record in model._freeact_records:
+        assert record.learned["last_loss"] < record.learned["first_loss"]
+        assert record.learned["accepted"] == (record.learned["held_out_after"] < record.learned["held_out_before"])
+    first = [(name, linear) for name, linear in quantized_linears(model).items() if ".0." in name]
+    for name, linear in first:  # the second block reads other inputs
+        assert torch.equal(linear.weight, start.get_submodule(name).weight), name
+        assert torch.equal(linear.weight_group_scale, start.get_submodule(name).weight_group_scale)
+    if model._freeact_records[0].learned["accepted"]:
+        assert any(not torch.equal(linear.qscale, start.get_submodule(name).qscale) for name, linear in first)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(tmp_path)), logits(model))
+
+
+def test_a_type_with_a_thousand_times_the_energy_does_not_decide_the_loss():
+    from optimum_freeact.calibration.learned import Target
+
+    output = torch.randn(2, 8, 4)
+    types = torch.zeros(2, 8, dtype=torch.long)
+    types[:, 0] = 1
+    output[:, 0] *= 1000
+    wrong = output.clone()
+    wrong[:, 0] += 100  # a hundredth of the sink's energy
+    text = output.clone()
+    text[:, 1:] += 1  # all of the text's
+    assert Target(output, types).loss(text) > 20 * Target(output, types).loss(wrong)
+    assert Target(output, None).loss(text) < Target(output, None).loss(wrong)

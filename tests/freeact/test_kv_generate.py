@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
+from optimum_freeact.cache_name import cache_name
 from optimum_freeact.modules.kv_cache import install_kv_cache
 from optimum_freeact.modules.kv_means import cache_means
 from optimum_freeact.modules.kv_store import CacheSpec
@@ -25,7 +26,7 @@ def prefill_every_step(model):
 
     def hook(module, args, kwargs):
         if kwargs["use_cache"] is False:  # some models hand back a cache nevertheless: never reuse one
-            kwargs["past_key_values"] = DynamicCache(config=module.config)
+            kwargs[cache_name(module)] = DynamicCache(config=module.config)
         return args, kwargs
 
     model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)

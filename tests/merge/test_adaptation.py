@@ -5,8 +5,9 @@ import torch
 
 from mergekit_ot.adaptation import attach_residuals, fold_residuals
 from mergekit_ot.anchors import match_text
+from mergekit_ot.spelling import spell
 from mergekit_ot.teacher import distribution_loss, prepare_lessons, stream_loss
-from mergekit_ot.vocabulary import shared_tokens, transport_distribution, vocabulary_plan
+from mergekit_ot.writing import continuations
 from tests.merge.tiny import build, texts, tokenizer
 
 
@@ -45,25 +46,6 @@ def test_only_the_base_is_trained():
         attach_residuals(build(), transport, 1.0)
 
 
-def test_the_vocabulary_plan_keeps_probability_and_text():
-    small, large = tokenizer(), tokenizer(400)
-    plan = vocabulary_plan(small, large, 410)
-    target_ids, donor_ids = shared_tokens(small, large)
-    for i, j in list(zip(target_ids.tolist(), donor_ids.tolist()))[::20]:
-        assert small.convert_ids_to_tokens(i) == large.convert_ids_to_tokens(j)
-        assert plan[j] == i
-    assert (plan[len(large) :] == -1).all()
-    assert len(large) > len(small)
-    for j in range(len(small), len(large)):  # tokens the small vocabulary lacks: the first piece of their text
-        text = large.decode([j])
-        assert small.decode([int(plan[j])]) == small.decode(small(text)["input_ids"][:1])
-    moved = transport_distribution(torch.randn(5, 410), plan, 300)
-    torch.testing.assert_close(moved.sum(dim=1), torch.ones(5))
-    own = vocabulary_plan(small, small, 300)
-    logits = torch.randn(4, 300)
-    torch.testing.assert_close(transport_distribution(logits, own, 300), torch.softmax(logits, dim=-1))
-
-
 def test_losses_in_closed_form():
     probabilities = torch.tensor([[0.7, 0.3]])
     tokens = torch.tensor([[4, 1]])
@@ -78,20 +60,29 @@ def test_losses_in_closed_form():
     torch.testing.assert_close(stream_loss(stream, torch.zeros(3, 8)), torch.tensor(1.0))
 
 
-def lessons(count=8):
+def lessons(count=8, **options):
     small, large = tokenizer(), tokenizer(400)
     matched = [match_text(text, small, large, max_length=64, skip=0) for text in texts(count, seed=9)]
     donor = build(seed=7, vocab_size=400, hidden_size=48, num_attention_heads=6)
     return prepare_lessons(
-        donor, matched, vocabulary_plan(small, large, 400), 300, top=32, stream_map=torch.eye(32, 48)
+        donor, matched, spell(small, large, 400), 300, top=32, stream_map=torch.eye(32, 48), **options
     )
+
+
+def test_lessons_do_not_depend_on_what_is_read_together():
+    for alone, together in zip(lessons(5), lessons(5, batch=4), strict=True):
+        assert torch.equal(alone.rows, together.rows)
+        assert torch.equal(alone.state_rows, together.state_rows)
+        torch.testing.assert_close(alone.probabilities, together.probabilities, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(alone.states, together.states, rtol=1e-4, atol=1e-5)
+        assert len(alone.state_rows) < len(alone.rows)  # inside a word there is no shared state
 
 
 def test_a_model_is_its_own_perfect_teacher():
     small = tokenizer()
     model = build()
     matched = [match_text(text, small, small, max_length=64, skip=0) for text in texts(2)]
-    made = prepare_lessons(model, matched, vocabulary_plan(small, small, 300), 300, top=300, stream_map=torch.eye(32))
+    made = prepare_lessons(model, matched, spell(small, small, 300), 300, top=300, stream_map=torch.eye(32))
     with torch.no_grad():
         for lesson in made:
             output = model(lesson.ids[None], output_hidden_states=True)
@@ -99,7 +90,23 @@ def test_a_model_is_its_own_perfect_teacher():
             entropy = -(q * q.clamp_min(1e-30).log()).sum(dim=1).mean()
             taught = distribution_loss(output.logits[0, lesson.rows], lesson.tokens, q)
             torch.testing.assert_close(taught, entropy, atol=1e-4, rtol=1e-4)
-            assert stream_loss(output.hidden_states[-2][0, lesson.rows], lesson.states) < 1e-8
+            assert stream_loss(output.hidden_states[-2][0, lesson.state_rows], lesson.states) < 1e-8
+
+
+def test_continuations_are_those_of_a_model_read_anew_and_end_where_it_ends():
+    model = build()
+    prompts = [[5, 6, 7, 8], [9, 10, 11, 12], [1, 2]]
+    greedy = continuations(model, prompts, samples=2, new_tokens=6, choices=1, together=3)
+    assert [row[:4] for row in greedy] == [prompts[0], prompts[0], prompts[1], prompts[1]]
+    assert greedy[0] == greedy[1]
+    for row in greedy:
+        with torch.no_grad():
+            assert model(torch.tensor([row[:-1]])).logits[0, 3:].argmax(-1).tolist() == row[4:]
+    model.generation_config.eos_token_id = greedy[2][6]
+    assert continuations(model, prompts, new_tokens=6, choices=1)[1] == greedy[2][:6]
+    drawn = [continuations(model, prompts, samples=8, new_tokens=6, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert continuations(model, [], new_tokens=6) == []
 
 
 @pytest.mark.parametrize("peft", [False, True])

@@ -1,24 +1,23 @@
-"""The adaptation benchmark in miniature: its kit survives the disk, every arm trains, and the controls are made on the spot."""
+"""The adaptation benchmark in miniature: its kit survives the disk, every arm trains, and processes share the work."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from benchmarks.merge import adaptation, adaptation_claims, kit
+from benchmarks.merge import adaptation, adaptation_claims, gifts, kit
 from tests.merge.tiny import build, save, texts
 
 
-OPTIONS = argparse.Namespace(
-    texts=6, valid=3, scored=3, length=48, device="cpu", rates=[1e-3, 1e-2], shares=[0.5], alpha=0.2
-)
-TRAINING = {"texts": 4, "steps": 4, "batch": 3, "every": 2, "arms": list(adaptation.ARMS), "tasks": ["code"]}
+SIZES = argparse.Namespace(texts=6, valid=3, scored=3, length=48)
+#: The first rate is too high to be chosen; `after` is the better of the two.
+SETTINGS = [(0.3, 4, 4), (1e-3, 4, 4)]
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
+def options(tmp_path_factory):
     tmp_path, monkeypatch = tmp_path_factory.mktemp("bench"), pytest.MonkeyPatch()
     sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 400}
     folders = {
@@ -26,86 +25,122 @@ def bench(tmp_path_factory):
         "donor": save(build("qwen2", seed=5, **sizes), tmp_path / "donor", vocab_size=400),
     }
     chunks = {name: texts(24, seed=i) for i, name in enumerate(("calibration", "train", "valid", "eval"))}
-    for module in (kit, adaptation):
+    for module in (kit, gifts, adaptation):
         monkeypatch.setattr(module, "TASKS", {"code": kit.Task("donor", lambda _: chunks)})
-    for module in (kit, adaptation):
         monkeypatch.setattr(module, "fetch", folders.__getitem__)
-    kit.save_kit(kit.match_all("code", OPTIONS), tmp_path / "kit" / "code", folders["donor"])
-    loaded = kit.load_kit(tmp_path / "kit" / "code")
-    gift = kit.take(loaded, folders["smollm2"], folders["donor"], "cpu")
-    kit.save_gift(gift, tmp_path / "kit" / "code" / "real.safetensors")
-    monkeypatch.setattr(adaptation, "PROMPT", 8)
-    for name, value in {"WRITINGS": 2, "PROMPT": 8, "WRITTEN": 9, "SIDE_BY_SIDE": 5}.items():
-        monkeypatch.setattr(kit, name, value)
-    tokenizers = [AutoTokenizer.from_pretrained(folders[name]) for name in ("smollm2", "donor")]
-    written = kit.write_texts(loaded, folders["smollm2"], folders["donor"], tokenizers, "cpu")
-    kit.save_gift(written, tmp_path / "kit" / "code" / "written.safetensors")
-    (folders["donor"] / "model.safetensors").unlink()  # from here on the donor is not needed
-    options = argparse.Namespace(**vars(OPTIONS) | TRAINING | {"kit": Path(tmp_path / "kit")})
-    yield gift, adaptation.Bench("code", 1, options)
+    monkeypatch.setattr(adaptation, "AT_ONCE", 3)
+    for name, value in {"WRITINGS": 2, "PROMPT": 8, "WRITTEN": 9, "WRITTEN_TOGETHER": 5, "TOP": 300}.items():
+        monkeypatch.setattr(gifts, name, value)
+    kit.save_kit(kit.match_all("code", SIZES), tmp_path / "kit" / "code", folders["donor"])
+    yield argparse.Namespace(
+        texts=4,
+        alpha=0.2,
+        arms=list(adaptation.ARMS),
+        tasks=["code"],
+        seeds=[1],
+        settings=SETTINGS,
+        shares=[0.5],
+        kit=tmp_path / "kit",
+        scratch=tmp_path / "scratch",
+        rows=tmp_path / "rows.jsonl",
+        plan=None,
+        device="cpu",
+    )
     monkeypatch.undo()
 
 
-def test_a_gift_comes_back_from_disk(bench):
-    gift, made = bench
-    found = made.give("real")
-    assert found.weights.keys() == gift.weights.keys()
-    for name, weight in gift.weights.items():
-        assert (found.weights[name] - weight).abs().max() <= 0.005 * weight.abs().max()
-    assert len(found.lessons) == 6
-    assert len(made.lessons("real")) == 4
-    for mine, given in zip(found.lessons, gift.lessons):
-        assert torch.equal(mine.ids, given.ids)
-        assert torch.equal(mine.tokens, given.tokens)
-        torch.testing.assert_close(mine.probabilities, given.probabilities, atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(mine.states, given.states, atol=0.02, rtol=0.0)
+def test_a_kit_comes_back_from_disk(options):
+    found = kit.load_kit(options.kit / "code")
+    made = kit.match_all("code", SIZES)
+    assert (found.train, found.valid, found.scored) == (made.train, made.valid, made.scored)
+    assert found.spelling == made.spelling
+    assert len(kit.digest(found)) == 16
 
 
-def test_a_donor_goes_on_from_the_texts_of_its_seed(bench):
-    _, made = bench
-    texts = made.lessons("real", writer="real")
-    assert len(made.written("real")) >= 4  # two of each text, less those without a matched position
-    starts = [made.kit.train[i].target_ids[:4] for i in made.part]
-    assert all(lesson.ids[:4].tolist() in starts for lesson in texts)
-    assert all(lesson.states is None for lesson in made.written("real"))
-    assert {len(lesson.ids) for lesson in made.written("target")} <= {17}
-    assert not {tuple(lesson.ids.tolist()) for lesson in made.written("real")} & {
-        tuple(lesson.ids.tolist()) for lesson in made.written("target")
+@pytest.fixture(scope="module")
+def givers(options):
+    return adaptation.Bench(options).givers("code")
+
+
+def test_a_donor_goes_on_from_the_texts_of_its_seed(options, givers):
+    part = adaptation.Bench(options).part(adaptation.Job("code", 1, 4, "none"))
+    assert len(part) == 4
+    written = {giver: givers.written(giver, 1, part) for giver in ("real", "target", "random")}
+    starts = [givers.kit.train[i].target_ids[:4] for i in part]
+    for giver, made in written.items():
+        assert 4 <= len(made) <= 8, giver
+        assert all(row[:4].tolist() in starts for row in made.ids)
+        assert made.taught.any(dim=1).all()
+    assert set(written["target"].lengths.tolist()) == {17}
+    whole = {giver: {tuple(row.tolist()) for row in made.ids} for giver, made in written.items()}
+    assert not whole["real"] & whole["target"]
+    assert not whole["real"] & whole["random"]
+
+
+def test_the_target_is_its_own_perfect_teacher(givers, options):
+    made = givers.lessons("target", None)
+    model = build().eval()
+    batch = made.pick([0, 1])
+    with torch.no_grad():
+        logits = model(batch.ids.long()).logits[:, :-1]
+    own = adaptation.lesson_loss(model, batch, adaptation.Arm(), 0.0)
+    lessons = adaptation.lesson_loss(model, batch, adaptation.Arm(teacher="target"), 1.0)
+    counted = torch.arange(logits.shape[1]) < batch.lengths[:, None] - 1
+    picked = torch.log_softmax(logits, -1).gather(-1, batch.ids[:, 1:, None].long()).squeeze(-1)
+    torch.testing.assert_close(own, -picked[counted].mean(), rtol=1e-5, atol=1e-5)
+    entropy = -(torch.log_softmax(logits, -1) * torch.softmax(logits, -1)).sum(-1)[counted].mean()
+    torch.testing.assert_close(lessons, entropy, rtol=1e-3, atol=1e-3)
+    half = adaptation.lesson_loss(model, batch, adaptation.Arm(teacher="target"), 0.5)
+    torch.testing.assert_close(half, (own + lessons) / 2, rtol=1e-5, atol=1e-5)
+
+
+def test_every_arm_runs_once_with_every_setting(options):
+    first, second = adaptation.Bench(options), adaptation.Bench(options)
+    taken = next(job for job in first.jobs() if job.setting and job.name == "shrink")
+    assert second.claim(taken)  # as another process would
+    first.work()
+    second.work()
+    rows = [json.loads(line) for line in Path(options.rows).read_text().splitlines()]
+    after = [row for row in rows if (row["when"], row["metric"]) == ("after", "nll")]
+    runs = [(row["arm"], row["rate"]) for row in after]
+    assert len(runs) == len(set(runs))
+    assert set(runs) == {
+        (arm, rate) for arm in adaptation.ARMS for rate, _, _ in SETTINGS if (arm, rate) != ("shrink", SETTINGS[0][0])
     }
-
-
-def test_every_arm_runs_at_the_rate_of_the_control(bench):
-    _, made = bench
-    rows = made.all_arms()
-    after = [row for row in rows if row["when"] == "after" and row["metric"] == "nll"]
-    assert {row["arm"] for row in after} == set(adaptation.ARMS)
-    valid = {
-        row["rate"]: row["value"]
-        for row in rows
-        if (row["arm"], row["when"], row["metric"]) == ("none", "after", "valid")
-    }
-    best = min(valid, key=valid.get)
-    assert {row["rate"] for row in after if row["arm"] != "none"} == {best}
-    before = {row["arm"]: row["value"] for row in rows if row["when"] == "before" and row["metric"] == "nll"}
+    before = {row["arm"]: row["value"] for row in rows if (row["when"], row["metric"]) == ("before", "nll")}
     assert before["merge"] != before["none"] == before["teacher"]
-    nll = {row["arm"]: row["value"] for row in after if row["rate"] == best}
-    assert (
-        len(
-            {
-                nll[arm]
-                for arm in (
-                    "none",
-                    "shrink",
-                    "teacher",
-                    "teacher, random donor",
-                    "stream",
-                    "merge",
-                    "own texts",
-                    "writer and teacher",
-                )
-            }
-        )
-        == 8
-    )
-    (one,) = adaptation_claims.claims([*rows, *adaptation.budget(made.options)])
+    nll = {row["arm"]: row["value"] for row in after if row["rate"] == 1e-3}
+    assert len(set(nll.values())) == len(nll), "two arms came to the same"
+    (one,) = adaptation_claims.claims([*rows, *adaptation.budget(options)])
     assert one["id"] == "merge.unrelated.donor_specific_gain_nats"
+    assert {row.get("arm") for row in adaptation_claims.summary(rows)} == {*adaptation.ARMS, None}
+
+
+def test_the_claim_takes_the_best_control_and_the_donor_arm_that_validation_chose():
+    def run(arm, seed, rate, valid, nll):
+        place = {"task": "t", "arm": arm, "seed": seed, "rate": rate, "when": "after"}
+        return [place | {"metric": "valid", "value": valid}, place | {"metric": "nll", "value": nll}]
+
+    rows = []
+    for seed in (0, 1):
+        rows += run("none", seed, 1e-4, 3.0, 3.1) + run("own teacher", seed, 1e-4, 2.9, 3.05)
+        rows += run("teacher", seed, 1e-4, 2.8, 2.95) + run("teacher", seed, 2e-4, 2.9, 2.7)
+        rows += run("writer", seed, 1e-4, 2.9, 2.6)
+    rows += run("writer, random donor", 0, 1e-4, 1.0, 1.0)  # seed 1 was cut off
+    (one,) = adaptation_claims.claims(rows)
+    assert one["value"] == pytest.approx(3.05 - 2.95)
+    assert "'teacher' against 'own teacher'" in one["how"]
+    more = [row | {"texts": 100} for row in run("none", 0, 1e-4, 3.0, 3.0) + run("none", 1, 1e-4, 3.0, 3.0)]
+    more += [row | {"texts": 100} for row in run("teacher", 0, 1e-4, 2.0, 2.9) + run("teacher", 1, 1e-4, 2.0, 2.9)]
+    (one,) = adaptation_claims.claims([*rows, *more])  # more text given: the claim is made there
+    assert one["value"] == pytest.approx(0.1)
+
+
+def test_the_plan_is_readable(options, monkeypatch):
+    monkeypatch.setattr(options, "arms", None)
+    groups = adaptation.groups(options)
+    assert {arm for group in groups for arm in group["arms"]} <= set(adaptation.ARMS)
+    assert groups[0]["settings"] == [(1e-4, 300, 16), (2e-4, 300, 16)]
+    jobs = adaptation.Bench(options).jobs()
+    assert {job.texts for job in jobs} == {6}  # no more than the kit has
+    assert len(jobs) == len(set(jobs))

@@ -27,7 +27,8 @@ def test_transfer_claims_are_means_over_seeds():
     numbers = {  # variance seen, held out, English accuracy, perplexity, transfer
         "aligned": [(1.0, 0.4, 0.99, 10.0, 0.80), (2.0, 0.6, 0.97, 10.0, 0.82)],
         "ours": [(0.2, 0.2, 0.98, 10.1, 0.90), (0.4, 0.2, 0.97, 10.1, 0.94)],
-        "ours.shuffled": [(1.0, 0.4, 0.9, 10.1, 0.70), (1.0, 0.4, 0.9, 10.1, 0.72)],
+        "ours.shuffled-each": [(1.0, 0.4, 0.9, 10.1, 0.60), (1.0, 0.4, 0.9, 10.1, 0.62)],
+        "ours.shuffled-rows": [(1.0, 0.4, 0.9, 10.1, 0.70), (1.0, 0.4, 0.9, 10.1, 0.72)],
     }
     metrics = ("variance_x100_seen", "variance_x100_held_out", "accuracy_english", "perplexity_english")
     rows = [
@@ -43,7 +44,9 @@ def test_transfer_claims_are_means_over_seeds():
     assert found["english_accuracy_drop"] == pytest.approx(0.005)
     assert found["english_perplexity_ratio"] == pytest.approx(1.01)
     spread = ((statistics.variance([0.90, 0.94]) + statistics.variance([0.70, 0.72])) / 2) ** 0.5
-    assert found["gain_over_shuffled_in_sd"] == pytest.approx(0.21 / spread)
+    assert found["gain_over_shuffled_in_sd"] == pytest.approx(0.21 / spread)  # the lesser of the two
+    one = [r for r in rows if r["method"] != "ours.shuffled-rows"]
+    assert "mlc.transfer.gain_over_shuffled_in_sd" not in {c["id"] for c in transfer_claims.claims(one)}
     assert transfer_claims.claims(rows[:5]) == []
 
 
@@ -60,33 +63,74 @@ def test_a_diverged_seed_of_the_aligned_run_does_not_buy_the_perplexity_claim():
     assert not found["holds"]
 
 
-def test_the_map_chooses_what_comes_nearest_to_all_claims():
-    from benchmarks.mlc.transfer_claims import choose
-
-    numbers = {  # variance seen, held out, English accuracy, perplexity, loss
-        "aligned": (3.0, 1.0, 0.99, 10.0, 0.1),
-        "base": (0.0, 0.0, 1.0, 5.0, 0.0),
-        "wide": (1.0, 0.9, 0.99, 10.0, 0.1),
-        "good": (0.4, 0.4, 0.99, 10.0, 0.1),
-        "ruins-the-text": (0.1, 0.1, 0.99, 15.0, 0.1),
-        "forgets-english": (0.1, 0.1, 0.80, 10.0, 0.1),
-        "aligned,rate=0.1": (3.0, 1.0, 0.99, 20.0, 0.1),
-        "good,rate=0.1": (0.3, 0.2, 0.99, 20.0, 0.1),
-    }
-    metrics = ("variance_x100_seen", "variance_x100_held_out", "accuracy_english", "perplexity_english", "loss last")
-    rows = [
+def map_rows(numbers):
+    metrics = ("variance_x100_seen", "variance_x100_validation", "accuracy_english", "perplexity_english")
+    return [
         {"method": method, "seed": 100, "metric": metric, "value": value}
         for method, values in numbers.items()
-        for metric, value in zip(metrics, values, strict=True)
+        for metric, value in zip((*metrics, "accuracy_transfer"), values, strict=True)
     ]
-    assert choose(rows, list(numbers)) == "good,rate=0.1"
-    assert choose([r for r in rows if r["method"] != "aligned,rate=0.1"], list(numbers)) == "good"
-    with pytest.raises(ValueError, match="no candidate"):
-        choose(rows[:5], list(numbers))
+
+
+NUMBERS = {  # variance seen, on validation languages, English accuracy, perplexity, transfer
+    "base": (0.0, 0.0, 0.5, 9.5, 0.5),
+    "aligned@full-1e-5": (3.0, 1.0, 0.99, 10.0, 0.8),
+    "tied@full-1e-5": (0.4, 0.4, 0.99, 10.0, 0.95),
+    "tied.rows@full-1e-5": (0.4, 0.4, 0.99, 10.0, 0.90),
+    "repulsion@full-1e-5": (0.2, 0.2, 0.99, 10.0, 0.95),
+    "repulsion.rows@full-1e-5": (0.2, 0.2, 0.99, 10.0, 0.94),
+    "both-move@full-1e-5": (0.1, 0.1, 0.99, 15.0, 0.99),
+    "both-move.rows@full-1e-5": (0.1, 0.1, 0.99, 15.0, 0.80),
+    "contrast@full-1e-5": (0.1, 0.1, 0.80, 10.0, 0.99),
+    "contrast.rows@full-1e-5": (0.1, 0.1, 0.80, 10.0, 0.80),
+    "aligned@full-2e-5": (3.0, 1.0, 0.99, 30.0, 0.8),
+    "tied@full-2e-5": (0.1, 0.1, 0.99, 30.0, 0.99),
+    "aligned@full-3e-6": (3.0, 1.0, 0.70, 9.6, 0.7),
+    "tied@full-3e-6": (0.1, 0.1, 0.70, 9.6, 0.99),
+}
+
+
+def test_the_map_chooses_what_comes_nearest_to_all_claims():
+    from benchmarks.mlc.transfer_claims import choose, score
+
+    rows = map_rows(NUMBERS)
+    assert choose(rows) == "tied@full-1e-5"
+    assert score(rows, "tied@full-1e-5") == pytest.approx(min(3 / 0.4 / 5, 1 / 0.4 / 2, 0.05 / 0.04))
+    assert score(rows, "repulsion@full-1e-5") == pytest.approx(0.01 / 0.04)  # no better than shuffled translations
+    assert score(rows, "both-move@full-1e-5") < 0  # ruins the text
+    assert score(rows, "contrast@full-1e-5") < 2  # forgets its English
+    lone = [r for r in rows if not r["method"].startswith("tied.rows")]
+    assert choose(lone) == "contrast@full-1e-5"  # a variant without its control is not chosen
+    with pytest.raises(ValueError, match="no variant"):
+        choose(map_rows({"base": NUMBERS["base"]}))
+
+
+def test_a_regime_that_ruins_english_or_does_not_learn_is_not_chosen():
+    from benchmarks.mlc.transfer_claims import choose_regime
+
+    rows = map_rows(NUMBERS)
+    assert choose_regime(rows) == "full-1e-5"
+    assert choose_regime([r for r in rows if not r["method"].endswith("full-1e-5")]) == "full-3e-6"
+
+
+def test_every_method_of_the_table_and_point_of_the_map_is_a_trainer_config(tmp_path):
+    from benchmarks.mlc.transfer_methods import BASE, REGIMES, VARIANTS, first_points, methods, point, second_points
+    from trl_mlc.dpo import MLCDPOConfig
+
+    regime = next(iter(REGIMES))
+    found = [point(name) for name in (*first_points(), *second_points(regime)) if name != BASE]
+    for variant in VARIANTS:
+        table = methods(f"{variant}@{regime}")
+        assert table["ours.shuffled-rows"] == {**table["ours"], "shuffled": "rows"}
+        found += [settings for name, settings in table.items() if name != BASE]
+    for settings in found:
+        own = {k: v for k, v in settings.items() if k.startswith("mlc_") or k == "learning_rate"}
+        assert set(settings) - set(own) <= {"lora", "steps", "shuffled"}
+        MLCDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **own)
 
 
 def test_the_rule_cannot_be_won_by_a_constant_answer_and_tests_are_new():
-    from benchmarks.mlc.concepts import ANSWERS, DECLINES, SEEN, TEST_LANGUAGES, split
+    from benchmarks.mlc.concepts import ALL, ANSWERS, DECLINES, FAR, HELD_OUT, SEEN, VALIDATION, split
     from tests.conftest import asset_or_skip
 
     data = split(asset_or_skip("concepts"), train=200, test=40)
@@ -106,4 +150,6 @@ def test_the_rule_cannot_be_won_by_a_constant_answer_and_tests_are_new():
             assert (row["chosen"] in DECLINES) != (row["rejected"] in DECLINES)
             assert {row["chosen"], row["rejected"]} <= {*DECLINES, *ANSWERS}
     assert set(data.train[0]["prompt_translations"]) == set(SEEN)
-    assert set(data.test[0]["prompt_translations"]) == set(TEST_LANGUAGES)
+    assert set(data.test[0]["prompt_translations"]) == {*SEEN, *HELD_OUT, *FAR}
+    assert len(set(ALL)) == len(ALL)
+    assert not set(VALIDATION) & {*SEEN, *HELD_OUT, *FAR}

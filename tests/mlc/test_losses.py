@@ -7,6 +7,7 @@ import torch
 
 from trl_mlc.losses import (
     consistency_loss,
+    contrast_loss,
     cross_prompt_cosine,
     pairwise_cosine_loss,
     repulsion_loss,
@@ -181,6 +182,27 @@ def test_repulsion_is_one_at_collapse_and_between_mean_and_maximum_elsewhere():
     lone = torch.randn(1, 4, 8, requires_grad=True)
     repulsion_loss(lone, mask[:1]).backward()
     assert lone.grad.abs().max() == 0.0
+
+
+def test_contrast_is_the_cross_entropy_of_the_own_anchor():
+    rows = torch.randn(3, 4, 8, dtype=torch.float64)
+    mask = torch.tensor([[True] * 4, [True, False, True, True], [True, True, False, False]])
+    anchors = torch.zeros(3, 4, dtype=torch.bool)
+    anchors[:, 1] = True  # the second row has no anchor: its translations have nothing to find
+    units = unit_rows(rows, mask)
+    keys = units[[0, 2], 1]
+    first = torch.stack([torch.log_softmax(keys @ units[0, m] / 0.1, 0)[0] for m in (0, 2, 3)])
+    third = torch.log_softmax(keys @ units[2, 0] / 0.1, 0)[1]
+    assert contrast_loss(rows, mask, anchors).item() == pytest.approx(-(first.mean() + third).item() / 3, abs=1e-12)
+    whole = torch.ones(3, 4, dtype=torch.bool)
+    assert contrast_loss(torch.ones(3, 4, 8), whole, anchors).item() == pytest.approx(math.log(3), abs=1e-6)
+    apart = torch.eye(3, 8, dtype=torch.float64).unsqueeze(1).expand(3, 4, 8)
+    floor = math.log(1 + 2 * math.exp(-1 / 0.1))
+    assert contrast_loss(apart, whole, anchors).item() == pytest.approx(floor, rel=1e-9)
+    lone = torch.randn(1, 4, 8, requires_grad=True)
+    contrast_loss(lone, whole[:1], anchors[:1]).backward()
+    assert lone.grad.abs().max() == 0.0
+    assert torch.autograd.gradcheck(lambda x: contrast_loss(x, mask, anchors), rows.clone().requires_grad_())
 
 
 def test_bad_input_names_what_is_allowed():

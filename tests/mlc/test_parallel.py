@@ -48,6 +48,19 @@ def test_shuffled_translations_leave_none_in_place():
     assert shuffled_translations(data, seed=1)["prompt_translations"] == mixed["prompt_translations"]
 
 
+def test_translations_shuffled_each_on_its_own_are_no_longer_each_other_s():
+    data = Dataset.from_dict({"prompt": [str(i) for i in range(40)]})
+    tables = {"sw": [f"s{i}" for i in range(40)], "bn": [f"b{i}" for i in range(39)] + [None]}
+    mixed = shuffled_translations(join_translations(data, tables), seed=1, each=True)
+    given = [prompt_group(row, "en") for row in mixed]
+    assert sorted(g["sw"] for g in given) == sorted(tables["sw"])
+    assert sum("bn" in g for g in given) == 39
+    assert all(g["sw"][1:] != g["en"] and g.get("bn", " ")[1:] != g["en"] for g in given)
+    assert sum(g["sw"][1:] == g.get("bn", " ")[1:] for g in given) < 5
+    again = shuffled_translations(join_translations(data, tables), seed=1, each=True)
+    assert again["prompt_translations"] == mixed["prompt_translations"]
+
+
 def test_what_cannot_be_joined():
     data = Dataset.from_dict({"prompt": ["a", "b"]})
     with pytest.raises(ValueError, match="1 entries, the dataset 2"):

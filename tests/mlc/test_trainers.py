@@ -204,6 +204,8 @@ def test_precomputed_reference_never_sees_the_prompts(tiny, tokenizer, preferenc
         {"mlc_extractor_dim": 0},
         {"mlc_extractor_frozen": True},
         {"mlc_objective": "cosine"},
+        {"mlc_objective": "none", "mlc_repulsion": 0.5},
+        {"mlc_contrast": 0.5, "mlc_anchor_detached": True},
         {"mlc_signed": True, "mlc_sigma_norm": "none"},
         {"mlc_pooling": "mean", "mlc_layer": -1},
         {"mlc_extractor_lr": 1e-3},
@@ -215,6 +217,8 @@ def test_every_variant_trains(variant, tiny, tokenizer, preferences, options, on
     other = train("dpo", tiny, tokenizer, preferences(missing=3), options, **{**TERM, **variant})
     assert math.isfinite(numbers(other)[-1]["train_loss"])
     assert digest(other) != once("dpo", missing=3, steps=2)[0]
+    if "mlc_contrast" in variant:
+        assert 0 < numbers(other)[0]["mlc/contrast"] < 10
     if variant.get("mlc_extractor_frozen"):
         fresh = type(other._mlc_pass.extractor)(32, 16, seed=other.args.seed).state_dict()
         assert all(torch.equal(v, fresh[k]) for k, v in other._mlc_pass.extractor.state_dict().items())

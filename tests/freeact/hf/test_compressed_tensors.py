@@ -25,10 +25,10 @@ EXACT = {
 }  # fmt: skip
 
 
-def exported(tmp_path, family="llama", **changes):
+def exported(tmp_path, family="llama", options=(), **changes):
     model = quantized(family, preset="rtn", **changes)
     save(model, tmp_path / "ours", tiny_tokenizer())
-    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--quiet"]) == 0
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--quiet", *options]) == 0
     return model, tmp_path / "theirs"
 
 
@@ -48,6 +48,26 @@ def test_transformers_own_quantizer_gives_equal_outputs(tmp_path, family, kind):
             assert torch.allclose(linear(x), again.get_submodule(name)(x), rtol=1e-5, atol=1e-5), name
 
 
+@pytest.mark.parametrize("group", [None, 16])
+@pytest.mark.parametrize("activation_bits", [4, 8])
+def test_packed_codes_beside_activations_are_what_vllm_asks_for(tmp_path, activation_bits, group):
+    """The conditions of vLLM's `_is_wNaM_int`, and codes and scales that are ours bit for bit."""
+    changes = {"activation_bits": activation_bits, "weight_group_size": group}
+    model, folder = exported(tmp_path, options=["--layout", "packed"], **changes)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "pack-quantized"
+    scheme = config["config_groups"]["group_0"]
+    weights, activations = scheme["weights"], scheme["input_activations"]
+    assert (weights["type"], weights["dynamic"], weights["symmetric"]) == ("int", False, True)
+    assert weights["strategy"] == ("channel" if group is None else "group")
+    assert (activations["type"], activations["dynamic"], activations["symmetric"]) == ("int", True, True)
+    assert (activations["strategy"], activations["num_bits"]) == ("token", activation_bits)
+    found = load_file(folder / "model.safetensors")
+    for name, linear in quantized_linears(model).items():
+        assert torch.equal(found[f"{name}.weight_packed"], pack_int32(linear.codes(), 4)), name
+        assert torch.equal(found[f"{name}.weight_scale"], linear.qscale), name
+
+
 def test_the_folder_holds_the_format(tmp_path):
     model, folder = exported(tmp_path, weight_group_size=16, activation_bits=16)
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -58,9 +78,11 @@ def test_the_folder_holds_the_format(tmp_path):
     name = "model.layers.0.mlp.up_proj"
     linear = model.get_submodule(name)
     assert found[f"{name}.weight_packed"].shape == (linear.out_features, linear.in_features // 8)
-    assert torch.equal(found[f"{name}.weight_scale"], linear.qscale)
+    assert torch.equal(found[f"{name}.weight_scale"], linear.group_steps())
     assert found[f"{name}.weight_shape"].tolist() == [linear.out_features, linear.in_features]
-    assert not [key for key in found if "_input" in key or key.endswith((".weight_bias", "qscale"))]
+    assert not [
+        key for key in found if "_input" in key or key.endswith((".weight_bias", "qscale", "weight_group_scale"))
+    ]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -80,7 +102,10 @@ def test_words_unpack_to_the_codes(bits, columns):
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"preset": "freeact"}, "activation_clip=1.0, activation_symmetric=True, .*centring='none', .*low_rank=0"),
+        (
+            {"preset": "freeact"},
+            "activation_clip=1.0, activation_group_size=None, activation_symmetric=True, .*centring='none', .*low_rank=0",
+        ),
         ({"preset": "quarot"}, "activation_clip=1.0, transform='none'"),
         ({"preset": "smoothquant"}, "channel_scale='none'"),
         ({"preset": "rtn", "activation_group_size": 16}, "activation_group_size=None"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from tests.helpers.quantized import logits, quantized, reload
 from tests.helpers.tiny_models import sample_ids
@@ -103,7 +104,12 @@ def test_all_linears_finds_ours_and_merging_says_no(folder):
 def test_transformers_own_adapters(folder):
     model = reload(folder)
     expected = logits(model)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    try:
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    except ValueError as error:  # transformers may ask for a PEFT that is not released yet
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} and peft {peft.__version__}: {error}")
     assert not torch.equal(logits(model), expected)
     model.disable_adapters()
     assert torch.equal(logits(model), expected)

@@ -22,7 +22,7 @@ def correlated(rank=D, seed=1):
 
 
 def restored(rounded):
-    return (rounded.codes * rounded.scale).flatten(1).double()
+    return rounded.values.flatten(1).double()
 
 
 def error(rounded, original, moments):
@@ -37,7 +37,7 @@ def test_uncorrelated_inputs_give_round_to_nearest(bits, size, clip):
     original = weight()
     got = gptq(original, torch.eye(D, dtype=torch.float64), bits, size, clip=clip)
     expected = round_to_nearest(original, bits, size, clip)
-    assert torch.equal(got.scale, expected.scale)
+    assert torch.equal(got.steps, expected.steps)
     assert torch.equal(got.codes, expected.codes)
 
 
@@ -101,6 +101,42 @@ def test_descent_in_blocks_changes_nothing():
         module.BLOCK = before
     assert (blocked.codes != single.codes).float().mean() < 0.02  # float32 ties only
     assert error(blocked, original, moments) == pytest.approx(error(single, original, moments), rel=0.01)
+
+
+@pytest.mark.parametrize("rule", [round_to_nearest, lambda w, *a: gptq(w, correlated(), *a)])
+def test_group_scales_are_bytes_times_one_number_a_row(rule):
+    """Also where groups of a row are far apart, all zero, or the whole row is."""
+    original = weight()
+    original[0, :16] *= 1000
+    original[1, :16] = 0
+    original[2] = 0
+    got = rule(original, 4, 16)
+    assert got.scale.shape == (OUT, 1, 1)
+    assert got.group_scale.shape == (OUT, D // 16, 1)
+    assert torch.equal(got.group_scale, got.group_scale.round())
+    assert got.group_scale.abs().min() >= 1
+    assert (got.group_scale[:2].abs().amax(1) == 127).all()
+    assert got.group_scale[3:].abs().amax(1).eq(127).all()
+    torch.testing.assert_close(got.values, got.codes * got.scale * got.group_scale)
+    assert restored(got)[1, :16].abs().max() < 0.01 * original[1].abs().max()  # GPTQ may use it for others' errors
+    assert restored(got)[2].abs().max() == 0
+    gap = (restored(got) - original).abs().unflatten(-1, (-1, 16)).amax(-1)
+    assert (gap[3:] <= 1.1 * original[3:].abs().unflatten(-1, (-1, 16)).amax(-1)).all()
+
+
+def test_the_lowest_code_is_on_the_side_of_the_extreme_weight():
+    original = torch.full((2, 16), 0.1)
+    original[0, 3], original[1, 5] = 1.0, -1.0
+    got = round_to_nearest(original, 4, 16)
+    assert got.codes[0, 0, 3] == got.codes[1, 0, 5] == -8
+    assert got.steps.flatten().sign().tolist() == [-1.0, 1.0]
+
+
+def test_finer_groups_lose_less():
+    original = weight()
+    errors = [error(round_to_nearest(original, 4, size), original, torch.eye(D).double()) for size in (D, 32, 16, 8)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.7 * errors[0]
 
 
 SINGULAR = {
