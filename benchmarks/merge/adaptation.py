@@ -74,24 +74,23 @@ ARMS = {
 }
 #: All there is, few texts, and a look at donors that write: groups of arms with the same choices, first things first.
 ALL, FEW = 2000, 40
-LONG, SHORT = ["1e-4:300x16", "2e-4:300x16"], ["1e-4:96x8", "5e-5:48x8"]
+LONG, SHORT = ["1e-4:400x16", "2e-4:400x16"], ["1e-4:96x8", "5e-5:48x8"]
 PLAN = [
     {"texts": ALL, "settings": LONG, "arms": ["none", "teacher"]},
     {"texts": FEW, "settings": SHORT, "arms": ["none", "shrink", "teacher"]},
-    {"texts": ALL, "settings": LONG, "arms": ["shrink"]},
-    {"texts": ALL, "settings": LONG[:1], "shares": [0.5], "arms": ["own teacher", "teacher, random donor"]},
+    {"texts": ALL, "settings": LONG[:1], "shares": [0.5], "arms": ["own teacher", "shrink", "teacher, random donor"]},
     {"texts": FEW, "settings": SHORT[:1], "arms": ["own teacher", "teacher at shared positions"]},
     {"texts": FEW, "settings": SHORT[:1], "shares": [0.5], "arms": ["teacher, random donor"]},
-    {"texts": FEW, "settings": SHORT[:1], "arms": ["merge", "merge, random donor", "stream", "stream, random donor"]},
-    {"texts": ALL, "settings": LONG[:1], "arms": ["merge", "merge, random donor"]},
+    {"texts": FEW, "settings": SHORT[:1], "arms": ["merge", "merge, random donor"]},
     {
         "texts": FEW,
         "settings": ["1e-4:96x32"],
         "shares": [0.9],
         "seeds": [0],
-        "arms": ["writer and teacher", "writer", "own texts"],
+        "arms": ["writer and teacher", "own texts"],
     },
-    {"texts": ALL, "settings": LONG, "arms": ["own teacher"]},
+    {"texts": FEW, "settings": SHORT[:1], "arms": ["stream", "stream, random donor"]},
+    {"texts": ALL, "settings": LONG[:1], "arms": ["merge", "merge, random donor"]},
 ]
 #: Of a batch in `writer` arms, the part that is the given texts.
 GIVEN = 0.25
