@@ -92,9 +92,20 @@ def record(
         model (`PreTrainedModel`): decoder without head, in eval mode.
         texts (`Sequence[tuple[list[int], list[int]]]`): token ids and recorded positions of every text.
         batch_size (`int`, *optional*, defaults to 8): texts per forward, padded on the right.
+
+    Raises:
+        `ValueError`: for activations that are not finite, naming model, site and layer.
     """
     device = next(model.parameters()).device
-    recorder = Recorder(model, structure, store.append)
+
+    def keep(name: str, values: torch.Tensor) -> None:
+        if not torch.isfinite(values).all():
+            raise ValueError(
+                f"{structure.name}: activations at {name} are not finite; look for damaged weights in its files."
+            )
+        store.append(name, values)
+
+    recorder = Recorder(model, structure, keep)
     starts = range(0, len(texts), batch_size)
     try:
         bar = tqdm(starts, desc=f"activations of {Path(structure.name).name}", disable=quiet)

@@ -24,6 +24,7 @@ CHOICES = {
     "rounding": ("rtn", "gptq"),
     "calibration": ("closed_form", "learned"),
     "learned_start": ("closed_form", "random"),
+    "learned_part": ("maps", "outputs"),
     "error_correction": (True, False),
     "propagate_error": (True, False),
     "sequential": (True, False),
@@ -39,8 +40,10 @@ DEFAULTS: dict[str, Any] = {
     "kv_bits": 16,
     "weight_group_size": None,
     "activation_group_size": None,
+    "low_rank_budget": None,
     "smooth_alpha": 0.5,
     "learned_start": "closed_form",
+    "learned_part": "maps",
     "learning_rate": 2e-3,
     "epochs": 15,
     "propagate_error": True,
@@ -64,7 +67,15 @@ RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress
 # may be given anew when a saved model is loaded
 LOADING = ("kv_bits", "typer")
 # written by the quantizer for those who load
-RECORDED = ("input_groups", "cluster_table", "exclusive_sizes", "weight_dtype", "cache_shapes", "calibration_record")
+RECORDED = (
+    "input_groups",
+    "experts",
+    "cluster_table",
+    "exclusive_sizes",
+    "weight_dtype",
+    "cache_shapes",
+    "calibration_record",
+)
 
 
 class FreeActConfig(QuantizationConfigMixin):
@@ -92,6 +103,8 @@ class FreeActConfig(QuantizationConfigMixin):
             `"shared"` by all tokens or `"per_type"`.
         low_rank (`int`, *optional*): Rank of a branch, stored in one byte a number, that carries each input's strongest
             directions around the rounding; 0 for none.
+        low_rank_budget (`float`, *optional*): Cut each input's rank (not below 8) to what fits into this share of the bfloat16
+            bytes of its linears, with all else that is stored but the codes; the default is not to.
         rounding (`str`, *optional*): `"rtn"` or `"gptq"` for the weights.
         rounding_passes (`int`, *optional*): Passes of coordinate descent after `"gptq"`, each with a second choice for
             every code; 0 is GPTQ itself.
@@ -114,6 +127,9 @@ class FreeActConfig(QuantizationConfigMixin):
         calibration (`str`, *optional*): `"closed_form"` (seconds) or `"learned"` (gradient steps on block outputs).
         learned_start (`str`, *optional*, defaults to `"closed_form"`): Where learning starts: `"closed_form"` or
             `"random"`. From the closed form it is kept only where the held-out block error falls.
+        learned_part (`str`, *optional*, defaults to `"maps"`): What is learned: the transforms, channel scales and clips, after
+            which weights are rounded again (`"maps"`), or the rows' scales, branches and biases behind the rounded weights
+            (`"outputs"`).
         learning_rate (`float`, *optional*, defaults to 2e-3): Of AdamW on transforms and scales; clips use ten times it.
         epochs (`int`, *optional*, defaults to 15): Passes over the calibration samples per block when learning.
         error_correction (`bool`, *optional*): Move each weight half the way to the one whose output on the quantized
@@ -210,6 +226,11 @@ class FreeActConfig(QuantizationConfigMixin):
                 "This checkpoint has format version 1 with weight_group_size set: its scales of groups were floats, which "
                 "this release does not read. Quantize the full-precision model again."
             )
+        budget = self.low_rank_budget
+        if budget is not None and (
+            isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < 1
+        ):
+            raise ValueError(f"low_rank_budget must be None or a number between 0 and 1, got {budget!r}.")
         for name in ("activation_clip", "weight_clip"):
             value = getattr(self, name)
             is_ratio = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
@@ -223,7 +244,14 @@ class FreeActConfig(QuantizationConfigMixin):
         skipped = self.modules_to_not_convert
         if skipped is not None and not (isinstance(skipped, list) and all(isinstance(s, str) for s in skipped)):
             raise ValueError(f"modules_to_not_convert must be a list of module names, got {skipped!r}.")
-        if self.calibration == "learned" and self.transform in ("none", "orthogonal"):
+        outputs = self.calibration == "learned" and self.learned_part == "outputs"
+        if outputs and (self.weight_bits == 16 or self.learned_start == "random"):
+            raise ValueError(
+                "learned_part='outputs' tunes what stands behind weights rounded in closed form: use weight_bits 4 or 8 and "
+                f"learned_start='closed_form', or learned_part='maps'; got {self.weight_bits} and {self.learned_start!r}."
+            )
+        maps = self.calibration == "learned" and self.learned_part == "maps"
+        if maps and self.transform in ("none", "orthogonal"):
             raise ValueError(
                 f"calibration='learned' learns Kronecker factors: use transform='kronecker' or 'hadamard' (as a start), "
                 f"got {self.transform!r}."

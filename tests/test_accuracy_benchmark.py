@@ -7,8 +7,10 @@ import torch
 
 from benchmarks._results import problems, read
 from benchmarks.accuracy import run
-from benchmarks.accuracy.claims import claims, excess, expected
-from benchmarks.accuracy.jobs import SLICES, Job, Plan, Text, absent, bits
+from benchmarks.accuracy.claims import QUALITY, claims, excess, expected
+from benchmarks.accuracy.jobs import CLAIMED, GRIDS, QUAROTS, SLICES, Job, Plan, Text, absent, bits
+from optimum_freeact.config import DEFAULTS
+from optimum_freeact.presets import PRESETS
 from tools.results import MARK, table
 
 
@@ -29,6 +31,16 @@ def nll_rows(model="smollm2", **excesses):
     return rows
 
 
+RIVALS = {
+    "quarot_search": 0.7,
+    "quarot_published": 0.8,
+    "quarot_published_asym": 0.9,
+    "quarot_groups": 0.3,
+    "quarot_groups_asym": 0.2,
+    "freeact_fast": 0.1,
+}
+
+
 def size_row(value, model="smollm2"):
     row = {"model": model, "group": "preset", "method": "freeact", "setting": "w4a4", "metric": "size_ratio"}
     return {**row, "value": value, "seed": 0}
@@ -40,19 +52,26 @@ def by_id(rows):
 
 def test_claims_hold_on_rows_within_the_targets():
     rows = nll_rows(
-        freeact=0.1, quarot=0.5, quarot_asym=0.4, quarot_asym_search=0.45, flatquant=0.2, freeact_learned=0.08
+        **RIVALS,
+        freeact=0.1,
+        quarot=0.5,
+        quarot_asym=0.4,
+        quarot_asym_search=0.45,
+        flatquant=0.2,
+        freeact_learned=0.08,
     )
     found = by_id([*rows, size_row(0.28)])
     assert list(found) == expected(["smollm2"])
     assert all(entry["holds"] for entry in found.values())
     values = [round(entry["value"], 9) for entry in found.values()]
-    assert values == [0.25, 0.5, 0.4, 0.28]
+    assert values == [0.25, 0.5, 0.4, 0.125, 0.5, 0.25, 0.28]
     assert "quarot-asym is the best of" in found["accuracy.smollm2.w4a4.excess_over_quarot"]["how"]
 
 
 def test_claims_fall_short_on_rows_beyond_the_targets():
+    weak = {**RIVALS, "quarot_published": 0.5, "freeact_fast": 0.3}
     rows = nll_rows(
-        freeact=0.2, quarot=0.4, quarot_asym=0.5, quarot_asym_search=0.6, flatquant=0.2, freeact_learned=0.15
+        **weak, freeact=0.2, quarot=0.4, quarot_asym=0.5, quarot_asym_search=0.6, flatquant=0.2, freeact_learned=0.15
     )
     found = by_id([*rows, size_row(0.31)])
     assert list(found) == expected(["smollm2"])
@@ -62,6 +81,7 @@ def test_claims_fall_short_on_rows_beyond_the_targets():
 
 def test_several_seeds_count_by_their_mean_and_state_their_spread():
     rows = nll_rows(
+        **{**RIVALS, "quarot_search": 2.0, "quarot_published": 2.0, "quarot_published_asym": 2.0},
         freeact=[0.1, 0.3],
         quarot=[0.8, 1.2],
         quarot_asym=2.0,
@@ -74,10 +94,10 @@ def test_several_seeds_count_by_their_mean_and_state_their_spread():
     assert "0.2 ± 0.14 (standard deviation) / 1 ± 0.28 (standard deviation)" in entry["how"]
 
 
-@pytest.mark.parametrize("lost", ["fp", "freeact", "quarot-asym-search"])
+@pytest.mark.parametrize("lost", ["fp", "freeact", "quarot-asym-search", "quarot-published"])
 def test_a_claim_whose_rows_are_missing_is_not_made(lost):
     rows = nll_rows(
-        freeact=0.1, quarot=0.4, quarot_asym=0.5, quarot_asym_search=0.6, flatquant=0.2, freeact_learned=0.1
+        **RIVALS, freeact=0.1, quarot=0.4, quarot_asym=0.5, quarot_asym_search=0.6, flatquant=0.2, freeact_learned=0.1
     )
     kept = [row for row in rows if row["method"] != lost]
     unmeasured = [{**row, "value": None, "note": "x"} if row["method"] == lost else row for row in rows]
@@ -93,6 +113,7 @@ def test_a_seed_without_one_of_the_texts_does_not_count():
 
 def test_models_are_claimed_apart():
     methods = {
+        **RIVALS,
         "freeact": 0.1,
         "quarot": 0.4,
         "quarot_asym": 0.5,
@@ -161,12 +182,16 @@ def a_plan(**changes):
     return Plan(**{"common": common, **settings, "learned": learned, **changes})
 
 
-def test_every_preset_is_planned_at_every_scheme_and_seed():
+def test_every_preset_is_planned_at_every_scheme_and_the_claimed_ones_with_every_seed():
     plan = a_plan()
     plan.presets()
     planned = {(job.method, setting, job.seed) for job in plan.jobs for setting in job.settings}
-    methods = ("smoothquant", "quarot", "flatquant", "freeact-paper", "freeact", "freeact-learned")
-    assert planned >= {(m, s, seed) for m in methods for s in plan.schemes for seed in (0, 1)}
+    methods = ("smoothquant", "quarot", "flatquant", "freeact-paper", "freeact", "freeact-fast", "freeact-learned")
+    assert planned >= {(m, s, 0) for m in methods for s in plan.schemes}
+    assert planned >= {(m, s, 1) for m in CLAIMED for s in ("w4a4", "w4a4kv4")}
+    plan.quarots([64])
+    several = {job.method for job in plan.jobs if job.seed == 1}
+    assert several == {name for _, ours, theirs, _ in QUALITY for name in (ours, *theirs)}
     learned = next(job for job in plan.jobs if job.method == "freeact-learned")
     assert (learned.quantize["epochs"], learned.measure["n_samples"]) == (2, 3)
 
@@ -175,13 +200,36 @@ def test_ablations_change_one_field_and_skip_what_does_not_divide():
     plan = a_plan()
     plan.ablations([576, 1536])
     changed = [set(job.quantize) - {"preset"} for job in plan.jobs]
-    assert all(len(fields) == 1 for job, fields in zip(plan.jobs, changed) if "groups=" not in job.method)
+    assert all(len(fields) == 1 for fields in changed)
     assert {"weight_group_size"} in changed
     narrow = a_plan()
     narrow.ablations([576, 1500])
-    assert (
-        len(narrow.jobs) == len(plan.jobs) - 6
-    )  # groups of 64 and of 32, of weights, of activations, and of both in two methods
+    assert len(narrow.jobs) == len(plan.jobs) - 4  # groups of 64 and of 16, of weights and of activations
+
+
+def test_quarot_is_compared_as_published_strengthened_and_on_the_same_grids():
+    plan = a_plan()
+    plan.quarots([576, 1536])
+    by_method = {job.method: job.quantize for job in plan.jobs if job.seed == 1}
+    rivals = {name for _, _, theirs, _ in QUALITY for name in theirs} - {"quarot", "flatquant"}
+    assert set(by_method) == rivals
+    ours = {**DEFAULTS, **PRESETS["freeact"]}
+    for name in ("weight_group_size", "activation_group_size"):
+        assert {by_method[method].get(name) for method in by_method if "groups" in method} == {ours[name]}
+        assert {by_method[method].get(name) for method in by_method if "groups" not in method} == {None}
+    narrow = a_plan()
+    narrow.quarots([576, 1500])
+    assert not [job for job in narrow.jobs if "groups" in job.method]
+
+
+def test_the_sweep_holds_all_pairs_of_groups_once():
+    plan = a_plan()
+    plan.sweep([576, 1536])
+    assert len({job.key for job in plan.jobs}) == len(plan.jobs)
+    pairs = {
+        (job.quantize.get("weight_group_size", 0), job.quantize.get("activation_group_size", 0)) for job in plan.jobs
+    }
+    assert pairs == {(w, a) for w in GRIDS for a in GRIDS} | {(0, 0)}
 
 
 def test_a_job_survives_json_and_its_key_knows_no_folders():
@@ -221,7 +269,7 @@ def tiny_run(folder, *more):
 
 
 def test_miniature_end_to_end(commit, tmp_path, capsys):
-    methods = "freeact,freeact-learned,flatquant,quarot,quarot-asym,quarot-asym-search"
+    methods = ",".join(("freeact,freeact-fast,freeact-learned,flatquant,quarot", *QUAROTS))
     assert tiny_run(tmp_path, "--only", methods, "--schemes", "w4a16,w4a4,w4a4kv4") == 0
     document = read(tmp_path / "accuracy.json")
     assert problems(document) == []

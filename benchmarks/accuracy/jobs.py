@@ -1,8 +1,9 @@
 """One job is one quantized model: what is measured, how it is planned, and the process that measures it.
 
-    python -m benchmarks.accuracy.jobs RESULT.json < JOB.json
+    python -m benchmarks.accuracy.jobs < LINES
 
-A job runs in a process of its own, so that its peak of memory is its own and a crash costs one job.
+Each line names a job and where its result goes. A job on a CPU gets a process of its own, so that its peak of memory is
+its own; on a GPU, whose peak can be set back, a process takes one job after the other.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,20 +33,43 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("token_types", ["text"]),
     ("channel_scale", "closed_form"),
     ("transform", "none"),
-    ("transform", "hadamard"),
+    ("transform", "kronecker"),
     ("low_rank", 0),
-    ("low_rank", 16),
+    ("low_rank", 8),
+    ("low_rank_budget", None),
     ("rounding", "rtn"),
     ("rounding_passes", 0),
-    ("error_correction", False),
+    ("rounding_order", "columns"),
+    ("rounding_noise", False),
+    ("sequential", True),
     ("error_correction", True),
     ("activation_symmetric", True),
     ("activation_clip", 1.0),
+    ("weight_clip", 1.0),
+    ("weight_group_size", None),
     ("weight_group_size", 64),
-    ("weight_group_size", 32),
+    ("weight_group_size", 16),
+    ("activation_group_size", None),
     ("activation_group_size", 64),
     ("activation_group_size", 32),
 )
+CLAIMED = ("freeact", "freeact-fast", "freeact-learned", "flatquant", "quarot")
+GRIDS = (None, 64, 32, 16)  # of the sweep: group sizes of weights times those of activations
+RANKS = (0, 4, 8, 12, 20, 24, 32)
+PASSES = (0, 1, 4)
+# As published: weights first, columns as they come, no rounding noise in the moments. The others are ours to beat: columns
+# by energy, moments behind everything that is quantized, with the rounding noise in them.
+PUBLISHED = {"preset": "quarot", "sequential": True, "rounding_order": "columns", "rounding_noise": False}
+GROUPS = {"preset": "quarot", "weight_group_size": 32, "activation_group_size": 16, "activation_clip": "search"}
+QUAROTS: dict[str, dict] = {
+    "quarot-search": {"preset": "quarot", "activation_clip": "search"},
+    "quarot-asym": {"preset": "quarot", "activation_symmetric": False},
+    "quarot-asym-search": {"preset": "quarot", "activation_symmetric": False, "activation_clip": "search"},
+    "quarot-published": PUBLISHED,
+    "quarot-published-asym": {**PUBLISHED, "activation_symmetric": False},
+    "quarot-groups": GROUPS,
+    "quarot-groups-asym": {**GROUPS, "activation_symmetric": False},
+}
 
 
 @dataclass(frozen=True)
@@ -156,18 +181,20 @@ class Plan:
         self.jobs.append(Job(**self.common, **_job("full", FP[0], (FP[1],), self.seeds[0], {}, self.measure)))
 
     def presets(self) -> None:
-        """All presets at all schemes; the cache is left out again on the weights of the same calibration."""
+        """All presets at all schemes, what claims are about with every seed; the cache is left out again on the weights of
+        the same calibration.
+        """
         methods = {name: {"preset": name} for name in PRESETS}
         methods["freeact-learned"] = {"preset": "freeact", "calibration": "learned"}
         for method, quantize in methods.items():
             learned = {**PRESETS[quantize["preset"]], **quantize}["calibration"] == "learned"
-            seeds = self.seeds[:1] if method == "rtn" else self.seeds  # it draws nothing
             more = {"measure": self.learned["measure"]} if learned else {}
             quantize = {**quantize, **(self.learned["quantize"] if learned else {})}
-            for seed in seeds:
-                for settings in self._settings():
-                    claimed = "w4a4" in settings and method in ("freeact", "freeact-learned", "flatquant", "quarot")
-                    rank = (0 if learned else 1) if claimed else (5 if learned else 2)
+            for settings in self._settings():
+                claimed = "w4a4" in settings and method in CLAIMED
+                first = claimed or (learned and "w4a4" in settings)
+                rank = (0 if learned else 1) if first else (5 if learned else 2 if method in CLAIMED else 4)
+                for seed in self.seeds if claimed else self.seeds[:1]:
                     self.add("preset", method, settings, seed, quantize, rank=rank, **more)
 
     def _settings(self) -> list[tuple[str, ...]]:
@@ -178,32 +205,34 @@ class Plan:
             together.setdefault((one["weight_bits"], one["activation_bits"]), []).append(scheme)
         return [tuple(sorted(group, key=lambda s: bits(s)["kv_bits"])) for group in together.values()]
 
-    def asymmetric_quarot(self) -> None:
-        """QuaRot's other grid, and its clip searched: the strongest of it is what we compare with."""
-        if "w4a4" not in self.schemes:
-            return
-        asymmetric = {"preset": "quarot", "activation_symmetric": False}
-        for seed in self.seeds:
-            self.add("preset", "quarot-asym", ("w4a4",), seed, asymmetric, rank=1)
-            searched = {**asymmetric, "activation_clip": "search"}
-            self.add("preset", "quarot-asym-search", ("w4a4",), seed, searched, rank=1)
+    def quarots(self, widths: list[int]) -> None:
+        """QuaRot as published, strengthened, and on grids as fine as ours: the strongest is what we compare with."""
+        for seed in self.seeds if "w4a4" in self.schemes else ():
+            for method, quantize in QUAROTS.items():
+                if _divides(quantize, widths):
+                    self.add("preset", method, ("w4a4",), seed, quantize, rank=1)
 
     def ablations(self, widths: list[int]) -> None:
         """`freeact` at W4A4 with one field changed; what is the preset's own value or does not divide is left out."""
         if "w4a4" not in self.schemes:
             return
-        default = {"weight_group_size": None, "activation_group_size": None, **PRESETS["freeact"]}
+        from optimum_freeact.config import DEFAULTS
+
+        default = {**DEFAULTS, **PRESETS["freeact"]}
         for name, value in ABLATIONS:
-            fits = not name.endswith("group_size") or all(width % value == 0 for width in widths)
-            if value != default[name] and fits:
+            if value != default[name] and _divides({name: value}, widths):
                 shown = "+".join(value) if isinstance(value, list) else value
                 quantize = {"preset": "freeact", name: value}
-                self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=4)
-        if all(width % 32 == 0 for width in widths):
-            for preset in ("freeact", "quarot"):  # the same finer grids for both
-                finer = {"preset": preset, "weight_group_size": 32, "activation_group_size": 32}
-                finer |= {} if preset == "freeact" else {"activation_symmetric": False, "activation_clip": "search"}
-                self.add("ablation", f"{preset} groups=32", ("w4a4",), self.seeds[0], finer, rank=4)
+                self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=3)
+
+    def sweep(self, widths: list[int]) -> None:
+        """What decided the default: all pairs of group sizes, ranks, passes."""
+        grids = [{"weight_group_size": w, "activation_group_size": a} for w in GRIDS for a in GRIDS]
+        changes = [*grids, *({"low_rank": rank} for rank in RANKS), *({"rounding_passes": n} for n in PASSES)]
+        for change in changes:
+            if _divides(change, widths):
+                method = " ".join(("freeact", *(f"{name}={value}" for name, value in change.items())))
+                self.add("sweep", method, ("w4a4",), self.seeds[0], {"preset": "freeact", **change}, rank=3)
 
     def default_samples(self) -> None:
         """`freeact` at W4A4 on as few samples as the library takes by default (those of the time on a CPU)."""
@@ -221,12 +250,17 @@ class Plan:
         for name, peer in PEERS.items():
             if peer.setting in self.schemes:
                 note = f"{peer.package}: {peer.about}"
-                self.add("peer", name, (peer.setting,), self.seeds[0], {"peer": name}, rank=4, note=note)
+                self.add("peer", name, (peer.setting,), self.seeds[0], {"peer": name}, rank=2, note=note)
 
     def cpu_cost(self) -> None:
         """Time and memory of the default closed-form calibration."""
         measure = {"score": False}
         self.add(CPU_COST, "freeact", ("w4a4",), self.seeds[0], {"preset": "freeact"}, measure=measure)
+
+
+def _divides(quantize: dict, widths: list[int]) -> bool:
+    sizes = [size for name, size in quantize.items() if name.endswith("group_size") and size is not None]
+    return all(width % size == 0 for width in widths for size in sizes)
 
 
 def _job(group: str, method: str, settings: tuple[str, ...], seed: int, quantize: dict, measure: dict) -> dict:
@@ -399,7 +433,7 @@ def _score(job: Job, setting: str, model, tokenizer) -> list[dict]:
     for text in job.texts:
         held_out = text.read_evaluation(measure["windows"] * measure["window"])
         windows = tokenize_windows(held_out, tokenizer, measure["window"], measure["windows"])
-        tokens = 2048 if job.device == "cuda" else 1024  # a forward; large vocabularies make large logits
+        tokens = 4096 if job.device == "cuda" else 1024  # a forward; large vocabularies make large logits
         score = score_text(model, windows, batch_size=max(1, tokens // measure["window"]))
         if score.nll != score.nll or score.nll == float("inf"):
             rows.append(_row(job, setting, "nll", None, f"the loss is {score.nll}", text=text.name))
@@ -408,19 +442,35 @@ def _score(job: Job, setting: str, model, tokenizer) -> list[dict]:
     return rows
 
 
-def main(arguments: list[str]) -> int:
-    """Read a job, write its rows or its error."""
-    job = Job.from_json(sys.stdin.read())
-    try:
-        told: dict = {"rows": perform(job)}
-    except Exception as error:  # whatever it is, the run goes on without this job and lists it
-        import traceback
+def serve(lines: Iterable[str]) -> None:
+    """Do the job of each line, `{"job": ..., "result": path}`, and write its rows or its error to the path."""
+    for line in lines:
+        asked = json.loads(line)
+        job = Job.from_json(json.dumps(asked["job"]))
+        try:
+            told: dict = {"rows": perform(job)}
+        except Exception as error:  # whatever it is, the run goes on without this job and lists it
+            import traceback
 
-        traceback.print_exc()
-        told = {"error": f"{type(error).__name__}: {error}"}
-    Path(arguments[0]).write_text(json.dumps(told), encoding="utf-8")
-    return int("error" in told)
+            traceback.print_exc()
+            told = {"error": f"{type(error).__name__}: {error}"}
+        result = Path(asked["result"])
+        scratch = result.with_suffix(".part")
+        scratch.write_text(json.dumps(told), encoding="utf-8")
+        scratch.replace(result)
+        _tidy(job.device)
+
+
+def _tidy(device: str) -> None:
+    """Leave nothing of a job to the next one."""
+    import gc
+
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    serve(sys.stdin)

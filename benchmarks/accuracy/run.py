@@ -4,7 +4,9 @@
     python benchmarks/accuracy/run.py --cpu-cost             # time and memory on two CPU threads: accuracy_cpu.json
     python benchmarks/accuracy/run.py --tiny --out out       # miniature on a random model, seconds
 
-Every job is a process of its own. Finished jobs are kept in `--rows` (JSON lines), so an interrupted run, or one that
+    python benchmarks/accuracy/run.py --sweep                # what decided the default: accuracy_groups.json
+
+Jobs run in processes of their own. Finished jobs are kept in `--rows` (JSON lines), so an interrupted run, or one that
 is cut into pieces by `--limit-seconds`, goes on where it was: jobs measured at the same commit are not repeated.
 Calibration reads the first part of each text, evaluation a later one that is never calibrated on.
 """
@@ -36,6 +38,7 @@ from benchmarks.accuracy.jobs import SCHEMES, SLICES, Job, Plan, Text, absent, b
 MODELS = ("smollm2", "qwen2.5")
 COLUMNS = ("handbook", "brown")
 TINY_WINDOW = 32
+LEARNED_BATCH = 4  # samples a gradient step, as FlatQuant takes
 
 
 # ---------------------------------------------------------------- command line
@@ -63,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only time and memory of the default calibration, on its default samples, on two CPU threads",
     )
+    add("--sweep", action="store_true", help="group sizes, ranks and passes of the default, at W4A4")
     add("--tiny", action="store_true", help="a random model and text, for tests")
     add("--limit-seconds", type=float, help="no job is started after it")
     add("--stop-seconds", type=float, help="running jobs are ended after it")
@@ -139,14 +143,15 @@ def tiny_world(folder: Path) -> tuple[dict[str, str], tuple[Text, ...]]:
 def make_plan(options: argparse.Namespace, models: dict[str, str], texts: tuple[Text, ...]) -> list[Job]:
     """All jobs in the order in which they shall be shown."""
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    schemes = tuple((options.schemes or ",".join(SCHEMES)).lower().split(","))
+    schemes = tuple((options.schemes or ("w4a4" if options.sweep else ",".join(SCHEMES))).lower().split(","))
     for scheme in schemes:
         bits(scheme)
     measure = {"n_samples": options.samples, "seq_len": options.seq_len, "batch_size": options.batch_size}
     measure |= {"windows": options.windows, "window": options.seq_len}
-    learned = {"quantize": {"epochs": options.learned_epochs} if options.learned_epochs else {}, "measure": {}}
+    steps = {"batch_size": min(LEARNED_BATCH, options.batch_size)}  # as published; a closed form knows no batches
+    learned = {"quantize": {"epochs": options.learned_epochs} if options.learned_epochs else {}, "measure": steps}
     if options.learned_samples:
-        learned["measure"] = {"n_samples": options.learned_samples}
+        learned["measure"] = {**steps, "n_samples": options.learned_samples}
     only = set(options.only.split(",")) if options.only else None
     jobs: list[Job] = []
     for name, path in models.items():
@@ -154,10 +159,13 @@ def make_plan(options: argparse.Namespace, models: dict[str, str], texts: tuple[
         plan = Plan({**common, "threads": options.threads}, schemes, seeds, measure, learned, only)
         if options.cpu_cost:
             plan.cpu_cost()
+        elif options.sweep:
+            plan.full_precision()
+            plan.sweep(_widths(path))
         else:
             plan.full_precision()
             plan.presets()
-            plan.asymmetric_quarot()
+            plan.quarots(_widths(path))
             plan.default_samples()
             plan.ablations(_widths(path))
             plan.peers()
@@ -204,6 +212,10 @@ class Store:
                 stream.write(json.dumps(told) + "\n")
 
 
+def _of_model(jobs: list[Job], name: str) -> list[Job]:
+    return [job for job in jobs if job.model == name]
+
+
 class Runner:
     """Starts jobs, `slots` at a time, each in a process with a GPU of its own choice (round robin)."""
 
@@ -211,12 +223,14 @@ class Runner:
         self.options, self.store, self.stamp, self.start = options, store, stamp, start
         self.failures: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._own = threading.local()  # a lane's worker
         self._done = 0
 
     def run(self, jobs: list[Job]) -> None:
         """Run what the store does not have, what claims need first; returns when nothing runs any more."""
         waiting = [job for job in jobs if job.key not in self.store.lines]
-        waiting.sort(key=lambda job: (job.rank, job.seed))
+        place = {job.key: i for name in {job.model for job in jobs} for i, job in enumerate(_of_model(jobs, name))}
+        waiting.sort(key=lambda job: (job.rank, job.seed, place[job.key]))  # models by turns
         self._total = len(waiting)
         if self.options.jobs == 0:
             for job in waiting:
@@ -254,25 +268,70 @@ class Runner:
         if job.group == "peer" and self.options.peers_path:
             path = str(Path(self.options.peers_path).resolve())
             environment["PYTHONPATH"] = os.pathsep.join([path, *filter(None, [os.environ.get("PYTHONPATH")])])
-        with tempfile.TemporaryDirectory() as scratch:
-            result, log = Path(scratch) / "result.json", Path(scratch) / "log"
-            command = [sys.executable, "-m", "benchmarks.accuracy.jobs", str(result)]
-            with log.open("wb") as sink:
-                process = subprocess.Popen(
-                    command, cwd=_results.ROOT, env=environment, stdin=subprocess.PIPE, stdout=sink, stderr=sink
-                )
-                stop = self.options.stop_seconds
-                left = None if stop is None else max(1.0, stop - (time.perf_counter() - self.start))
-                try:
-                    process.communicate(json.dumps(dataclasses.asdict(job)).encode(), timeout=left)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-                    return {"error": f"ended after {stop:g} s of the run"}
-            if result.is_file():
-                return json.loads(result.read_text(encoding="utf-8"))
-            tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
-            return {"error": f"the process ended with {process.returncode}: {' | '.join(tail)}"}
+        worker = getattr(self._own, "worker", None)
+        if worker is None or worker.environment != environment:
+            if worker is not None:
+                worker.end()
+            worker = self._own.worker = Worker(environment)
+        stop = self.options.stop_seconds
+        left = None if stop is None else max(1.0, stop - (time.perf_counter() - self.start))
+        told = worker.ask(job, left)
+        if (
+            told is None or not worker.alive() or job.device == "cpu"
+        ):  # the peak of memory of a CPU job is its process's
+            worker.end()
+            self._own.worker = None
+        return {"error": f"ended after {stop:g} s of the run"} if told is None else told
+
+
+class Worker:
+    """A process that does one job after the other; it ends when its lane does."""
+
+    def __init__(self, environment: dict[str, str]):
+        self.environment = environment
+        self._folder = tempfile.TemporaryDirectory()
+        self._log = Path(self._folder.name) / "log"
+        self._count = 0
+        command = [sys.executable, "-m", "benchmarks.accuracy.jobs"]
+        with self._log.open("wb") as sink:
+            self._process = subprocess.Popen(
+                command, cwd=_results.ROOT, env=environment, stdin=subprocess.PIPE, stdout=sink, stderr=sink
+            )
+
+    def ask(self, job: Job, seconds: float | None) -> dict | None:
+        """Rows or the error of a job; `None` where the time was over first."""
+        self._count += 1
+        result = Path(self._folder.name) / f"{self._count}.json"
+        line = json.dumps({"job": dataclasses.asdict(job), "result": str(result)})
+        begun = time.perf_counter()
+        try:
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError:  # it is dead already
+            pass
+        while not result.is_file():
+            if self._process.poll() is not None and not result.is_file():
+                tail = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+                return {"error": f"the process ended with {self._process.returncode}: {' | '.join(tail)}"}
+            if seconds is not None and time.perf_counter() - begun > seconds:
+                return None
+            time.sleep(0.1)
+        return json.loads(result.read_text(encoding="utf-8"))
+
+    def alive(self) -> bool:
+        """Whether it takes another job."""
+        return self._process.poll() is None
+
+    def end(self) -> None:
+        """End the process and remove its files."""
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self._folder.cleanup()
+
+    def __del__(self) -> None:
+        if self.alive():
+            self.end()
 
 
 # ---------------------------------------------------------------- the result
@@ -373,12 +432,12 @@ def main(arguments: list[str] | None = None) -> int:
         runner = Runner(options, store, stamp, start)
         print(f"{len(jobs)} jobs, {options.jobs or 'one process'} at a time, on {options.device}.", flush=True)
         runner.run(jobs)
-    name = "accuracy_cpu" if options.cpu_cost else "accuracy"
+    name = "accuracy_cpu" if options.cpu_cost else "accuracy_groups" if options.sweep else "accuracy"
     failures = runner.failures
     rows = assemble(jobs, store, failures)
     absent_jobs = [job for job in jobs if job.key not in store.lines]
     problems = [f"{job.name}: {failures.get(job.key, 'not run')}" for job in absent_jobs]
-    wanted = [] if options.cpu_cost or options.only else expected(models)
+    wanted = [] if options.cpu_cost or options.sweep or options.only else expected(models)
     if len(problems) < len(jobs):
         path = write(name, rows, store, jobs, [int(seed) for seed in options.seeds.split(",")], options.out)
         print(

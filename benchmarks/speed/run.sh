@@ -29,8 +29,6 @@ tune)
 kernels)
     step "$first" 45 model benchmarks.speed.model --provider freeact --run graph
     step "$first" 62 linear benchmarks.speed.linear --seconds 50
-    FREEACT_LAUNCHES=benchmarks/speed/dependent.json step "$first" 30 linear benchmarks.speed.linear --seconds 20 \
-        --only freeact "freeact round" "freeact product" --suffix " dependent"
     step "$first" 100 model benchmarks.speed.model --provider freeact --run compile --skip-compiled-prefill
     ;;
 models)

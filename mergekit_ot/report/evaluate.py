@@ -125,15 +125,16 @@ def evaluate_recipe(
     """
     from mergekit.options import MergeOptions
 
+    record = merge_record(recipe, out)
     lines = held_out_texts(recipe, texts)
     solved = plan_recipe(recipe, plans, device=device, quiet=quiet)
     pair = solved[0]
     options = MergeOptions(quiet=True, device=device)
-    record = json.loads((out / "transport.json").read_text())
     losses: dict[str, float] = {}
     bar = tqdm(total=4 + same_shapes(pair), desc="scoring", disable=quiet)
 
     def score(name: str, folder: Path) -> None:
+        bar.set_postfix_str(name)
         losses[name], score.tokens = _score(folder, pair.target_folder, lines, max_tokens, device)
         bar.update()
 
@@ -150,9 +151,32 @@ def evaluate_recipe(
         if recipe.calibration is not None:
             donor = random_donor(pair.donor_folder, place / "donor", seed=recipe.calibration.seed)
             stranger = replace(recipe, donor=str(donor), plan="", gate="off")
+            bar.set_postfix_str("plans of a random donor")
             score("random donor", merge_recipe(stranger, place / "random", options, plans=place / "plans"))
     bar.close()
     return Evaluation(losses, score.tokens, record["plans"], record["tensors"], record["recipe"])
+
+
+def merge_record(recipe: Recipe, out: Path) -> dict:
+    """What `run` left beside the weights in `out`.
+
+    Raises:
+        [`RecipeError`]: when there is no merge, or one at another alpha than the recipe's, with which controls at the
+            recipe's alpha cannot be compared.
+    """
+    try:
+        record = json.loads((out / "transport.json").read_text(encoding="utf-8"))
+        parameters, _ = record["recipe"]["parameters"], (record["plans"], record["tensors"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"{out} holds no merge of this recipe (transport.json); `mergekit-ot run` makes it."
+        ) from error
+    for key in ("alpha", "gate", "min_confidence"):
+        if parameters.get(key) != getattr(recipe, key):
+            raise RecipeError(
+                f"{out} was merged with {key} {parameters.get(key)!r}, the recipe has {getattr(recipe, key)!r}; run it again."
+            )
+    return record
 
 
 def same_shapes(pair: Pair) -> bool:

@@ -7,6 +7,7 @@ to get the next block's inputs. Blocks that a previous, interrupted run finished
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -17,22 +18,25 @@ from tqdm.auto import tqdm
 
 from optimum_freeact.calibration.capture import Batch, capture, run_block
 from optimum_freeact.calibration.closed_form import GroupFit
-from optimum_freeact.calibration.learned import build_twins, learn, write_back
+from optimum_freeact.calibration.experts import fit_experts, routed_tokens
+from optimum_freeact.calibration.learned import Target, build_twins, learn, map_parameters, write_back
 from optimum_freeact.calibration.ranks import Ranks
 from optimum_freeact.calibration.records import BlockRecord
 from optimum_freeact.calibration.resume import BlockStore
 from optimum_freeact.calibration.stream import Stream, exact_activations
+from optimum_freeact.calibration.tuned import TunedLinear
 from optimum_freeact.config import FreeActConfig
-from optimum_freeact.modules.layout import SharedInputs, block_linears, find_blocks, table_groups
+from optimum_freeact.modules.experts import find_experts, stand_ins
+from optimum_freeact.modules.layout import SharedInputs, block_linears, find_blocks, is_excluded, table_groups
 from optimum_freeact.modules.surgery import (
     check_linear,
     input_name,
     is_compensated,
+    replace_experts,
     replace_group,
     resolve_group_sizes,
 )
 from optimum_freeact.moments import Moments
-from optimum_freeact.numerics.metrics import relative_error
 from optimum_freeact.transforms.compensation import fit_compensation
 from optimum_freeact.type_state import TypeState
 
@@ -61,10 +65,12 @@ def check_model(model: nn.Module, config: FreeActConfig) -> None:
     for index, block in enumerate(blocks):
         names = block_linears(block, f"{prefix}.{index}", config.modules_to_not_convert)
         found |= {f"{prefix}.{index}.{name}": module for name, module in names.items()}
+        for name, module in block_experts(block, f"{prefix}.{index}", config.modules_to_not_convert).items():
+            found |= stand_ins(f"{prefix}.{index}.{name}", module)
     resolve_group_sizes(config, found)
     for name, module in found.items():
         check_linear(name, module, config)
-        if not torch.isfinite(module.weight).all():
+        if not module.weight.is_meta and not torch.isfinite(module.weight).all():
             raise ValueError(f"The weight of {name!r} holds NaN or inf: repair or exclude it before quantizing.")
     if not found:
         kinds = sorted({type(m).__name__ for m in blocks.modules() if isinstance(m, nn.Linear)})
@@ -72,6 +78,11 @@ def check_model(model: nn.Module, config: FreeActConfig) -> None:
             f"No linear to quantize: the blocks hold {kinds}, of which only plain nn.Linear is supported, and "
             f"modules_to_not_convert={config.modules_to_not_convert}."
         )
+
+
+def block_experts(block: nn.Module, prefix: str, excluded: list[str] | None) -> dict[str, nn.Module]:
+    """Experts inside a block that can be quantized, by name relative to the block."""
+    return {name: m for name, m in find_experts(block).items() if not is_excluded(f"{prefix}.{name}", excluded)}
 
 
 def calibrate(
@@ -93,7 +104,7 @@ def calibrate(
     warn_absent(batches, config.token_types)
     stream = Stream(batches, config, device, state)
     store = BlockStore(config, samples, model) if config.resume_dir else None
-    config.input_groups = {}
+    config.input_groups, experts = {}, {}
     bar = tqdm(blocks, desc=f"Calibrating {config.scheme}", unit="block", disable=not config.progress)
     for index, block in enumerate(bar):
         start = time.perf_counter()
@@ -102,6 +113,11 @@ def calibrate(
         linears = block_linears(block, f"{prefix}.{index}", config.modules_to_not_convert)
         groups = block_groups(model, block, linears, stream, index)
         config.input_groups[str(index)] = groups
+        experts[str(index)] = list(block_experts(block, f"{prefix}.{index}", config.modules_to_not_convert))
+        if experts[str(index)] and ranks.size > 1:
+            raise ValueError(
+                "across_processes=True does not share the fit of experts yet; leave it out for this model."
+            )
         record = _quantize_block(
             block, f"{prefix}.{index}", linears, groups, index, stream, config, store, device, ranks
         )
@@ -110,11 +126,13 @@ def calibrate(
         bar.set_postfix(output_error=f"{record.output_error:.4f}")
         yield record
     config.input_groups = compress_groups(config.input_groups)
+    config.experts = compress_groups(experts) if any(experts.values()) else None
 
 
 def _quantize_block(block, name, linears, groups, index, stream, config, store, device, ranks):
     """Fit or read back one block; returns its output error, its inputs' records and the learned stage's record."""
     n_types = config.n_types
+    experts = block_experts(block, name, config.modules_to_not_convert)
     done = store.load(index) if store else None
     records, learned, fits = [], None, {}
     if done is None:
@@ -133,6 +151,9 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
     compensated = [group[0] for group in groups if done is None and is_compensated(config, group)]
     exact = {first: stream.input_moments(block, index, linears[first], n_types, ranks) for first in compensated}
+    routed = {}
+    if done is None and not config.sequential:
+        routed = {inner: routed_tokens(stream, block, index, module) for inner, module in experts.items()}
     owners, replaced = ranks.owners(groups, linears), []
     for group, owner in zip(groups, owners):
         originals, compensation = [linears[name] for name in group], None
@@ -165,6 +186,18 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
         for modules, owner in zip(replaced, owners):
             ranks.spread(modules, owner if len(set(owners)) > 1 else 0)
         records = ranks.merge_records(records)
+    for inner, module in experts.items():
+        if done is not None:
+            replace_experts(block, inner, config, stream.state, device)
+            continue
+        if inner not in routed:
+            with exact_activations(block):
+                routed[inner] = routed_tokens(stream, block, index, module)
+
+        def make(inner: str = inner) -> nn.Module:
+            return replace_experts(block, inner, config, stream.state, device)
+
+        records += fit_experts(block, inner, make, routed.pop(inner), config, generator, name)
     if done is not None:
         store.restore(block, done)
     elif config.calibration == "learned":
@@ -195,21 +228,32 @@ def refine_block(block, groups, linears, fits, records, stream, index, reference
 
     From a random start there is no such choice: that is the published method, and it is kept in any case.
     """
-    held_out = len(reference) - 1
+    targets = [Target(output, batch.types) for output, batch in zip(reference, stream.batches, strict=True)]
 
     def error() -> float:
         with torch.no_grad():
-            return relative_error(stream.run(block, index, held_out), reference[held_out])
+            return float(targets[-1].loss(stream.run(block, index, len(targets) - 1)))
 
     before = error()
     kept = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    twins, inputs = build_twins(block, groups, linears, config)
-    result = learn(block, twins, inputs, lambda i: stream.run(block, index, i), reference, config)
-    learned = []
-    for group, twin in zip(groups, inputs, strict=True):
-        clip = write_back(fits[group[0]].source, twin)
-        weight_clip = torch.cat([torch.sigmoid(twins[name].clip.detach()) for name in group])
-        learned.append(fits[group[0]].fill(clip, weight_clip))
+    run = functools.partial(stream.run, block, index)
+    if config.learned_part == "outputs":
+        tuned = {name: TunedLinear(block.get_submodule(name)) for group in groups for name in group}
+        parameters = [
+            {"params": [p for twin in tuned.values() for p in twin.parameters()], "lr": config.learning_rate}
+        ]
+        result, learned = learn(block, tuned, parameters, lambda: None, run, targets, config), records
+        for twin in tuned.values():
+            twin.write_back()
+    else:
+        twins, inputs = build_twins(block, groups, linears, config)
+        parameters = map_parameters(twins, inputs, config.learning_rate)
+        result = learn(block, twins, parameters, lambda: [each.forget() for each in inputs], run, targets, config)
+        learned = []
+        for group, twin in zip(groups, inputs, strict=True):
+            clip = write_back(fits[group[0]].source, twin)
+            weight_clip = torch.cat([torch.sigmoid(twins[name].clip.detach()) for name in group])
+            learned.append(fits[group[0]].fill(clip, weight_clip))
     after = error()
     accepted = config.learned_start == "random" or after < before
     if not accepted:

@@ -114,21 +114,57 @@ def build_twins(
     return twins, inputs
 
 
+class Target:
+    """A batch's wanted block output, and how far another one is from it.
+
+    Every token type counts by its relative error: the sink's output is thousands of times larger than the others', and
+    would decide everything.
+
+    Args:
+        output (`torch.Tensor` of shape `(batch, sequence, d)`): Wanted.
+        types (`torch.Tensor` of shape `(batch, sequence)`, *optional*): Token types.
+    """
+
+    def __init__(self, output: torch.Tensor, types: torch.Tensor | None):
+        self.output = output
+        energy = output.float().square().mean(-1, keepdim=True)
+        mean = energy.mean()
+        if types is not None and types.shape == output.shape[:-1]:
+            types, mean = types.to(output.device).unsqueeze(-1), torch.zeros_like(energy)
+            for kind in types.unique():
+                mean[types == kind] = energy[types == kind].mean()
+        self.weight = 1 / mean.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def loss(self, output: torch.Tensor) -> torch.Tensor:
+        """Relative squared error, the mean over tokens."""
+        return ((output.float() - self.output.float()).square() * self.weight).mean()
+
+
+def map_parameters(twins: dict[str, LearnedLinear], inputs: list[LearnedInput], rate: float) -> list[dict]:
+    """For the optimizer: transforms and channel scales, and clips at a rate of their own."""
+    slow = [p for source in inputs for n, p in source.named_parameters() if n != "clip"]
+    fast = [source.clip for source in inputs] + [twin.clip for twin in twins.values()]
+    return [{"params": slow, "lr": rate}, {"params": fast, "lr": rate * CLIP_RATE}]
+
+
 def learn(
     block: nn.Module,
-    twins: dict[str, LearnedLinear],
-    inputs: list[LearnedInput],
+    twins: dict[str, nn.Module],
+    parameters: list[dict],
+    forget: Callable[[], None],
     run: Callable[[int], torch.Tensor],
-    targets: list[torch.Tensor],
+    targets: list[Target],
     config: FreeActConfig,
 ) -> dict[str, float]:
     """Train the twins in place of the block's linears, then take them out again.
 
     Args:
         block: The block; its quantized modules are back in place afterwards.
-        twins, inputs: From [`build_twins`].
+        twins: In place of the block's linears meanwhile, by name.
+        parameters (`list[dict]`): What is learned, with learning rates.
+        forget: Called before each step.
         run: Runs the block on batch `i` and returns its output.
-        targets (`list[torch.Tensor]`): Wanted outputs per batch; the last batch is held out.
+        targets (`list[Target]`): Wanted outputs per batch; the last batch is held out.
         config ([`FreeActConfig`]): Epochs, learning rate, seed.
 
     Returns:
@@ -137,37 +173,33 @@ def learn(
     replaced = {name: block.get_submodule(name) for name in twins}
     for name, twin in twins.items():
         block.set_submodule(name, twin)
-    slow = [p for source in inputs for n, p in source.named_parameters() if n != "clip"]
-    fast = [source.clip for source in inputs] + [twin.clip for twin in twins.values()]
     rate = config.learning_rate
-    optimizer = torch.optim.AdamW([{"params": slow, "lr": rate}, {"params": fast, "lr": rate * CLIP_RATE}])
+    optimizer = torch.optim.AdamW(parameters)
+    learned = {id(p) for group in parameters for p in group["params"]}
     train = list(range(max(1, len(targets) - 1)))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * len(train), eta_min=rate * 1e-3)
     generator = torch.Generator().manual_seed(config.seed)
-    energy = [target.float().square().mean() for target in targets]
     history: list[torch.Tensor] = []
-    frozen = [p for p in block.parameters() if p.requires_grad and not any(p is q for q in slow + fast)]
+    frozen = [p for p in block.parameters() if p.requires_grad and id(p) not in learned]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
         with torch.enable_grad():
             for _ in range(config.epochs):
-                total = torch.zeros((), device=targets[0].device)
+                total = torch.zeros((), device=targets[0].output.device)
                 for i in torch.randperm(len(train), generator=generator).tolist():
-                    for source in inputs:
-                        source.forget()
-                    loss = (run(i).float() - targets[i].float()).square().mean()
+                    forget()
+                    loss = targets[i].loss(run(i))
                     optimizer.zero_grad(set_to_none=True)
                     (loss / loss.detach().clamp_min(1e-20)).backward()
                     optimizer.step()
                     schedule.step()
-                    total += loss.detach() / energy[i]
+                    total += loss.detach()
                 history.append(total / len(train))
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        for source in inputs:
-            source.forget()
+        forget()
         for name, module in replaced.items():
             block.set_submodule(name, module)
     return {"first_loss": float(history[0]), "last_loss": float(history[-1])}

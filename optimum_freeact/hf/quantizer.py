@@ -90,6 +90,13 @@ class FreeActHfQuantizer(HfQuantizer):
             dtype = getattr(torch, dtype)
         return dequantize_(model, dtype)
 
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
+        """Asked when saving: packed experts keep the names they have in the model, whatever the original format had."""
+        from optimum_freeact.hf.names import keep_packed_experts
+
+        keep_packed_experts(model)
+        return None, {}
+
     # ---------------------------------------------------------------- what it can do
     def is_serializable(self) -> bool:
         """Always: plain tensors in safetensors."""

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.experts import FreeActExperts
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.linear import FreeActLinear
@@ -62,7 +63,7 @@ def check_names(model: nn.Module, names: dict[str, str]) -> None:
     by_key: dict[str, set[str]] = {}  # for names that transformers or a loader maps to its own
     prefix = getattr(model, "base_model_prefix", "")
     for name, module in model.named_modules():
-        if isinstance(module, (FreeActLinear, FreeActInput, CacheMeanBuffers)):
+        if isinstance(module, (FreeActLinear, FreeActInput, FreeActExperts, CacheMeanBuffers)):
             leaf = name.rpartition(".")[2]
             known.setdefault(leaf, set()).update(module._buffers)
             wanted.setdefault(leaf, set()).update(k for k, tensor in module._buffers.items() if tensor is not None)

@@ -248,7 +248,7 @@ class FreeActInput(nn.Module):
         types = self.state.of(x) if len(self.clip) > 1 else None
         if torch.compiler.is_compiling():
             return native_ops.linear(x, types, self._native, reader._native)
-        together = len(self.readers) > 1 and not x.is_inference() and all(r._native is not None for r in self.readers)
+        together = self.n_readers > 1 and not x.is_inference() and all(r._native is not None for r in self.readers)
         if not together:
             return self._native.linears(x, types, [reader._native])[0]
         made = self._native.linears(x, types, [r._native for r in self.readers])

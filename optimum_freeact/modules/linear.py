@@ -168,7 +168,7 @@ class FreeActLinear(nn.Linear):
         elif chosen.name == "triton":
             ops.make_ready(self.weight.device)
         else:
-            self._native = NativeWeight(self.kernel_weight(), getattr(self, "weight_group_scale", None))
+            self._native = NativeWeight(self.kernel_weight(), self.weight_group_scale)
 
     def kernel_weight(self) -> Weight:
         """What is stored, as kernels read it; the packed codes are not copied."""

@@ -11,10 +11,12 @@ from torch import nn
 
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.experts import FreeActExperts, find_experts, stand_ins
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.layout import find_blocks, find_decoder
 from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.numerics.kronecker import factor_pair
 from optimum_freeact.transforms.exclusive import share_of
 from optimum_freeact.type_rules import SINK
 from optimum_freeact.type_state import TypeState
@@ -28,11 +30,36 @@ def input_name(group: list[str]) -> str:
     return f"{group[0]}_input"
 
 
-def rank_of(config: FreeActConfig, in_features: int) -> int:
-    """Rank of the branch: the config's, at most an eighth of the width; 0 where nothing is rounded that it could spare."""
+LEAST_RANK = 8  # of a branch, whatever else an input's tensors take
+
+
+def rank_of(config: FreeActConfig, in_features: int, out_features: list[int]) -> int:
+    """Rank of the branch: the config's, at most an eighth of the width; 0 where nothing is rounded that it could spare.
+
+    With `low_rank_budget` it is cut further, to what fits into this share of the bfloat16 bytes of the linears that read the
+    input, beside everything else that is stored but the codes.
+
+    Args:
+        config ([`FreeActConfig`]): Settings.
+        in_features (`int`): Width of the input.
+        out_features (`list[int]`): Of the linears that read it.
+    """
     if config.weight_bits == config.activation_bits == 16:
         return 0
-    return min(config.low_rank, in_features // 8)
+    rank, n, m = min(config.low_rank, in_features // 8), in_features, sum(out_features)
+    if config.low_rank_budget is None:
+        return rank
+    types, means = config.n_types, {"none": 0, "shared": 1, "per_type": config.n_types}[config.centring]
+    a, b = factor_pair(n)
+    stored = 4 * types + 2 * means * n  # clips, means
+    stored += 4 * (a * a + b * b) if config.transform in ("hadamard", "kronecker") else 0
+    stored += 4 * n if config.channel_scale != "none" else 0
+    if config.weight_bits < 16:
+        stored += m * (4 + (n // config.weight_group_size if config.weight_group_size else 0))
+    stored += m * (4 + 2 * max(0, means - 1)) if means else 0
+    each = n + m + 4 * (1 + len(out_features))
+    fits = int(config.low_rank_budget * 2 * n * m - stored) // each
+    return min(rank, max(fits, LEAST_RANK))
 
 
 def is_masked(config: FreeActConfig, group: list[str]) -> bool:
@@ -134,7 +161,7 @@ def replace_group(
             n_types=config.n_types,
             n_means=means,
             channel_scale=config.channel_scale != "none",
-            rank=rank_of(config, n),
+            rank=rank_of(config, n, [block.get_submodule(name).out_features for name in group]),
             transform=config.transform,
             bits=config.activation_bits,
             symmetric=config.activation_symmetric,
@@ -163,6 +190,17 @@ def replace_group(
     return source, replaced
 
 
+def replace_experts(
+    block: nn.Module, name: str, config: FreeActConfig, state: TypeState, device: torch.device | str
+) -> FreeActExperts:
+    """Replace the named experts of a block by empty quantized ones on `device`."""
+    plain = block.get_submodule(name)
+    with torch.device(device), float32_default():
+        made = FreeActExperts(plain, config, state, lambda width: rank_of(config, width))
+    block.set_submodule(name, made.train(plain.training))
+    return made
+
+
 def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> None:
     """Give a model on the meta device the quantized modules that its checkpoint was saved with."""
     _, blocks = find_blocks(model)
@@ -179,6 +217,14 @@ def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> No
         for group in groups.get(str(index), groups.get("*", [])):
             n_left_out = (config.exclusive_sizes or {}).get(f"{index}.{group[0]}", 0)
             replace_group(block, group, config, state, "meta", n_left_out)
+        for name in experts_of(config, index):
+            replace_experts(block, name, config, state, "meta")
+
+
+def experts_of(config: FreeActConfig, index: int) -> list[str]:
+    """Names of the quantized experts of a block."""
+    recorded = config.experts or {}
+    return recorded.get(str(index), recorded.get("*", []))
 
 
 def check_recorded(blocks: nn.ModuleList, config: FreeActConfig) -> None:
@@ -201,6 +247,18 @@ def check_recorded(blocks: nn.ModuleList, config: FreeActConfig) -> None:
                 refuse("input_groups", f"names {group!r}, which are no linears of block {index}")
             for name in group:
                 check_linear(name, block.get_submodule(name), config)
+    recorded = config.experts
+    if recorded is not None and not (
+        isinstance(recorded, dict) and all(isinstance(names, list) for names in recorded.values())
+    ):
+        refuse("experts", "must map blocks to lists of names")
+    for index, block in enumerate(blocks):
+        known = find_experts(block) if recorded else {}
+        for name in experts_of(config, index):
+            if not isinstance(name, str) or name not in known:
+                refuse("experts", f"names {name!r}, which are no experts of block {index}")
+            for full, linear in stand_ins(name, known[name]).items():
+                check_linear(full, linear, config)
     sizes = config.exclusive_sizes
     if sizes is not None and not (
         isinstance(sizes, dict) and all(isinstance(n, int) and 0 <= n < 2**20 for n in sizes.values())
