@@ -73,6 +73,8 @@ def test_cpu_claims_take_the_worse_model():
         )
     ]  # fmt: skip
     assert [(entry["value"], entry["holds"]) for entry in cpu_claims(rows)] == [(2.0, True), (0.4, True)]
+    more = [{**row, "threads": 2, "value": 100.0} for row in rows]  # shown, and not claimed
+    assert cpu_claims(rows + more) == cpu_claims(rows)
 
 
 def test_a_row_measured_again_counts_once(tmp_path):

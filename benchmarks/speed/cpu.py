@@ -1,15 +1,16 @@
 """Decoding and weight memory on a CPU: bfloat16, float32, and the quantized model through torch and through C.
 
-    python -m benchmarks.speed.cpu --model smollm2=PATH --model qwen2.5=PATH --tied qwen2.5 [--rows FILE]
+    python -m benchmarks.speed.cpu --model smollm2=PATH --model qwen2.5=PATH --tied qwen2.5 --threads 1 2 [--rows FILE]
 
 Qwen2.5-0.5B as published shares its head with the embeddings; the asset here, made from a quantized file, has two copies.
 Models have their real shapes and random weights; neither time nor memory depends on the numbers. Providers take turns
-token by token, so that a load on the machine falls on all alike.
+token by token, so that a load on the machine falls on all alike. Claims are made of one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -56,22 +57,23 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 
 @torch.no_grad()
-def measure(name: str, config, prompt: int, tokens: int) -> list[dict]:
-    """Rows of one model: seconds a token, seconds of a prompt, bytes of the weights."""
-    rows, runs = [], {}
-    ids = torch.randint(0, config.vocab_size, (1, prompt))
+def measure(name: str, config, prompts: list[int], tokens: int) -> list[dict]:
+    """Rows of one model: seconds a token after the first prompt, seconds of each prompt, bytes of the weights."""
+    rows, runs, prompt = [], {}, prompts[0]
+    ids = torch.randint(0, config.vocab_size, (1, max(prompts)))
     for provider in PROVIDERS:
         model = build(provider, config)
         labels = {"model": name, "provider": provider, "threads": torch.get_num_threads()}
         rows.append({**labels, "metric": "weight_bytes", "value": held_bytes(model)})
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            cache = DynamicCache()
-            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            times.append(time.perf_counter() - start)
-        rows.append({**labels, "metric": "prefill_seconds", "prompt": prompt, "value": statistics.median(times),
-                     "spread": (max(times) - min(times)) / 2})  # fmt: skip
+        for length in sorted(prompts, reverse=True):  # the cache of the first is the one that decoding goes on with
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                cache = DynamicCache()
+                model(input_ids=ids[:, :length], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                times.append(time.perf_counter() - start)
+            rows.append({**labels, "metric": "prefill_seconds", "prompt": length, "value": statistics.median(times),
+                         "spread": (max(times) - min(times)) / 2})  # fmt: skip
         runs[provider] = (model, cache, [])
     for _ in range(tokens):
         for model, cache, times in runs.values():
@@ -93,20 +95,20 @@ def main() -> None:
     parser.add_argument(
         "--tied", action="append", default=[], metavar="NAME", help="a head that shares the embeddings"
     )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[64, 512], help="lengths, the shortest first")
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--rows", type=Path, help="write bare rows here instead of a result file")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = []
-    for given in args.model:
+    for threads, given in itertools.product(args.threads, args.model):
+        torch.set_num_threads(threads)
         name, _, path = given.partition("=")
         config = AutoConfig.from_pretrained(path)
         config._attn_implementation = "sdpa"
         config.tie_word_embeddings = config.tie_word_embeddings or name in args.tied
-        for row in measure(name, config, args.prompt, args.tokens):
+        for row in measure(name, config, args.prompts, args.tokens):
             print(json.dumps(row), flush=True)
             rows.append(row)
     if args.rows:

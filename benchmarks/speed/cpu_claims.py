@@ -7,6 +7,7 @@ from benchmarks._results import claim
 
 def claims(rows: list[dict]) -> list[dict]:
     """Decoding speed and weight memory against bfloat16."""
+    rows = [row for row in rows if row.get("threads", 1) == 1]
     found = {(row["model"], row["provider"], row["metric"]): row["value"] for row in rows}
     models = sorted({row["model"] for row in rows})
     speed = min(found[name, "bf16", "decode_seconds"] / found[name, "freeact", "decode_seconds"] for name in models)

@@ -1,6 +1,7 @@
 """Decode attention over a 4-bit KV cache, and writing to it: our kernels, SDPA on bfloat16, and unpacking before SDPA.
 
-    python -m benchmarks.speed.kv --rows FILE [--contexts 8192 32768] [--batches 1 8]
+    python -m benchmarks.speed.kv [--rows FILE] [--contexts 8192 32768] [--batches 1 8]
+    python -m benchmarks.speed.kv --tune [--rows FILE]
 
 One step of one layer with the heads of an 8B Llama (32 of queries, 8 of keys, 128 channels), in CUDA graphs over as many
 layers as no cache of the GPU holds. `unpack, sdpa` is what the cache did without a kernel: all states are decoded, then read.
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks._results import RESULTS, command_line, write
 from benchmarks.speed.timing import copies_for, graph_microseconds
 from optimum_freeact.kernels import kv_reference, kv_triton
 from optimum_freeact.kernels.kv_reference import CacheRows
@@ -76,7 +78,8 @@ def measure(batch: int, tokens: int, device: str) -> list[dict]:
     sdpa = torch.nn.functional.scaled_dot_product_attention
     record("attention", "sdpa, bfloat16", [lambda q=q, k=k, v=v: sdpa(q, k, v, scale=scale) for q, (k, v) in pairs])
     record("attention", "sdpa, bfloat16, query heads", [
-        lambda q=q.flatten(1, 2)[:, :, None], k=k, v=v: sdpa(q, k, v, scale=scale, enable_gqa=True) for q, (k, v) in pairs
+        lambda q=q, k=k, v=v: sdpa(q.view(batch, HEADS, 1, SIZE), k, v, scale=scale, enable_gqa=True)
+        for q, (k, v) in pairs
     ])  # fmt: skip
     del plain, pairs
     for means in (True, False):
@@ -129,11 +132,12 @@ def tune(batch: int, tokens: int, device: str) -> list[dict]:
             for _ in range(copies_for(batch * KEY_HEADS * tokens * 2 * 68, most=12))
         ]
         query = torch.randn(batch, KEY_HEADS, HEADS // KEY_HEADS, SIZE, device=device, dtype=torch.bfloat16)
-        for block, programs, warps, stages in itertools.product((32, 64, 128), (264, 528, 1056), (2, 4, 8), (2, 3)):
+        for block, programs, warps, stages in itertools.product((64, 128), (264, 528), (4, 8), (2, 3)):
             launch = {"block": block, "programs": programs, "warps": warps, "stages": stages}
             try:
                 value, spread = graph_microseconds([
-                    lambda k=k, v=v: kv_triton.attend(query, k, v, start, SIZE**-0.5, launch=launch) for k, v in packed
+                    lambda k=k, v=v, q=query, launch=launch: kv_triton.attend(q, k, v, start, SIZE**-0.5, launch=launch)
+                    for k, v in packed
                 ], rounds=3)  # fmt: skip
             except Exception as error:  # a setting that does not fit is a result
                 print(json.dumps({**launch, "error": str(error)[:80]}), flush=True)
@@ -144,9 +148,10 @@ def tune(batch: int, tokens: int, device: str) -> list[dict]:
 
 
 def main() -> None:
-    """Measure and append bare rows."""
+    """Measure, append bare rows, and write `benchmarks/results/speed_kv.json` (or where `--out` says)."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, default=Path("kv_rows.jsonl"), help="rows are appended here as they come")
+    parser.add_argument("--out", type=Path, help="folder of the result file")
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tune", action="store_true", help="other launch settings instead")
@@ -158,6 +163,8 @@ def main() -> None:
                 for row in (tune if args.tune else measure)(batch, tokens, "cuda"):
                     print(json.dumps(row), flush=True)
                     file.write(json.dumps(row) + "\n")
+    rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
+    print(write("speed_kv", rows, "benchmarks.speed.no_claims", command_line(), [0], folder=args.out or RESULTS))
 
 
 if __name__ == "__main__":

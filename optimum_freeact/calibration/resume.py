@@ -13,6 +13,7 @@ from torch import nn
 from optimum_freeact.calibration.prepared import digest as samples_digest
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.experts import FreeActExperts
 from optimum_freeact.modules.linear import FreeActLinear
 
 
@@ -56,8 +57,8 @@ class BlockStore:
         tensors = {
             f"{name}.{key}": value.detach().cpu().contiguous()
             for name, module in block.named_modules()
-            if isinstance(module, (FreeActLinear, FreeActInput))
-            for key, value in module.state_dict().items()
+            if isinstance(module, (FreeActLinear, FreeActInput, FreeActExperts))
+            for key, value in _own(module).items()
         }
         partial = self._path(index).with_suffix(".partial")
         save_file(tensors, partial)
@@ -67,6 +68,13 @@ class BlockStore:
     def restore(block: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         """Fill a block's empty quantized modules."""
         for name, module in block.named_modules():
-            if isinstance(module, (FreeActLinear, FreeActInput)):
+            if isinstance(module, (FreeActLinear, FreeActInput, FreeActExperts)):
                 own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.rpartition(".")[0] == name}
+                if isinstance(module, FreeActExperts):  # its inputs are modules of their own
+                    own |= {k: v for k, v in module.state_dict().items() if "." in k}
                 module.load_state_dict(own)
+
+
+def _own(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A quantized module's tensors without those of modules inside it."""
+    return module.own_tensors() if isinstance(module, FreeActExperts) else module.state_dict()

@@ -120,7 +120,8 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
     experts = [name for name, reason in kept.items() if "experts" in reason]
     if experts:
         logger.warning(
-            "%d mixture-of-experts tensors (%s, ...) are 3-D parameters and stay in full precision.",
+            "%d mixture-of-experts tensors (%s, ...) are of a kind that is not quantized, or are excluded: they stay in full "
+            "precision.",
             len(experts),
             experts[0],
         )

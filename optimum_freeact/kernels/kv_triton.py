@@ -21,8 +21,8 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 
 
 MOST_QUERIES = 16  # rows of a tile
-# tokens that a program reads at a time, and how many programs there are: four for each processor of an H100
-LAUNCH = {"block": 64, "programs": 528, "warps": 4, "stages": 3}
+# tokens that a program reads at a time, and how many programs there are: two for each processor of an H100
+LAUNCH = {"block": 128, "programs": 264, "warps": 4, "stages": 2}
 
 
 @triton.jit
@@ -41,18 +41,6 @@ def _half_even(x):
     rest = x - floor
     up = (rest > 0.5) | ((rest == 0.5) & (floor - 2 * tl.floor(floor * 0.5) == 1.0))
     return floor + tl.where(up, 1.0, 0.0)
-
-
-@triton.jit
-def _low(bytes_):
-    """Signed codes of the even channels."""
-    return (bytes_ & 15).to(tl.int8) - 8
-
-
-@triton.jit
-def _high(bytes_):
-    """Signed codes of the odd channels."""
-    return (bytes_ >> 4).to(tl.int8) - 8
 
 
 @triton.jit
@@ -140,68 +128,92 @@ def _triton_type(dtype: torch.dtype):
 
 
 @triton.jit
+def _codes(words, SIDE: tl.constexpr, TYPE: tl.constexpr, MAGIC: tl.constexpr):
+    """Nibble `SIDE` of each 16-bit word plus a power of two: the word's low bits become a number's last ones."""
+    nibble = (words >> (4 * SIDE)) & 15
+    if MAGIC == 0:
+        return nibble.to(TYPE)
+    return (nibble | MAGIC).to(tl.int16).to(TYPE, bitcast=True)
+
+
+@triton.jit
+def _quarter(ptr, w, inside, SIDE: tl.constexpr):
+    """Channels `4 w + SIDE` of a row in float32."""
+    return tl.load(ptr + 4 * w + SIDE, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _attend(
     q_ptr, k_ptr, k_grid, v_ptr, v_grid, mask_ptr, start_ptr, k_exact, v_exact, k_mean, v_mean, cos_ptr, sin_ptr,
     near_cos, near_sin, partial_ptr, norm_ptr,
-    heads, length, share, softmax_scale, kb, kh, kt, vb, vh, vt, mask_b,
-    QUERIES: tl.constexpr, HALF: tl.constexpr, PH: tl.constexpr, N: tl.constexpr, PN: tl.constexpr, SINK: tl.constexpr,
+    heads, length, share, softmax_scale, kb, kh, vb, vh, mask_b,
+    KT: tl.constexpr, VT: tl.constexpr,
+    QUERIES: tl.constexpr, WORDS: tl.constexpr, PW: tl.constexpr, N: tl.constexpr, PN: tl.constexpr, SINK: tl.constexpr,
     K_MEAN: tl.constexpr, TURNS: tl.constexpr, V_MEAN: tl.constexpr, HAS_MASK: tl.constexpr, TYPE: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr,
+    MAGIC: tl.constexpr, ADDED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     b = bh // heads
     h = bh % heads
     m = tl.arange(0, TILE)
-    k = tl.arange(0, PH)
+    w = tl.arange(0, PW)
     j = tl.arange(0, STEP)
     is_query = m < QUERIES
-    real = is_query[:, None] & (k < HALF)[None, :]
-    q_row = q_ptr + (bh * QUERIES + m)[:, None] * 2 * HALF
-    q_even = tl.load(q_row + 2 * k[None, :], mask=real, other=0.0)
-    q_odd = tl.load(q_row + 2 * k[None, :] + 1, mask=real, other=0.0)
-    total = tl.sum(q_even.to(tl.float32), 1) + tl.sum(q_odd.to(tl.float32), 1)
+    is_word = w < WORDS
+    real = is_query[:, None] & is_word[None, :]
+    q_row = q_ptr + (bh * QUERIES + m)[:, None] * 4 * WORDS
+    q0 = tl.load(q_row + 4 * w[None, :], mask=real, other=0.0)
+    q1 = tl.load(q_row + 4 * w[None, :] + 1, mask=real, other=0.0)
+    q2 = tl.load(q_row + 4 * w[None, :] + 2, mask=real, other=0.0)
+    q3 = tl.load(q_row + 4 * w[None, :] + 3, mask=real, other=0.0)
+    total = tl.sum(q0.to(tl.float32) + q1.to(tl.float32) + q2.to(tl.float32) + q3.to(tl.float32), 1)
     start = tl.load(start_ptr + b)
     constant = tl.zeros((TILE,), tl.float32)
     if K_MEAN:
-        mean_row = k_mean + h * 2 * HALF
+        mean_row = k_mean + h * 4 * WORDS
         if TURNS:
             i = tl.arange(0, PN)
             turned = is_query[:, None] & (i < N)[None, :]
-            q1 = tl.load(q_row + i[None, :], mask=turned, other=0.0).to(tl.float32)
-            q2 = tl.load(q_row + N + i[None, :], mask=turned, other=0.0).to(tl.float32)
+            first = tl.load(q_row + i[None, :], mask=turned, other=0.0).to(tl.float32)
+            second = tl.load(q_row + N + i[None, :], mask=turned, other=0.0).to(tl.float32)
             m1 = tl.load(mean_row + i, mask=i < N, other=0.0)[None, :]
             m2 = tl.load(mean_row + N + i, mask=i < N, other=0.0)[None, :]
-            with_cos = q1 * m1 + q2 * m2
-            with_sin = q2 * m1 - q1 * m2
+            with_cos = first * m1 + second * m2
+            with_sin = second * m1 - first * m2
             # two-byte products need numbers near one
             size = tl.maximum(tl.max(tl.abs(with_cos), 1), tl.max(tl.abs(with_sin), 1))
             size = tl.where(size == 0.0, 1.0, size)
             table = j[None, :] * N + i[:, None]
             near_c = tl.load(near_cos + table, mask=(i < N)[:, None], other=0.0)
             near_s = tl.load(near_sin + table, mask=(i < N)[:, None], other=0.0)
-        even_rest = 2 * k >= 2 * N if TURNS else k >= 0
-        odd_rest = 2 * k + 1 >= 2 * N if TURNS else k >= 0
-        m_even = tl.load(mean_row + 2 * k, mask=(k < HALF) & even_rest, other=0.0)
-        m_odd = tl.load(mean_row + 2 * k + 1, mask=(k < HALF) & odd_rest, other=0.0)
-        constant += tl.sum(q_even.to(tl.float32) * m_even[None, :], 1)
-        constant += tl.sum(q_odd.to(tl.float32) * m_odd[None, :], 1)
+        rest = is_word & (4 * w >= 2 * N - 3) if TURNS else is_word  # channels that do not turn
+        for side in tl.static_range(4):
+            still = rest & (4 * w + side >= 2 * N) if TURNS else rest
+            q = _quarter(q_row, w[None, :], real, side)
+            constant += tl.sum(q * _quarter(mean_row, w, still, side)[None, :], 1)
     highest = tl.full((TILE,), float("-inf"), tl.float32)
     norm = tl.zeros((TILE,), tl.float32)
     lows = tl.zeros((TILE,), tl.float32)
-    acc_even = tl.zeros((TILE, PH), tl.float32)
-    acc_odd = tl.zeros((TILE, PH), tl.float32)
-    first = part * share
-    for at in range(first, tl.minimum(first + share, length), STEP):
+    acc0 = tl.zeros((TILE, PW), tl.float32)
+    acc1 = tl.zeros((TILE, PW), tl.float32)
+    acc2 = tl.zeros((TILE, PW), tl.float32)
+    acc3 = tl.zeros((TILE, PW), tl.float32)
+    begin = part * share
+    end = tl.minimum(begin + share, length)
+    k_base = b * kb + h * kh
+    v_base = b * vb + h * vh
+    for at in range(begin, end, STEP):
         t = at + j
         seen = t < length
-        k_row = b * kb + h * kh + t.to(tl.int64) * kt
-        bytes_ = tl.load(k_ptr + k_row[None, :] + k[:, None], mask=seen[None, :] & (k < HALF)[:, None], other=0)
-        scores = tl.dot(q_even, _low(bytes_).to(TYPE), input_precision="ieee")
-        scores += tl.dot(q_odd, _high(bytes_).to(TYPE), input_precision="ieee")
-        scale = tl.load(k_grid + (k_row + HALF) // 2, mask=seen, other=0.0).to(tl.float32)
-        low = tl.load(k_grid + (k_row + HALF) // 2 + 1, mask=seen, other=0.0).to(tl.float32)
-        low += 8 * scale
+        k_row = k_base + t.to(tl.int64) * KT
+        words = tl.load(k_ptr + k_row[None, :] + w[:, None], mask=seen[None, :] & is_word[:, None], other=0)
+        scores = tl.dot(q0, _codes(words, 0, TYPE, MAGIC), input_precision="ieee")
+        scores = tl.dot(q1, _codes(words, 1, TYPE, MAGIC), scores, input_precision="ieee")
+        scores = tl.dot(q2, _codes(words, 2, TYPE, MAGIC), scores, input_precision="ieee")
+        scores = tl.dot(q3, _codes(words, 3, TYPE, MAGIC), scores, input_precision="ieee")
+        scale = tl.load(k_grid + k_row + WORDS, mask=seen, other=0.0).to(tl.float32)
+        low = tl.load(k_grid + k_row + WORDS + 1, mask=seen, other=0.0).to(tl.float32) - ADDED * scale
         scores = scores * scale[None, :] + total[:, None] * low[None, :] + constant[:, None]
         if K_MEAN and TURNS:
             turn = tl.maximum(at - start, 0)
@@ -232,55 +244,69 @@ def _attend(
         shrink = tl.exp(highest - safe)
         p = tl.exp(scores - safe[:, None])
         norm = norm * shrink + tl.sum(p, 1)
-        v_row = b * vb + h * vh + t.to(tl.int64) * vt
-        v_scale = tl.load(v_grid + (v_row + HALF) // 2, mask=seen, other=0.0).to(tl.float32)
-        v_low = tl.load(v_grid + (v_row + HALF) // 2 + 1, mask=seen, other=0.0).to(tl.float32)
-        v_low += 8 * v_scale
-        v_bytes = tl.load(v_ptr + v_row[:, None] + k[None, :], mask=seen[:, None] & (k < HALF)[None, :], other=0)
-        lows = lows * shrink + tl.sum(p * v_low[None, :], 1)
+        v_row = v_base + t.to(tl.int64) * VT
+        v_scale = tl.load(v_grid + v_row + WORDS, mask=seen, other=0.0).to(tl.float32)
+        v_low = tl.load(v_grid + v_row + WORDS + 1, mask=seen, other=0.0).to(tl.float32)
+        v_words = tl.load(v_ptr + v_row[:, None] + w[None, :], mask=seen[:, None] & is_word[None, :], other=0)
         weighted = (p * v_scale[None, :]).to(TYPE)
-        acc_even = acc_even * shrink[:, None] + tl.dot(weighted, _low(v_bytes).to(TYPE), input_precision="ieee")
-        acc_odd = acc_odd * shrink[:, None] + tl.dot(weighted, _high(v_bytes).to(TYPE), input_precision="ieee")
+        # codes count from the middle of the grid: what they are too large is taken back with the very weights that were
+        # rounded and multiplied
+        middle = v_low + 8 * v_scale
+        lows = lows * shrink + tl.sum(p * middle[None, :] - (ADDED + 8) * weighted.to(tl.float32), 1)
+        acc0 = tl.dot(weighted, _codes(v_words, 0, TYPE, MAGIC), acc0 * shrink[:, None], input_precision="ieee")
+        acc1 = tl.dot(weighted, _codes(v_words, 1, TYPE, MAGIC), acc1 * shrink[:, None], input_precision="ieee")
+        acc2 = tl.dot(weighted, _codes(v_words, 2, TYPE, MAGIC), acc2 * shrink[:, None], input_precision="ieee")
+        acc3 = tl.dot(weighted, _codes(v_words, 3, TYPE, MAGIC), acc3 * shrink[:, None], input_precision="ieee")
         highest = new
-    acc_even += lows[:, None]
-    acc_odd += lows[:, None]
-    if V_MEAN:
-        v_mean_row = v_mean + h * 2 * HALF
-        acc_even += norm[:, None] * tl.load(v_mean_row + 2 * k, mask=k < HALF, other=0.0)[None, :]
-        acc_odd += norm[:, None] * tl.load(v_mean_row + 2 * k + 1, mask=k < HALF, other=0.0)[None, :]
-    if SINK > 0:
-        for s in range(0, SINK):
-            t = start + s
-            last = tl.minimum(first + share, length)
-            at_k, at_m = t + tl.zeros((PH,), tl.int32), t + tl.zeros((TILE,), tl.int32)
-            mine = (k < HALF) & (at_k >= first) & (at_k < last)
-            scored = (at_m >= first) & (at_m < last)
-            if HAS_MASK:
-                shown = tl.load(mask_ptr + b * mask_b + tl.minimum(t, length - 1))
-                scored = scored & ((shown + tl.zeros((TILE,), tl.int32)) != 0)
-            row = (bh * SINK + s) * 2 * HALF + 2 * k
-            k_even = tl.load(k_exact + row, mask=mine, other=0.0).to(tl.float32)
-            k_odd = tl.load(k_exact + row + 1, mask=mine, other=0.0).to(tl.float32)
-            v_even = tl.load(v_exact + row, mask=mine, other=0.0).to(tl.float32)
-            v_odd = tl.load(v_exact + row + 1, mask=mine, other=0.0).to(tl.float32)
-            score = tl.sum(q_even.to(tl.float32) * k_even[None, :], 1) + tl.sum(
-                q_odd.to(tl.float32) * k_odd[None, :], 1
-            )
-            score = tl.where(scored, score * softmax_scale, float("-inf"))
-            new = tl.maximum(highest, score)
-            safe = tl.where(new == float("-inf"), 0.0, new)
-            shrink = tl.exp(highest - safe)
-            p = tl.exp(score - safe)
-            norm = norm * shrink + p
-            acc_even = acc_even * shrink[:, None] + p[:, None] * v_even[None, :]
-            acc_odd = acc_odd * shrink[:, None] + p[:, None] * v_odd[None, :]
-            highest = new
     out = (bh * tl.num_programs(1) + part) * QUERIES + m
-    tl.store(norm_ptr + 2 * out, highest, mask=is_query)
-    tl.store(norm_ptr + 2 * out + 1, norm, mask=is_query)
-    at = out[:, None] * 2 * HALF + 2 * k[None, :]
-    tl.store(partial_ptr + at, acc_even, mask=real)
-    tl.store(partial_ptr + at + 1, acc_odd, mask=real)
+    sink_highest = highest
+    if SINK > 0:  # the largest score, with the sink's, before anything is weighed
+        for s in range(0, SINK):
+            score = _sink_score(
+                q_row, k_exact, mask_ptr, start + s, bh * SINK + s, b * mask_b, begin, end, length, w, is_word, real, m,
+                softmax_scale, WORDS, HAS_MASK,
+            )  # fmt: skip
+            sink_highest = tl.maximum(sink_highest, score)
+    safe = tl.where(sink_highest == float("-inf"), 0.0, sink_highest)
+    shrink = tl.exp(highest - safe)
+    final = norm * shrink
+    for side in tl.static_range(4):
+        acc = acc0 if side == 0 else acc1 if side == 1 else acc2 if side == 2 else acc3
+        acc = acc + lows[:, None]
+        if V_MEAN:
+            acc += norm[:, None] * _quarter(v_mean + h * 4 * WORDS, w, is_word, side)[None, :]
+        acc = acc * shrink[:, None]
+        if SINK > 0:
+            for s in range(0, SINK):
+                score = _sink_score(
+                    q_row, k_exact, mask_ptr, start + s, bh * SINK + s, b * mask_b, begin, end, length, w, is_word, real, m,
+                    softmax_scale, WORDS, HAS_MASK,
+                )  # fmt: skip
+                p = tl.exp(score - safe)
+                acc += p[:, None] * _quarter(v_exact + (bh * SINK + s) * 4 * WORDS, w, is_word, side)[None, :]
+                if side == 0:
+                    final += p
+        tl.store(partial_ptr + out[:, None] * 4 * WORDS + 4 * w[None, :] + side, acc, mask=real)
+    tl.store(norm_ptr + 2 * out, sink_highest, mask=is_query)
+    tl.store(norm_ptr + 2 * out + 1, final, mask=is_query)
+
+
+@triton.jit
+def _sink_score(
+    q_row, k_exact, mask_ptr, t, row, mask_row, begin, end, length, w, is_word, real, m, softmax_scale,
+    WORDS: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Score of one exact key for all queries, minus infinity where it is another program's or not seen."""
+    score = tl.zeros(m.shape, tl.float32)
+    for side in tl.static_range(4):
+        key = _quarter(k_exact + row * 4 * WORDS, w, is_word, side)
+        score += tl.sum(_quarter(q_row, w[None, :], real, side) * key[None, :], 1)
+    here = t + tl.zeros(m.shape, tl.int32)
+    scored = (here >= begin) & (here < end)
+    if HAS_MASK:
+        shown = tl.load(mask_ptr + mask_row + tl.minimum(t, length - 1))
+        scored = scored & ((shown + tl.zeros(m.shape, tl.int32)) != 0)
+    return tl.where(scored, score * softmax_scale, float("-inf"))
 
 
 @triton.jit
@@ -328,7 +354,7 @@ def attend(
         `torch.Tensor` of the shape and dtype of `query`.
     """
     batch, heads, queries, size = query.shape
-    length, half = keys.data.shape[2], size // 2
+    length, words = keys.data.shape[2], size // 4
     query, launch = query.contiguous(), {**LAUNCH, **(launch or {})}
     block = launch["block"]
     tiles = -(-length // block)
@@ -339,23 +365,29 @@ def attend(
     norm = torch.empty(batch * heads * parts * queries, 2, dtype=torch.float32, device=query.device)
     y = torch.empty_like(query)
     n = 0 if keys.cos is None else keys.cos.shape[1]
-    kind = torch.float32 if INTERPRETED else query.dtype
+    kind = torch.float32 if INTERPRETED and query.dtype == torch.bfloat16 else query.dtype
+    magic, added = {torch.bfloat16: (0x4300, 128.0), torch.float16: (0x6400, 1024.0)}.get(kind, (0, 0.0))
+    row_words = keys.data.shape[3] // 2
+    keys_there, values_there = (rows.data.view(torch.int16) for rows in (keys, values))
     half_type = torch.float32 if INTERPRETED else torch.float16
     nothing = norm
     near = (keys.cos[:block].to(half_type), keys.sin[:block].to(half_type)) if n else (nothing, nothing)
+    if n and len(near[0]) < block:  # a short table: a block's angles are read to its end
+        near = tuple(torch.nn.functional.pad(table, (0, 0, 0, block - len(table))) for table in near)
     if mask is not None:
         mask = mask.to(torch.uint8).contiguous()
     sink = 0 if keys.exact is None else keys.exact.shape[2]
     _attend[(batch * heads, parts)](
-        query.to(kind), keys.data, keys.data.view(keys.storage), values.data, values.data.view(values.storage),
+        query.to(kind), keys_there, keys.data.view(keys.storage), values_there, values.data.view(values.storage),
         nothing if mask is None else mask, start, keys.exact if sink else nothing, values.exact if sink else nothing,
         nothing if keys.mean is None else keys.mean, nothing if values.mean is None else values.mean,
         keys.cos if n else nothing, keys.sin if n else nothing, *near, partial, norm,
-        heads, length, share, softmax_scale, *keys.data.stride()[:3], *values.data.stride()[:3],
+        heads, length, share, softmax_scale, *keys_there.stride()[:2], *values_there.stride()[:2],
         0 if mask is None or len(mask) == 1 else length,
-        QUERIES=queries, HALF=half, PH=max(16, triton.next_power_of_2(half)), N=max(n, 1),
+        KT=row_words, VT=row_words, QUERIES=queries, WORDS=words, PW=max(16, triton.next_power_of_2(words)), N=max(n, 1),
         PN=max(16, triton.next_power_of_2(max(n, 1))), SINK=sink, K_MEAN=keys.mean is not None, TURNS=n > 0,
-        V_MEAN=values.mean is not None, HAS_MASK=mask is not None, TYPE=_triton_type(kind), TILE=MOST_QUERIES, STEP=block,
+        V_MEAN=values.mean is not None, HAS_MASK=mask is not None, TYPE=_triton_type(kind), MAGIC=magic, ADDED=added, TILE=MOST_QUERIES,
+        STEP=block,
         num_warps=launch["warps"], num_stages=launch["stages"],
     )  # fmt: skip
     _join[(batch * heads * queries,)](

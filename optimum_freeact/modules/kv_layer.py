@@ -10,15 +10,26 @@ error as during decoding, and logits do not depend on how a text is cut into cal
 layer, O(tokens x heads x head_dim) on top of attention's own pass over the same states (with `rotate` times head_dim),
 and holds one layer's states in the model's type for the time of its attention.
 
+Where `kernels.kv_dispatch` finds the Triton kernels to serve (CUDA, 4 bits), they write the rows, into a buffer with room for
+more, and a step of one token returns [`PackedStates`], which attention reads without unpacking.
+
 Gradients reach the states of the current call unchanged (straight-through); cached ones are constants.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from optimum_freeact.kernels.kv_dispatch import kv_obstacle
+from optimum_freeact.modules.kv_lazy import PackedStates, Pair
 from optimum_freeact.modules.kv_store import PER_LAYER, CacheSpec, StateStore
+from optimum_freeact.numerics.vector_codec import row_bytes
+
+
+ROOM = 256  # tokens for which a buffer has room at least when it grows
 
 
 class FreeActCacheLayer(DynamicLayer):
@@ -49,6 +60,9 @@ class FreeActCacheLayer(DynamicLayer):
         self.spec, self.layer_idx = spec, layer_idx
         self.start: torch.Tensor | None = None  # (batch,) on the CPU: position of each row's first real token
         self.stores: tuple[StateStore, ...] = ()
+        self.obstacle: str | None = "no states yet"  # why no kernel serves
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._start_there: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take over sizes, type and device of the first states."""
@@ -62,6 +76,12 @@ class FreeActCacheLayer(DynamicLayer):
             StateStore(self.spec, value_states, value_mean),
         )
         self.keys, self.values = self.keys.to(torch.uint8), self.values.to(torch.uint8)
+        both = self.spec.rotate and any(store.mean is not None for store in self.stores)
+        sizes = {states.shape[-1] for states in (key_states, value_states)}
+        self.obstacle = "keys and values of different sizes" if len(sizes) > 1 else None
+        self.obstacle = self.obstacle or kv_obstacle(
+            key_states.device, self.spec.bits, key_states.dtype, sizes.pop(), both
+        )
 
     @property
     def awaits_start(self) -> bool:
@@ -89,9 +109,57 @@ class FreeActCacheLayer(DynamicLayer):
         new, position = (key_states, value_states), self.get_seq_length()
         for store, states in zip(self.stores, new):
             store.keep_sink(states, self.start, position)
+        if self.obstacle is None and not torch.compiler.is_compiling():
+            return self._update_packed(new, position)
         rows = (store.encode(states, self.start, position) for store, states in zip(self.stores, new))
         rows = super().update(*rows, *args, **kwargs)
         return tuple(self._read(*item) for item in zip(self.stores, rows, new))
+
+    def _update_packed(
+        self, new: tuple[torch.Tensor, torch.Tensor], position: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[`update`] by kernels: rows are written in place, and a single token's attention is left to read them."""
+        from optimum_freeact.kernels.kv_triton import write_rows
+
+        if self._start_there is None or self._start_there[0] is not self.start:
+            self._start_there = (self.start, self.start.to(new[0].device, torch.int32))
+        start, end = self._start_there[1], position + new[0].shape[-2]
+        for name, store, states in zip(("keys", "values"), self.stores, new):
+            buffer = self._room(name, states, end)
+            with torch.no_grad():
+                write_rows(
+                    store.turned(states.detach()), store.packed(None, end), start, position, buffer[:, :, position:end]
+                )
+            setattr(self, name, buffer[:, :, :end])
+        rows = (self.keys, self.values)
+        if new[0].shape[-2] > 1 or (torch.is_grad_enabled() and any(states.requires_grad for states in new)):
+            return tuple(self._read(*item) for item in zip(self.stores, rows, new))
+        pair = Pair(start, self.stores[0].rotation(start.device))
+        return tuple(
+            PackedStates(store.packed(data, end), pair, store.size, store.dtype, partial(self._read, store, data))
+            for store, data in zip(self.stores, rows)
+        )
+
+    def _room(self, name: str, states: torch.Tensor, end: int) -> torch.Tensor:
+        """The buffer behind `keys` or `values`, with room for `end` tokens."""
+        current, buffer = getattr(self, name), self._buffers.get(name)
+        held = current.shape[2] if current.dim() == 4 else 0
+        mine = buffer is not None and (
+            held == 0
+            or (
+                current.data_ptr() == buffer.data_ptr()
+                and current.stride() == buffer.stride()
+                and current.shape[:2] == buffer.shape[:2]
+            )
+        )
+        if not mine or buffer.shape[:2] != states.shape[:2] or buffer.shape[2] < end:
+            room = end + max(ROOM, end // 8)
+            shape = (*states.shape[:2], room, row_bytes(states.shape[-1], self.spec.bits))
+            buffer = torch.empty(shape, dtype=torch.uint8, device=states.device)
+            if held:
+                buffer[:, :, :held] = current
+            self._buffers[name] = buffer
+        return buffer
 
     def _read(self, store: StateStore, rows: torch.Tensor, new: torch.Tensor | None = None) -> torch.Tensor:
         states = store.decode(rows, self.start, self.get_seq_length() - rows.shape[-2])
@@ -117,6 +185,7 @@ class FreeActCacheLayer(DynamicLayer):
     def offload(self) -> None:
         """Move to the CPU."""
         super().offload()
+        self._buffers, self._start_there = {}, None
         for store in self.stores:
             store.exact = store.exact.to("cpu", non_blocking=True)
 
@@ -129,7 +198,7 @@ class FreeActCacheLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything; the next `update` starts afresh."""
         super().reset()
-        self.start, self.stores = None, ()
+        self.start, self.stores, self._buffers, self._start_there = None, (), {}, None
 
     def _index_batch(self, take) -> None:
         """Apply `take`, a function of one tensor, to the batch dimension of what the base class does not know."""
@@ -157,5 +226,10 @@ class FreeActCacheLayer(DynamicLayer):
 class FreeActSlidingWindowLayer(FreeActCacheLayer, DynamicSlidingWindowLayer):
     """[`FreeActCacheLayer`] with the window of `DynamicSlidingWindowLayer` (Mistral, Gemma); takes `sliding_window`.
 
-    The sink stays exact for as long as it is inside the window.
+    The sink stays exact for as long as it is inside the window. Read by torch.
     """
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """As the other's; no kernel serves."""
+        super().lazy_initialization(key_states, value_states)
+        self.obstacle = "a sliding window: the kernels read whole texts"

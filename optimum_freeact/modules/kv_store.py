@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import torch
 
+from optimum_freeact.kernels.kv_reference import CacheRows
 from optimum_freeact.numerics.hadamard import flat_rotation
 from optimum_freeact.numerics.vector_codec import decode, encode, grid_dtype
 
@@ -118,6 +119,26 @@ class StateStore:
 
     def _rotation(self, device: torch.device) -> torch.Tensor:
         return _rotation(self.size, self.spec.seed, self.compute_dtype, device)
+
+    def rotation(self, device: torch.device) -> torch.Tensor | None:
+        """By what rows are rotated, `None` without."""
+        return self._rotation(device) if self.spec.rotate else None
+
+    def turned(self, states: torch.Tensor) -> torch.Tensor:
+        """States as kernels write them: rotated, if the cache rotates."""
+        rotation = self.rotation(states.device)
+        return states if rotation is None else states.to(self.compute_dtype) @ rotation
+
+    def packed(self, data: torch.Tensor | None, length: int) -> CacheRows:
+        """`data`, all rows of a cache of `length` tokens, as kernels read them."""
+        exact = self.exact if self.spec.sink_tokens else None
+        rows = CacheRows(data, grid_dtype(self.dtype), exact=exact if exact is None else self.turned(exact))
+        if self.mean is not None:
+            rows.mean = self.mean[:, 0].contiguous()
+            if self.frequencies is not None:
+                table = 1 << max(length - 1, 255).bit_length()  # a block of angles at least
+                rows.cos, rows.sin = _turns(self.frequencies, table, self.compute_dtype, self.mean.device)
+        return rows
 
     def _offset(self, tokens: int, start: torch.Tensor, position: int) -> torch.Tensor:
         """The mean at `tokens` cache positions from `position` on, broadcastable to `(batch, heads, tokens, head_dim)`."""

@@ -54,7 +54,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     decoder = find_decoder(model)
     names = {id(module): name for name, module in model.named_modules()}
-    found = []
+    found: list = []
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module):
             linears = any(isinstance(child, nn.Linear) for child in module[0].modules())
@@ -132,7 +132,7 @@ def unquantized_parameters(model: nn.Module, blocks_name: str, blocks: nn.Module
     reasons = {}
     inner = {id(p) for p in blocks.parameters()}
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or (parameter.dtype == torch.uint8 and parameter.ndim == 3):
+        if parameter.ndim < 2 or (parameter.dtype == torch.uint8 and parameter.ndim in (3, 4)):  # packed
             continue
         if parameter.ndim == 3 and id(parameter) in inner:
             reasons[name] = "mixture-of-experts weights are 3-D parameters, not nn.Linear"

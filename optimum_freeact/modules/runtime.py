@@ -7,6 +7,7 @@ from torch import nn
 
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.experts import FreeActExperts
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_cache import install_kv_cache
 from optimum_freeact.modules.kv_means import rotary_frequencies
@@ -30,7 +31,7 @@ def activate(model: nn.Module, config: FreeActConfig) -> None:
         hooks.append(install_kv_cache(model, cache_spec(model, config)))
     model.__dict__["_freeact_hooks"] = hooks
     for module in model.modules():
-        if isinstance(module, (FreeActInput, FreeActLinear)):
+        if isinstance(module, (FreeActInput, FreeActLinear, FreeActExperts)):
             module.prepare()
 
 
@@ -52,10 +53,12 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """
     dtype = dtype or torch.float32
     found = quantized_linears(model)
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, FreeActExperts)}
     offloaded = [name for name, module in found.items() if module.weight.device.type == "meta"]
+    offloaded += [name for name, module in experts.items() if any(p.is_meta for p in module.parameters())]
     if offloaded:
         raise ValueError(
-            f"{len(offloaded)} quantized linears ({offloaded[0]}, ...) are offloaded: load the model without a disk or "
+            f"{len(offloaded)} quantized modules ({offloaded[0]}, ...) are offloaded: load the model without a disk or "
             "CPU offload to dequantize it."
         )
     for name, module in found.items():
@@ -69,6 +72,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     for name in found:
         parent, _, leaf = input_name([name]).rpartition(".")
         model.get_submodule(parent)._modules.pop(leaf, None)
+    for name, module in experts.items():
+        model.set_submodule(name, module.restored(plain_weight, dtype).train(module.training))
     find_decoder(model)._modules.pop(CACHE_NAME, None)
     for hook in model.__dict__.pop("_freeact_hooks", []):
         hook.remove()

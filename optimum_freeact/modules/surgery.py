@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from torch import nn
 
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.experts import FreeActExperts, find_experts, stand_ins
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.layout import find_blocks, find_decoder
@@ -59,6 +61,13 @@ def rank_of(config: FreeActConfig, in_features: int, out_features: list[int]) ->
     each = n + m + 4 * (1 + len(out_features))
     fits = int(config.low_rank_budget * 2 * n * m - stored) // each
     return min(rank, max(fits, LEAST_RANK))
+
+
+def type_rank_of(config: FreeActConfig, in_features: int) -> int:
+    """Further columns of the branch for each type alone; 0 where nothing is rounded."""
+    if config.weight_bits == config.activation_bits == 16:
+        return 0
+    return min(config.type_rank, in_features // (8 * config.n_types))
 
 
 def is_masked(config: FreeActConfig, group: list[str]) -> bool:
@@ -169,6 +178,7 @@ def replace_group(
             state=state,
             masked=is_masked(config, group),
             n_left_out=n_left_out,
+            type_rank=type_rank_of(config, n),
         )
         replaced = []
         for name in group:
@@ -189,6 +199,17 @@ def replace_group(
     return source, replaced
 
 
+def replace_experts(
+    block: nn.Module, name: str, config: FreeActConfig, state: TypeState, device: torch.device | str
+) -> FreeActExperts:
+    """Replace the named experts of a block by empty quantized ones on `device`."""
+    plain = block.get_submodule(name)
+    with torch.device(device), float32_default():
+        made = FreeActExperts(plain, config, state, functools.partial(rank_of, config))
+    block.set_submodule(name, made.train(plain.training))
+    return made
+
+
 def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> None:
     """Give a model on the meta device the quantized modules that its checkpoint was saved with."""
     _, blocks = find_blocks(model)
@@ -205,6 +226,14 @@ def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> No
         for group in groups.get(str(index), groups.get("*", [])):
             n_left_out = (config.exclusive_sizes or {}).get(f"{index}.{group[0]}", 0)
             replace_group(block, group, config, state, "meta", n_left_out)
+        for name in experts_of(config, index):
+            replace_experts(block, name, config, state, "meta")
+
+
+def experts_of(config: FreeActConfig, index: int) -> list[str]:
+    """Names of the quantized experts of a block."""
+    recorded = config.experts or {}
+    return recorded.get(str(index), recorded.get("*", []))
 
 
 def check_recorded(blocks: nn.ModuleList, config: FreeActConfig) -> None:
@@ -227,6 +256,18 @@ def check_recorded(blocks: nn.ModuleList, config: FreeActConfig) -> None:
                 refuse("input_groups", f"names {group!r}, which are no linears of block {index}")
             for name in group:
                 check_linear(name, block.get_submodule(name), config)
+    recorded = config.experts
+    if recorded is not None and not (
+        isinstance(recorded, dict) and all(isinstance(names, list) for names in recorded.values())
+    ):
+        refuse("experts", "must map blocks to lists of names")
+    for index, block in enumerate(blocks):
+        known = find_experts(block) if recorded else {}
+        for name in experts_of(config, index):
+            if not isinstance(name, str) or name not in known:
+                refuse("experts", f"names {name!r}, which are no experts of block {index}")
+            for full, linear in stand_ins(name, known[name]).items():
+                check_linear(full, linear, config)
     sizes = config.exclusive_sizes
     if sizes is not None and not (
         isinstance(sizes, dict) and all(isinstance(n, int) and 0 <= n < 2**20 for n in sizes.values())

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.experts import FreeActExperts
 from optimum_freeact.modules.layout import find_blocks, unquantized_parameters
 from optimum_freeact.modules.linear import FreeActLinear
 
@@ -27,7 +28,7 @@ class QuantizedSize:
     """The quantized linears of a model.
 
     Args:
-        n_linears, n_inputs (`int`): Quantized linears, and the inputs that they share.
+        n_linears, n_inputs (`int`): Quantized linears, those of experts one by one, and the inputs that they share.
         n_weights (`int`): Numbers in their original weight matrices.
         stored_bytes (`int`): Everything stored for them: codes, scales, biases, means and transforms.
         bf16_bytes (`int`): Two bytes for each original weight; original biases are not counted.
@@ -48,10 +49,14 @@ class QuantizedSize:
 def quantized_size(model: nn.Module) -> QuantizedSize:
     """Bytes of the quantized linears and their inputs, as saved."""
     linears = [module for module in model.modules() if isinstance(module, FreeActLinear)]
-    inputs = [module for module in model.modules() if isinstance(module, FreeActInput)]
+    inputs: list = [module for module in model.modules() if isinstance(module, FreeActInput)]
     weights = sum(module.in_features * module.out_features for module in linears)
     stored = sum(tensor_bytes(module.state_dict().values()) for module in (*linears, *inputs))
-    return QuantizedSize(len(linears), len(inputs), weights, stored, 2 * weights)
+    experts = [module for module in model.modules() if isinstance(module, FreeActExperts)]
+    weights += sum(module.num_experts * m * d for module in experts for m, d in module.shapes)
+    stored += sum(tensor_bytes(module.own_tensors().values()) for module in experts)
+    n_linears = len(linears) + sum(2 * module.num_experts for module in experts)
+    return QuantizedSize(n_linears, len(inputs), weights, stored, 2 * weights)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ def unquantized(model: nn.Module, planned: Iterable[str] = ()) -> list[Rest]:
     quantized = {
         id(tensor)
         for module in model.modules()
-        if isinstance(module, (FreeActLinear, FreeActInput))
+        if isinstance(module, (FreeActLinear, FreeActInput, FreeActExperts))
         for tensor in module.parameters(recurse=False)
     }
     for name, parameter in model.named_parameters():

@@ -77,7 +77,7 @@ def test_attention_is_as_near_as_torchs_own(case, dtype, device):
     own = float((plain.double() - want).norm() / want.norm())
     ours = float((got.double() - want).norm() / want.norm())
     # float32, which only the interpreter is asked for, shows that nothing else is wrong
-    assert ours <= (2 * own if dtype != torch.float32 else 2e-6), (ours, own)
+    assert ours <= (2 * own if dtype != torch.float32 else 5e-6), (ours, own)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -7,7 +7,9 @@ import torch
 
 from optimum_freeact.kernels import native, reference
 from optimum_freeact.kernels.tables import make_native_tables
+from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.numerics.affine import choose_qparams, quantize
 from optimum_freeact.numerics.packing import unpack
 from tests.freeact.kernels.cases import input_side, random_weight, rows_of
 from tests.freeact.kernels.test_w4_triton import random_rows
@@ -20,7 +22,8 @@ needs_compiler = pytest.mark.skipif(native.obstacle() is not None, reason=f"no k
 
 def native_side(d, **options):
     side = input_side(d, **options)
-    codes = None if side.tables.basis is None else side.tables.basis.mT
+    rank = side.tables.rank
+    codes = side.tables.basis[:rank].to(torch.int8).mT.contiguous() if rank else None
     tables = make_native_tables(
         side.found, codes, side.tables.basis_scale, side.clip, side.tables.bits, side.tables.symmetric
     )
@@ -90,18 +93,126 @@ def test_what_is_not_finite_stays_so_and_touches_no_other_row():
     assert torch.equal(rows.codes[[0, 2]], clean.codes[[0, 2]])
 
 
+def values_of(rows, d, group):
+    """What rounded rows stand for, float64, in natural order of the columns."""
+    scale, offset, _ = rows.stats.double()
+    spread = [stat.reshape(len(stat), -1).repeat_interleave(group or d, 1)[:, :d] for stat in (scale, offset)]
+    return reference.join_columns(rows.codes).double() * spread[0] + spread[1]
+
+
+@needs_compiler
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("d", "group"), [(576, 32), (192, 64), (96, 32), (4864, 32), (80, 32)])
+def test_groups_are_rounded_on_grids_of_their_own(d, group, symmetric):
+    side, tables = native_side(d, symmetric=symmetric)
+    x, types = rows_of(5, d)
+    z, p = side.found.to(torch.float64).apply(x.double(), types)
+    rows = native.NativeSide(tables, group).round_rows(x, types)
+    clip = side.clip.double()[types][:, None]
+    totals = []
+    for g, columns in enumerate(z.split(group, 1)):
+        qparams = choose_qparams(columns, 4, symmetric, clip)
+        codes = reference.join_columns(rows.codes)[:, g * group : (g + 1) * group]
+        off = (codes - quantize(columns, qparams, 4)).abs()
+        assert off.max() <= 1
+        assert off.mean() < 0.01
+        torch.testing.assert_close(rows.stats[0, :, g].double(), qparams.scale[:, 0], rtol=1e-4, atol=1e-5)
+        if not symmetric:
+            torch.testing.assert_close(rows.stats[1, :, g].double(), qparams.offset[:, 0], rtol=1e-4, atol=1e-4)
+        totals.append(codes.sum(1))
+    assert torch.equal(rows.stats[2], torch.stack(totals, 1).float())
+    torch.testing.assert_close(rows.branch[:, : p.shape[1]].double(), p, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("n", "m", "d", "group", "weight_group"),
+    [(1, 40, 96, 32, 32), (9, 130, 576, 32, 32), (13, 50, 192, None, 64), (3, 33, 192, 64, None), (2, 16, 80, 32, None),
+     (3, 64, 4864, 32, 32), (1, 40, 80, None, None)],
+)  # fmt: skip
+def test_whole_linears_are_what_their_codes_stand_for(n, m, d, group, weight_group, out_dtype, bits):
+    """Grids of groups on either side, several linears at once; and each group's product is exact before it is scaled."""
+    side, tables = native_side(d, bits=bits)
+    x, types = rows_of(n, d)
+    x = x.to(out_dtype)
+    side_c, weights, want = native.NativeSide(tables, group), [], []
+    rows = side_c.round_rows(x, types)
+    values = values_of(rows, d, group)
+    for seed in range(2):
+        weight = random_weight(m + seed, d, seed=seed)
+        scales = None if weight_group is None else torch.randint(-127, 128, (m + seed, d // weight_group))
+        weights.append(native.NativeWeight(weight, None if scales is None else scales.to(torch.int8)))
+        dense = unpack(weight.packed.unsqueeze(1), 4, d, torch.int8).flatten(1).double()
+        if scales is not None:
+            dense = dense * scales.double().repeat_interleave(weight_group, 1)
+        y = values @ (dense * weight.qscale.double()[:, None]).mT
+        p = rows.branch[:, : tables.rank].double() * weight.low_rank_scale.double()
+        want.append(y + p @ weight.low_rank.double().mT + weight.type_bias.double()[types])
+    got = side_c.linears(x.view(1, n, d), types.view(1, n), weights)
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == (1, n, b.shape[1])
+        assert a.dtype == out_dtype
+        assert distance(a[0], b) <= max(2e-6, torch.finfo(out_dtype).eps)
+    again = side_c.linears(x, types, weights[1:])[0]
+    assert torch.equal(again, got[1][0])
+
+
+@needs_compiler
+def test_rows_do_not_depend_on_how_many_there_are():
+    side, tables = native_side(576)
+    x, types = rows_of(19, 576)
+    weight = native.NativeWeight(random_weight(70, 576), torch.ones(70, 18, dtype=torch.int8))
+    side_c = native.NativeSide(tables, 32)
+    whole = side_c.linears(x, types, [weight])[0]
+    single = torch.cat([side_c.linears(x[i : i + 1], types[i : i + 1], [weight])[0] for i in range(19)])
+    assert torch.equal(whole, single)
+    assert side_c.linears(x[:0], types[:0], [weight])[0].shape == (0, 70)
+    x[3, 5] = float("nan")
+    assert side_c.linears(x, types, [weight])[0].isnan().all(1).nonzero().flatten().tolist() == [3]
+
+
+@needs_compiler
+def test_linears_of_one_input_run_together_and_once(monkeypatch):
+    model, calls = quantized(), []
+    linears = native.NativeSide.linears
+    monkeypatch.setattr(
+        native.NativeSide, "linears", lambda self, x, *args: calls.append(len(args[1])) or linears(self, x, *args)
+    )
+    block = model.model.layers[0]
+    x = torch.randn(1, 2, 64)
+    with torch.no_grad():
+        first = [m(x) for m in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)]
+        assert calls == [3]
+        again = [m(x) for m in (block.self_attn.v_proj, block.self_attn.q_proj)]
+        assert calls == [3, 3]
+        assert torch.equal(again[0], first[2])
+        x.mul_(2)  # changed in place: what was made before is of no use
+        assert not torch.equal(block.self_attn.k_proj(x), first[1])
+        assert calls == [3, 3, 3]
+    with torch.inference_mode():  # where nobody can tell whether a tensor was changed
+        y = torch.randn(1, 2, 64)
+        block.self_attn.q_proj(y), block.self_attn.k_proj(y)
+        assert calls == [3, 3, 3, 1, 1]
+
+
 @needs_compiler
 @pytest.mark.parametrize(
-    "settings", [{}, {"activation_bits": 8}, {"preset": "quarot"}], ids=["freeact", "a8", "quarot"]
+    "settings",
+    [{}, {"activation_bits": 8}, {"preset": "quarot"}, {"preset": "freeact-fast"}],
+    ids=["freeact", "a8", "quarot", "fast"],
 )
 def test_models_compute_the_same(settings, monkeypatch):
     monkeypatch.setenv("FREEACT_KERNELS", "torch")
-    plain = logits(quantized(**settings))
-    monkeypatch.setenv("FREEACT_KERNELS", "native")
     model = quantized(**settings)
-    assert all(m._codes is None for m in model.modules() if isinstance(m, FreeActLinear))
+    plain = logits(model)
+    monkeypatch.setenv("FREEACT_KERNELS", "native")
+    for module in model.modules():
+        if isinstance(module, (FreeActInput, FreeActLinear)):
+            module.prepare()
+    assert all(m._native is not None for m in model.modules() if isinstance(m, FreeActLinear))
     again = logits(model)
-    assert not torch.equal(again, plain)
     assert distance(again, plain) < 0.5 * distance(plain, logits(tiny("llama")))
 
 
@@ -138,7 +249,7 @@ def test_without_a_compiler_torch_runs(compiler, message, monkeypatch, tmp_path,
     try:
         with caplog.at_level(logging.INFO):
             assert message in native.obstacle()
-        model = quantized()
+        model = quantized("llama", preset="freeact-fast")
         assert all(m._codes is not None for m in model.modules() if isinstance(m, FreeActLinear))
         assert not list(tmp_path.rglob("*.so"))
         monkeypatch.setenv("FREEACT_KERNELS", "native")
