@@ -12,6 +12,8 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 # files are compiled when they are first imported, which most are not: that saves a good part of the installation
 PIP_INSTALL = $(VENV)/bin/python -m pip install -qq --no-compile
+# ... and kept: without the compiled files every new process pays for compiling its imports again
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help first-run journey docs package test quality format results clean
@@ -36,9 +38,10 @@ package: $(VENV)/.installed-dev ## build wheel and sdist and use each in a fresh
 test: quality ## install the development tools, check the style, run all tests
 	$(if $(filter 0,$(WORKERS)),,OMP_NUM_THREADS=1) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-quality: $(VENV)/.installed-dev ## style and format, changing nothing
+quality: $(VENV)/.installed-dev ## style, format and types, changing nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m mypy optimum_freeact trl_mlc mergekit_ot
 
 format: $(VENV)/.installed-dev ## apply the style
 	$(VENV)/bin/ruff check --fix .
@@ -49,7 +52,7 @@ results: $(VENV)/.installed-dev ## every published claim, checked against its me
 	$(VENV)/bin/python -m tools.results update --check
 
 clean: ## remove environments, builds and caches (fetched assets stay)
-	rm -rf $(VENV) .ci-venv build dist out runs *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .ci-venv build dist out runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

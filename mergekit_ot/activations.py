@@ -50,7 +50,7 @@ class Recorder:
 
     def __init__(self, model: PreTrainedModel, structure: Structure, sink: Callable[[str, torch.Tensor], None]):
         self.sink, self.index = sink, None
-        self.handles = []
+        self.handles: list = []
         for i, layer in enumerate(model.layers):
             attention, mlp = layer.self_attn, layer.mlp
             self._on_input(getattr(layer, ATTENTION_NORM), f"stream.{2 * i}")
@@ -92,9 +92,20 @@ def record(
         model (`PreTrainedModel`): decoder without head, in eval mode.
         texts (`Sequence[tuple[list[int], list[int]]]`): token ids and recorded positions of every text.
         batch_size (`int`, *optional*, defaults to 8): texts per forward, padded on the right.
+
+    Raises:
+        `ValueError`: for activations that are not finite, naming model, site and layer.
     """
     device = next(model.parameters()).device
-    recorder = Recorder(model, structure, store.append)
+
+    def keep(name: str, values: torch.Tensor) -> None:
+        if not torch.isfinite(values).all():
+            raise ValueError(
+                f"{structure.name}: activations at {name} are not finite; look for damaged weights in its files."
+            )
+        store.append(name, values)
+
+    recorder = Recorder(model, structure, keep)
     starts = range(0, len(texts), batch_size)
     try:
         bar = tqdm(starts, desc=f"activations of {Path(structure.name).name}", disable=quiet)

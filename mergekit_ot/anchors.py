@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,10 @@ import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+#: Files that hold a vocabulary, one of which a checkpoint folder needs.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 class CalibrationError(ValueError):
@@ -34,6 +39,14 @@ class MatchedText:
     donor_ids: list[int]
     target_rows: list[int]
     donor_rows: list[int]
+
+
+def require_tokenizer_files(folder: Path) -> None:
+    """Refuse a checkpoint folder without a vocabulary: transformers would make an empty tokenizer of it."""
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise CalibrationError(
+            f"{folder} holds no tokenizer ({', '.join(VOCABULARIES)}); copy its model's tokenizer files there."
+        )
 
 
 def require_fast(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

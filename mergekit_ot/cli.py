@@ -64,8 +64,12 @@ class _Size(click.ParamType):
 def run(merge_options: MergeOptions, recipe: str, out: str, plans: str | None) -> None:
     """Merge RECIPE into the folder OUT. Takes all options of mergekit-yaml."""
     merge_options.apply_global_options()
+    _hush(merge_options.quiet)
     start = time.perf_counter()
     folder = merge_recipe(load_recipe(recipe), out, merge_options, plans=plans)
+    from mergekit_ot.report.summary import describe_merge
+
+    click.echo(describe_merge(json.loads((folder / "transport.json").read_text(encoding="utf-8"))))
     click.echo(
         f"{folder} is ready after {time.perf_counter() - start:.0f} s; `mergekit-ot eval {recipe} {folder}` measures it."
     )
@@ -91,6 +95,7 @@ def check(recipe: str) -> None:
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def plan(recipe: str, plans: str | None, device: str, quiet: bool) -> None:
     """Solve and store the plans of RECIPE, to be reused by every alpha."""
+    _hush(quiet)
     _, bundle, folder = plan_recipe(load_recipe(recipe), plans, device=device, quiet=quiet)
     click.echo(f"{folder}: {bundle.bytes() / 1e6:.1f} MB, {len(bundle.tensors)} tensors")
 
@@ -127,15 +132,25 @@ def evaluate(
 ) -> None:
     """Score the merge in OUT beside the target and every control, and write the report."""
     from mergekit_ot.report.evaluate import evaluate_recipe
-    from mergekit_ot.report.page import write_report
+    from mergekit_ot.report.page import verdict, write_report
 
+    _hush(quiet)
     result = evaluate_recipe(
         load_recipe(recipe), Path(out), plans=plans, texts=texts, max_tokens=max_tokens, device=device, quiet=quiet
     )
     folder = write_report(result, Path(report or f"{out.rstrip('/')}.report"))
     for row in result.rows():
         click.echo(f"{row['model']:24} {row['loss']:.4f} nats per token")
+    click.echo(verdict(result.losses).replace("**", ""))
     click.echo(f"report: {folder / 'report.md'}")
+
+
+def _hush(quiet: bool) -> None:
+    """`--quiet` is meant for the loading of weights too."""
+    if quiet:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 @contextmanager

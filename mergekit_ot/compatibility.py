@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mergekit_ot.checkpoint import CheckpointReader
+from mergekit_ot.layer_map import matched_pairs, parse_map
 from mergekit_ot.planning import Pair
 from mergekit_ot.settings import PlanSettings
 from mergekit_ot.solve import rows_needed
@@ -71,7 +72,8 @@ def table(findings: list[Finding]) -> str:
 
 def _layers(target: int, donor: int, settings: PlanSettings) -> str:
     if settings.layer_map != "monotone":
-        return f"as given: {settings.layer_map}"
+        taken = len(matched_pairs(parse_map(settings.layer_map, target, donor)))
+        return f"as given, {taken} of {target}: {settings.layer_map}"
     if target == donor:
         return "one to one"
     if target < donor:

@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 
 from mergekit_ot.activations import load_backbone, record
-from mergekit_ot.anchors import MatchedText, match_texts, require_fast
+from mergekit_ot.anchors import MatchedText, match_texts, require_fast, require_tokenizer_files
 from mergekit_ot.bundle import BundleError, PlanBundle, content_key, file_hash, load_bundle, model_hash
 from mergekit_ot.checkpoint import CheckpointReader, check_tensors
 from mergekit_ot.disk import require_space
+from mergekit_ot.layer_map import parse_map
 from mergekit_ot.paper import solve_paper
 from mergekit_ot.rows import RowStore
 from mergekit_ot.settings import Calibration, PlanSettings
 from mergekit_ot.solve import rows_needed, solve_pair
-from mergekit_ot.structure import Structure, load_structure
+from mergekit_ot.structure import Structure, UnsupportedModelError, load_structure
 from mergekit_ot.texts import read_texts
 from mergekit_ot.vocabulary import shared_tokens
 
@@ -48,9 +49,19 @@ class Pair:
 
 
 def local_folder(model: str) -> Path:
-    """Folder of a checkpoint: the path itself, or its snapshot from the hub."""
-    if Path(model).is_dir():
-        return Path(model)
+    """Folder of a checkpoint: the path itself, or its snapshot from the hub.
+
+    Raises:
+        `FileNotFoundError`: when there is neither.
+        [`UnsupportedModelError`]: for an adapter without its model.
+    """
+    folder = Path(model) if Path(model).is_dir() else _snapshot(model)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UnsupportedModelError(f"{model} is an adapter (LoRA), not a model; merge it into its model first.")
+    return folder
+
+
+def _snapshot(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
@@ -89,8 +100,11 @@ def match_pair(pair: Pair, calibration: Calibration, folder: str | Path = ".") -
     """Texts and matched positions of a pair."""
     from transformers import AutoTokenizer
 
-    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (pair.target_folder, pair.donor_folder)]
-    for tokenizer, path in zip(tokenizers, (pair.target_folder, pair.donor_folder)):
+    folders = pair.target_folder, pair.donor_folder
+    for folder_ in folders:
+        require_tokenizer_files(folder_)
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in folders]
+    for tokenizer, path in zip(tokenizers, folders):
         require_fast(tokenizer, str(path))
     texts = read_texts(calibration, folder)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(calibration.seed))
@@ -140,6 +154,8 @@ def make_bundle(
             return found
     except BundleError:
         pass
+    if settings.layer_map != "monotone":
+        parse_map(settings.layer_map, pair.target.n_layers, pair.donor.n_layers)  # refused before anything is run
     texts = match_pair(pair, calibration, folder)
     work = Path(work) if work is not None else out.with_name(out.name + ".rows")
     stores = record_pair(pair, texts, work, key, device=device, quiet=quiet)

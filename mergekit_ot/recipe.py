@@ -215,7 +215,7 @@ def _donor(models: object, parameter: object, target: str, folder: Path) -> str:
         donors.append(_model(parameter, "parameters.donor", folder))
     donors = [name for name in donors if name != target]
     if len(donors) != 1:
-        found = donors or "none"
+        found = donors or ("the target itself" if len(names) > 1 or parameter is not None else "none")
         raise RecipeError(
             f"A transport merge needs exactly one donor other than base_model {target!r}, got {found}; name it under "
             "models or as parameters.donor."

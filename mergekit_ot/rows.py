@@ -31,7 +31,7 @@ class RowStore:
     def __init__(self, folder: str | Path, key: str, dtype: str = "float16"):
         self.folder, self.dtype = Path(folder), np.dtype(dtype)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.meta = {
+        self.meta: dict = {
             "format_version": FORMAT_VERSION,
             "key": key,
             "dtype": dtype,
@@ -75,13 +75,7 @@ class RowStore:
                 path.unlink()
 
     def append(self, name: str, values: torch.Tensor) -> None:
-        """Append rows `(n, width)` to one array; they count only after `commit`.
-
-        Raises:
-            `ValueError`: for values that are not finite, naming site and layer.
-        """
-        if not torch.isfinite(values).all():
-            raise ValueError(f"Activations at {name} are not finite; load the model in float32 or bfloat16.")
+        """Append rows `(n, width)` to one array; they count only after `commit`."""
         kind = self._kind(name)
         array = values.detach().cpu().to(torch.int64 if name == "tokens" else torch.float32).numpy()
         if kind == np.float16:

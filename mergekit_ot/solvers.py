@@ -81,8 +81,7 @@ def solve_plan(
     if not converged and not allow_not_converged:
         raise NotConvergedError(
             f"{name}: the {kind} solver did not converge in {iterations} iterations at reg={reg} "
-            f"(relative marginal error {error:.2g}, at most {MARGINAL_TOLERANCE} allowed); raise reg, raise "
-            "max_iterations, or use solver: hard."
+            f"(relative marginal error {error:.2g}, at most {MARGINAL_TOLERANCE} allowed); raise reg, or use solver: hard."
         )
     evidence = PlanEvidence(
         kind, reg, float((cost * coupling).sum()), error, iterations, converged, effective_matches(coupling)

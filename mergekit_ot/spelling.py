@@ -56,18 +56,19 @@ class Spelling:
         return torch.tensor([pieces[0] if pieces else -1 for pieces in self.pieces], dtype=torch.long)
 
     @cached_property
-    def _after(self) -> dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]]:
+    def _after(self) -> dict[tuple[int, ...], tuple[list[int], list[int]]]:
         after: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
         for i, pieces in enumerate(self.pieces):
             for k in range(1, len(pieces)):
                 tokens, following = after.setdefault(pieces[:k], ([], []))
                 tokens.append(i)
                 following.append(pieces[k])
-        return {read: (torch.tensor(tokens), torch.tensor(nexts)) for read, (tokens, nexts) in after.items()}
+        return after
 
     def after(self, read: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Donor tokens that begin with these target tokens and go on, `(n,)`, and what each goes on with, `(n,)`."""
-        return self._after.get(read, (torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)))
+        tokens, following = self._after.get(read, ([], []))
+        return torch.tensor(tokens, dtype=torch.long), torch.tensor(following, dtype=torch.long)
 
     def taught_rows(self, text: MatchedText, inside: bool = True) -> list[TaughtRow]:
         """Positions of a text at which this plan can say what the donor expects, in order.

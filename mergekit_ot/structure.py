@@ -178,6 +178,9 @@ def load_structure(model: str | Path, *, trust_remote_code: bool = False) -> Str
 
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except ValueError as error:  # says it at length
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedModelError(f"{model} cannot be used: {reason}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:  # it computes with whatever is there
         raise UnsupportedModelError(
             f"transformers cannot make sense of the config.json of {model} ({type(error).__name__}: {error})."

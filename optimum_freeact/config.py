@@ -24,6 +24,7 @@ CHOICES = {
     "rounding": ("rtn", "gptq"),
     "calibration": ("closed_form", "learned"),
     "learned_start": ("closed_form", "random"),
+    "learned_part": ("maps", "outputs"),
     "error_correction": (True, False),
     "propagate_error": (True, False),
     "sequential": (True, False),
@@ -39,8 +40,10 @@ DEFAULTS: dict[str, Any] = {
     "kv_bits": 16,
     "weight_group_size": None,
     "activation_group_size": None,
+    "low_rank_budget": None,
     "smooth_alpha": 0.5,
     "learned_start": "closed_form",
+    "learned_part": "maps",
     "learning_rate": 2e-3,
     "epochs": 15,
     "propagate_error": True,
@@ -58,6 +61,7 @@ DEFAULTS: dict[str, Any] = {
     "attention_compensation": False,
     "discovered_types": 0,
     "exclusive_share": 1 / 32,
+    "type_rank": 0,
 }
 # known only while calibrating; never written
 RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress", "typer", "across_processes")
@@ -100,6 +104,10 @@ class FreeActConfig(QuantizationConfigMixin):
             `"shared"` by all tokens or `"per_type"`.
         low_rank (`int`, *optional*): Rank of a branch, stored in one byte a number, that carries each input's strongest
             directions around the rounding; 0 for none.
+        low_rank_budget (`float`, *optional*): Cut each input's rank (not below 8) to what fits into this share of the bfloat16
+            bytes of its linears, with all else that is stored but the codes; the default is not to.
+        type_rank (`int`, *optional*, defaults to 0): So many further directions of that branch for each token type alone, its
+            own strongest: columns that the weight has once more and other types do not use. Exact for every type.
         rounding (`str`, *optional*): `"rtn"` or `"gptq"` for the weights.
         rounding_passes (`int`, *optional*): Passes of coordinate descent after `"gptq"`, each with a second choice for
             every code; 0 is GPTQ itself.
@@ -122,6 +130,9 @@ class FreeActConfig(QuantizationConfigMixin):
         calibration (`str`, *optional*): `"closed_form"` (seconds) or `"learned"` (gradient steps on block outputs).
         learned_start (`str`, *optional*, defaults to `"closed_form"`): Where learning starts: `"closed_form"` or
             `"random"`. From the closed form it is kept only where the held-out block error falls.
+        learned_part (`str`, *optional*, defaults to `"maps"`): What is learned: the transforms, channel scales and clips, after
+            which weights are rounded again (`"maps"`), or the rows' scales, branches and biases behind the rounded weights
+            (`"outputs"`).
         learning_rate (`float`, *optional*, defaults to 2e-3): Of AdamW on transforms and scales; clips use ten times it.
         epochs (`int`, *optional*, defaults to 15): Passes over the calibration samples per block when learning.
         error_correction (`bool`, *optional*): Move each weight half the way to the one whose output on the quantized
@@ -199,6 +210,7 @@ class FreeActConfig(QuantizationConfigMixin):
         for name in ("n_samples", "seq_len", "batch_size", "epochs"):
             self._check_int(name, minimum=1)
         self._check_int("low_rank", minimum=0)
+        self._check_int("type_rank", minimum=0)
         self._check_int("discovered_types", minimum=0)
         if (
             self.discovered_types == 1
@@ -218,6 +230,11 @@ class FreeActConfig(QuantizationConfigMixin):
                 "This checkpoint has format version 1 with weight_group_size set: its scales of groups were floats, which "
                 "this release does not read. Quantize the full-precision model again."
             )
+        budget = self.low_rank_budget
+        if budget is not None and (
+            isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < 1
+        ):
+            raise ValueError(f"low_rank_budget must be None or a number between 0 and 1, got {budget!r}.")
         for name in ("activation_clip", "weight_clip"):
             value = getattr(self, name)
             is_ratio = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
@@ -231,7 +248,14 @@ class FreeActConfig(QuantizationConfigMixin):
         skipped = self.modules_to_not_convert
         if skipped is not None and not (isinstance(skipped, list) and all(isinstance(s, str) for s in skipped)):
             raise ValueError(f"modules_to_not_convert must be a list of module names, got {skipped!r}.")
-        if self.calibration == "learned" and self.transform in ("none", "orthogonal"):
+        outputs = self.calibration == "learned" and self.learned_part == "outputs"
+        if outputs and (self.weight_bits == 16 or self.learned_start == "random"):
+            raise ValueError(
+                "learned_part='outputs' tunes what stands behind weights rounded in closed form: use weight_bits 4 or 8 and "
+                f"learned_start='closed_form', or learned_part='maps'; got {self.weight_bits} and {self.learned_start!r}."
+            )
+        maps = self.calibration == "learned" and self.learned_part == "maps"
+        if maps and self.transform in ("none", "orthogonal"):
             raise ValueError(
                 f"calibration='learned' learns Kronecker factors: use transform='kronecker' or 'hadamard' (as a start), "
                 f"got {self.transform!r}."
@@ -251,6 +275,12 @@ class FreeActConfig(QuantizationConfigMixin):
             raise ValueError(
                 "attention_compensation=True corrects a layer in closed form: it goes with calibration='closed_form' and "
                 f"error_correction=False, got {self.calibration!r} and {self.error_correction}."
+            )
+
+        if self.type_rank and (self.exclusive == "closed_form" or self.error_correction):
+            raise ValueError(
+                "type_rank > 0 gives types directions of their own in the branch: it goes with exclusive='none' or 'fixed' and "
+                f"error_correction=False, got {self.exclusive!r} and {self.error_correction}."
             )
 
     def _check_types(self) -> None:

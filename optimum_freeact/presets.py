@@ -29,6 +29,7 @@ OURS = {
     "weight_clip": "search",
     "token_types": ["text", "sink", "auto"],
     "calibration": "closed_form",
+    "learned_part": "outputs",
     "error_correction": False,
 }
 
@@ -69,13 +70,14 @@ PRESETS: dict[str, dict] = {
         "propagate_error": False,
     },
     # Ours, in closed form: means per type subtracted, the sink a type of its own, the strongest directions carried by a
-    # one-byte branch, Hadamard rotation, second-order rounding with a second choice, and grids of 32 numbers each. Each
-    # choice is an ablation in benchmarks/results/accuracy.json. Rank 16 is what fits into 0.30 of the bfloat16 bytes at 576
-    # inputs beside the groups' scales.
+    # one-byte branch, Hadamard rotation, second-order rounding with a second choice, and grids of few numbers each. Each
+    # choice is an ablation in benchmarks/results/accuracy.json. The ranks are what fits into 0.30 of the bfloat16 bytes
+    # beside the groups' scales.
     "freeact": {
         "weight_group_size": 32,
-        "activation_group_size": 32,
-        "low_rank": 16,
+        "activation_group_size": 16,
+        "low_rank": 32,
+        "low_rank_budget": 0.049,
         **OURS,
     },
     # The same with one grid per weight row and per token, which products over integers need throughout: a GPU's prefill is

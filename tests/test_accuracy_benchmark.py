@@ -8,7 +8,7 @@ import torch
 from benchmarks._results import problems, read
 from benchmarks.accuracy import run
 from benchmarks.accuracy.claims import QUALITY, claims, excess, expected
-from benchmarks.accuracy.jobs import GRIDS, QUAROTS, SLICES, Job, Plan, Text, absent, bits
+from benchmarks.accuracy.jobs import CLAIMED, GRIDS, QUAROTS, SLICES, Job, Plan, Text, absent, bits
 from optimum_freeact.config import DEFAULTS
 from optimum_freeact.presets import PRESETS
 from tools.results import MARK, table
@@ -182,12 +182,16 @@ def a_plan(**changes):
     return Plan(**{"common": common, **settings, "learned": learned, **changes})
 
 
-def test_every_preset_is_planned_at_every_scheme_and_seed():
+def test_every_preset_is_planned_at_every_scheme_and_the_claimed_ones_with_every_seed():
     plan = a_plan()
     plan.presets()
     planned = {(job.method, setting, job.seed) for job in plan.jobs for setting in job.settings}
     methods = ("smoothquant", "quarot", "flatquant", "freeact-paper", "freeact", "freeact-fast", "freeact-learned")
-    assert planned >= {(m, s, seed) for m in methods for s in plan.schemes for seed in (0, 1)}
+    assert planned >= {(m, s, 0) for m in methods for s in plan.schemes}
+    assert planned >= {(m, s, 1) for m in CLAIMED for s in ("w4a4", "w4a4kv4")}
+    plan.quarots([64])
+    several = {job.method for job in plan.jobs if job.seed == 1}
+    assert several == {name for _, ours, theirs, _ in QUALITY for name in (ours, *theirs)}
     learned = next(job for job in plan.jobs if job.method == "freeact-learned")
     assert (learned.quantize["epochs"], learned.measure["n_samples"]) == (2, 3)
 

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers.quantized import fresh_python, quantized
 from tests.helpers.tiny_models import tiny_tokenizer
@@ -19,6 +21,7 @@ TASK = {
     "doc_to_target": "{{answer}}",
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
+ROWS = [{"question": f"{i} and one is", "choices": [" more", " less"], "answer": i * i % 5 % 2} for i in range(12)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,10 +29,9 @@ def _harness():
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 
-def evaluate(model, folder) -> dict:
-    """Run the harness through our wrapper, which only imports us first; returns its results."""
-    rows = [{"question": f"{i} and one is", "choices": [" more", " less"], "answer": i % 2} for i in range(6)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def evaluate(model, folder, through: tuple[str, ...]) -> float:
+    """Run the harness, `through` a wrapper or as it is; returns the accuracy that it wrote."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     task = TASK | {"dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}}
     (folder / "tasks").mkdir()
     (folder / "tasks" / "local_choices.yaml").write_text(yaml.safe_dump(task))
@@ -51,20 +53,43 @@ def evaluate(model, folder) -> dict:
         "--output_path",
         str(folder / "out"),
     ]
-    run = fresh_python("", "-m", "lm_eval", *words, module="optimum_freeact.run")
+    module, *before = *through, "lm_eval"
+    run = fresh_python("", *(["-m", *before] if before else []), *words, module=module)
     assert run.returncode == 0, run.stderr[-3000:]
     (found,) = (folder / "out").rglob("results*.json")
-    return json.loads(found.read_text())["results"]["local_choices"]
+    return json.loads(found.read_text())["results"]["local_choices"]["acc,none"]
+
+
+@torch.no_grad()
+def accuracy(folder) -> float:
+    """The same by hand: how often the likelier continuation is the right one."""
+    import optimum_freeact  # noqa: F401 - makes transformers know quantized models
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    right = []
+    for row in ROWS:
+        scores = []
+        start = len(tokenizer(row["question"])["input_ids"])
+        for choice in row["choices"]:
+            ids = torch.tensor([tokenizer(row["question"] + choice)["input_ids"]])
+            logps = model(ids).logits[0, :-1].log_softmax(-1)
+            scores.append(float(logps.gather(1, ids[0, 1:, None])[start - 1 :].sum()))
+        right.append(scores[row["answer"]] > scores[1 - row["answer"]])
+    return sum(right) / len(right)
 
 
 def test_on_a_quantized_model(tmp_path):
-    model = quantized("llama")
-    model.save_pretrained(tmp_path / "model")
+    """The harness does not know us: the wrapper imports us first."""
+    quantized("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    assert 0.0 <= evaluate(tmp_path / "model", tmp_path)["acc,none"] <= 1.0
+    found = evaluate(tmp_path / "model", tmp_path, ("optimum_freeact.run",))
+    assert found == pytest.approx(accuracy(tmp_path / "model"))
+    assert 0 < found < 1  # else a task that always says the same would pass, too
 
 
 def test_on_a_merged_model(tmp_path):
+    """An ordinary checkpoint: the harness alone."""
     from mergekit.options import MergeOptions
 
     from mergekit_ot import load_recipe, merge_recipe
@@ -76,4 +101,6 @@ def test_on_a_merged_model(tmp_path):
     )
     config = json.loads((out / "tokenizer_config.json").read_text())
     (out / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "!", "pad_token": "#"}))
-    assert 0.0 <= evaluate(out, tmp_path)["acc,none"] <= 1.0
+    found = evaluate(out, tmp_path, ())
+    assert found == pytest.approx(accuracy(out))
+    assert 0 < found < 1

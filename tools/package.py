@@ -31,6 +31,7 @@ from tools.lower_bounds import lower_bounds  # noqa: E402
 
 COMMANDS = {"optimum_freeact": "freeact", "trl_mlc": "trl-mlc", "mergekit_ot": "mergekit-ot"}
 PACKAGES = tuple(COMMANDS)
+SOURCES = (*PACKAGES, "optimum")  # the last is a namespace of Optimum's, with one file of ours
 FIRST_USE = ROOT / "tools" / "first_use.py"
 #: What a checkout's tests need besides the packages themselves.
 TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "psutil")
@@ -53,7 +54,7 @@ def build(folder: Path, isolated: bool) -> tuple[Path, Path]:
 
 def problems(wheel: Path, sdist: Path) -> list[str]:
     """What is missing from the archives, or does not belong into them."""
-    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file())
+    files = (path for package in SOURCES for path in (ROOT / package).rglob("*") if path.is_file())
     sources = {str(path.relative_to(ROOT)) for path in files if path.parent.name != "__pycache__"}
     names = set(zipfile.ZipFile(wheel).namelist())
     found = [f"the wheel lacks {name}" for name in sorted(sources - names)]

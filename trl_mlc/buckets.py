@@ -30,7 +30,8 @@ def length_buckets(lengths: Sequence[int], most: int, overhead: int = 0) -> list
     # cheapest[k]: cost and previous end of the best division of the first ends[k] prompts, for each number of buckets
     cheapest = [{0: (0, 0)}]
     for k in range(1, len(ends)):
-        width, here = lengths[order[ends[k] - 1]], {}
+        here: dict[int, tuple[int, int]] = {}
+        width = lengths[order[ends[k] - 1]]
         for j in range(k):
             cost = width * (ends[k] - ends[j]) + overhead
             for used, (before, _) in cheapest[j].items():

@@ -10,6 +10,7 @@ import inspect
 import logging
 import random
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
@@ -25,10 +26,15 @@ from trl_mlc.state import load_state, save_state
 from trl_mlc.term import MLCTerm, mlc_term
 
 
+if TYPE_CHECKING:
+    from transformers import Trainer as Host  # a type checker sees the class that the mixin is put before
+else:
+    Host = object
+
 logger = logging.getLogger(__name__)
 
 
-class MLCMixin:
+class MLCMixin(Host):
     """Add the Multi-Lingual Consistency term to a TRL trainer; put it before the trainer among the bases.
 
     A subclass sets `_mlc_config_class`. Everything else of the host trainer is untouched: its batches, its reference

@@ -100,8 +100,8 @@ def shuffled_translations(dataset: Dataset, seed: int = 0, each: bool = False) -
         given = {name: _one_cycle(len(rows), f"{seed}-{name}") for name in names}
         moved = [{name: rows[given[name][i]].get(name) for name in names} for i in range(len(rows))]
     else:
-        given = _one_cycle(len(column), seed)
-        moved = [column[given[i]] for i in range(len(column))]
+        cycle = _one_cycle(len(column), seed)
+        moved = [column[cycle[i]] for i in range(len(column))]
     return dataset.remove_columns(COLUMN).add_column(COLUMN, moved)
 
 

@@ -6,7 +6,8 @@ Plain Python on plain rows; nothing here knows a dataset library or a trainer.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 COLUMN = "prompt_translations"
@@ -60,7 +61,7 @@ def anchor_prompt(row: dict) -> Prompt:
     if row.get("prompt") is not None:
         return _checked(row["prompt"], "prompt")
     if row.get("messages") is not None:
-        messages = list(_checked(row["messages"], "messages", kinds=(list,)))
+        messages: list[dict] = list(_checked(row["messages"], "messages", kinds=(list,)))
         return messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
     if row.get("chosen") is not None and row.get("rejected") is not None:
         return _common_start(_checked(row["chosen"], "chosen"), _checked(row["rejected"], "rejected"))
@@ -70,7 +71,7 @@ def anchor_prompt(row: dict) -> Prompt:
     )
 
 
-def _checked(value, column: str, kinds: tuple[type, ...] = (str, list)) -> Prompt:
+def _checked(value: Any, column: str, kinds: tuple[type, ...] = (str, list)) -> Prompt:
     """A column's value if it is a text or a list of messages."""
     if isinstance(value, kinds) and (isinstance(value, str) or all(isinstance(m, dict) for m in value)):
         return value
@@ -102,7 +103,7 @@ def in_place_of(anchor: Prompt, translation: Prompt) -> Prompt:
     return [{**m, "content": translation} if i == users[-1] else m for i, m in enumerate(anchor)]
 
 
-def prompt_group(row: dict, anchor_language: str, languages: Iterable[str] | None = None) -> dict[str, Prompt]:
+def prompt_group(row: Mapping, anchor_language: str, languages: Iterable[str] | None = None) -> dict[str, Prompt]:
     """All languages of a row, the anchor first, then by name.
 
     Raises:
@@ -119,7 +120,7 @@ def prompt_group(row: dict, anchor_language: str, languages: Iterable[str] | Non
     return {anchor_language: anchor, **{name: in_place_of(anchor, translations[name]) for name in wanted}}
 
 
-def tokenize_prompt(tokenizer, prompt: Prompt, row: dict, chat_template: str | None = None) -> list[int]:
+def tokenize_prompt(tokenizer, prompt: Prompt, row: Mapping, chat_template: str | None = None) -> list[int]:
     """Token ids of a prompt up to where the answer begins, with the row's tools and template arguments."""
     if isinstance(prompt, str):
         return list(tokenizer(text=prompt)["input_ids"])

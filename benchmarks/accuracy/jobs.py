@@ -36,7 +36,7 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("transform", "kronecker"),
     ("low_rank", 0),
     ("low_rank", 8),
-    ("low_rank", 24),
+    ("low_rank_budget", None),
     ("rounding", "rtn"),
     ("rounding_passes", 0),
     ("rounding_order", "columns"),
@@ -51,15 +51,16 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("weight_group_size", 16),
     ("activation_group_size", None),
     ("activation_group_size", 64),
-    ("activation_group_size", 16),
+    ("activation_group_size", 32),
 )
+CLAIMED = ("freeact", "freeact-fast", "freeact-learned", "flatquant", "quarot")
 GRIDS = (None, 64, 32, 16)  # of the sweep: group sizes of weights times those of activations
 RANKS = (0, 4, 8, 12, 20, 24, 32)
 PASSES = (0, 1, 4)
 # As published: weights first, columns as they come, no rounding noise in the moments. The others are ours to beat: columns
 # by energy, moments behind everything that is quantized, with the rounding noise in them.
 PUBLISHED = {"preset": "quarot", "sequential": True, "rounding_order": "columns", "rounding_noise": False}
-GROUPS = {"preset": "quarot", "weight_group_size": 32, "activation_group_size": 32, "activation_clip": "search"}
+GROUPS = {"preset": "quarot", "weight_group_size": 32, "activation_group_size": 16, "activation_clip": "search"}
 QUAROTS: dict[str, dict] = {
     "quarot-search": {"preset": "quarot", "activation_clip": "search"},
     "quarot-asym": {"preset": "quarot", "activation_symmetric": False},
@@ -180,19 +181,20 @@ class Plan:
         self.jobs.append(Job(**self.common, **_job("full", FP[0], (FP[1],), self.seeds[0], {}, self.measure)))
 
     def presets(self) -> None:
-        """All presets at all schemes; the cache is left out again on the weights of the same calibration."""
+        """All presets at all schemes, what claims are about with every seed; the cache is left out again on the weights of
+        the same calibration.
+        """
         methods = {name: {"preset": name} for name in PRESETS}
         methods["freeact-learned"] = {"preset": "freeact", "calibration": "learned"}
         for method, quantize in methods.items():
             learned = {**PRESETS[quantize["preset"]], **quantize}["calibration"] == "learned"
-            seeds = self.seeds[:1] if method == "rtn" else self.seeds  # it draws nothing
             more = {"measure": self.learned["measure"]} if learned else {}
             quantize = {**quantize, **(self.learned["quantize"] if learned else {})}
-            for seed in seeds:
-                for settings in self._settings():
-                    ours = ("freeact", "freeact-fast", "freeact-learned")
-                    claimed = "w4a4" in settings and method in (*ours, "flatquant", "quarot")
-                    rank = (0 if learned else 1) if claimed else (5 if learned else 2)
+            for settings in self._settings():
+                claimed = "w4a4" in settings and method in CLAIMED
+                first = claimed or (learned and "w4a4" in settings)
+                rank = (0 if learned else 1) if first else (5 if learned else 2 if method in CLAIMED else 4)
+                for seed in self.seeds if claimed else self.seeds[:1]:
                     self.add("preset", method, settings, seed, quantize, rank=rank, **more)
 
     def _settings(self) -> list[tuple[str, ...]]:
@@ -221,7 +223,7 @@ class Plan:
             if value != default[name] and _divides({name: value}, widths):
                 shown = "+".join(value) if isinstance(value, list) else value
                 quantize = {"preset": "freeact", name: value}
-                self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=4)
+                self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=3)
 
     def sweep(self, widths: list[int]) -> None:
         """What decided the default: all pairs of group sizes, ranks, passes."""
@@ -248,7 +250,7 @@ class Plan:
         for name, peer in PEERS.items():
             if peer.setting in self.schemes:
                 note = f"{peer.package}: {peer.about}"
-                self.add("peer", name, (peer.setting,), self.seeds[0], {"peer": name}, rank=4, note=note)
+                self.add("peer", name, (peer.setting,), self.seeds[0], {"peer": name}, rank=2, note=note)
 
     def cpu_cost(self) -> None:
         """Time and memory of the default closed-form calibration."""
@@ -431,7 +433,7 @@ def _score(job: Job, setting: str, model, tokenizer) -> list[dict]:
     for text in job.texts:
         held_out = text.read_evaluation(measure["windows"] * measure["window"])
         windows = tokenize_windows(held_out, tokenizer, measure["window"], measure["windows"])
-        tokens = 2048 if job.device == "cuda" else 1024  # a forward; large vocabularies make large logits
+        tokens = 4096 if job.device == "cuda" else 1024  # a forward; large vocabularies make large logits
         score = score_text(model, windows, batch_size=max(1, tokens // measure["window"]))
         if score.nll != score.nll or score.nll == float("inf"):
             rows.append(_row(job, setting, "nll", None, f"the loss is {score.nll}", text=text.name))

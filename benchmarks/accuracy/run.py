@@ -38,6 +38,7 @@ from benchmarks.accuracy.jobs import SCHEMES, SLICES, Job, Plan, Text, absent, b
 MODELS = ("smollm2", "qwen2.5")
 COLUMNS = ("handbook", "brown")
 TINY_WINDOW = 32
+LEARNED_BATCH = 4  # samples a gradient step, as FlatQuant takes
 
 
 # ---------------------------------------------------------------- command line
@@ -147,9 +148,10 @@ def make_plan(options: argparse.Namespace, models: dict[str, str], texts: tuple[
         bits(scheme)
     measure = {"n_samples": options.samples, "seq_len": options.seq_len, "batch_size": options.batch_size}
     measure |= {"windows": options.windows, "window": options.seq_len}
-    learned = {"quantize": {"epochs": options.learned_epochs} if options.learned_epochs else {}, "measure": {}}
+    steps = {"batch_size": min(LEARNED_BATCH, options.batch_size)}  # as published; a closed form knows no batches
+    learned = {"quantize": {"epochs": options.learned_epochs} if options.learned_epochs else {}, "measure": steps}
     if options.learned_samples:
-        learned["measure"] = {"n_samples": options.learned_samples}
+        learned["measure"] = {**steps, "n_samples": options.learned_samples}
     only = set(options.only.split(",")) if options.only else None
     jobs: list[Job] = []
     for name, path in models.items():
@@ -159,7 +161,6 @@ def make_plan(options: argparse.Namespace, models: dict[str, str], texts: tuple[
             plan.cpu_cost()
         elif options.sweep:
             plan.full_precision()
-            plan.quarots(_widths(path))
             plan.sweep(_widths(path))
         else:
             plan.full_precision()
@@ -211,6 +212,10 @@ class Store:
                 stream.write(json.dumps(told) + "\n")
 
 
+def _of_model(jobs: list[Job], name: str) -> list[Job]:
+    return [job for job in jobs if job.model == name]
+
+
 class Runner:
     """Starts jobs, `slots` at a time, each in a process with a GPU of its own choice (round robin)."""
 
@@ -224,7 +229,8 @@ class Runner:
     def run(self, jobs: list[Job]) -> None:
         """Run what the store does not have, what claims need first; returns when nothing runs any more."""
         waiting = [job for job in jobs if job.key not in self.store.lines]
-        waiting.sort(key=lambda job: (job.rank, job.seed))
+        place = {job.key: i for name in {job.model for job in jobs} for i, job in enumerate(_of_model(jobs, name))}
+        waiting.sort(key=lambda job: (job.rank, job.seed, place[job.key]))  # models by turns
         self._total = len(waiting)
         if self.options.jobs == 0:
             for job in waiting:

@@ -4,14 +4,14 @@
     python benchmarks/merge/adaptation.py --device cuda --rows rows-0.jsonl --scratch scratch     # one of several processes
     python benchmarks/merge/adaptation.py --collect rows-*.jsonl         # writes the result file of what they measured
 
-Every arm has the same few texts, the same number of steps of the same number of texts and the same choice of settings
-(learning rate, length of the schedule, share of the lessons), and takes the setting and the step that are best on validation
-text; it is scored on held-out text. `merge` arms train around a frozen transported residual (attention, as in the paper; gate
-off, so that the random donor gets the same chance); `teacher` arms mix the donor's next-token distribution, carried by the
-vocabulary plan, into the loss; in `writer` arms the donor also goes on from the first tokens of every text, and a fixed part
-of every batch is what it wrote; `stream` arms draw the target's last states to the donor's transported ones. Every such arm
-has two controls: the same from a donor with random weights, and the same from the target itself (`own`), which has every
-effect but that of the donor's knowledge. Processes that share `--scratch` share the work, on any number of GPUs.
+Within a group of `PLAN` every arm has the same texts, the same number of steps of the same number of texts and the same choice
+of settings (learning rate and length of the schedule; with a teacher also the share of its lessons), and takes the setting and
+the step that are best on validation text; it is scored on held-out text. `merge` arms train around a frozen transported
+residual (attention, as in the paper; gate off, so that the random donor gets the same chance); `teacher` arms mix the donor's
+next-token distribution, carried by the vocabulary plan, into the loss; in `writer` arms the donor also goes on from the first
+tokens of every text, and a fixed part of every batch is what it wrote; `stream` arms draw the target's last states to the
+donor's transported ones. Controls: the same from a donor with random weights, the same from the target itself (`own`: every
+effect but that of the donor's knowledge), shrinking alone, and no donor at all. Processes that share `--scratch` share the work, on any number of GPUs.
 Needs the assets `smollm2`, `qwen2.5` and `gemma3-270m`, and the kit; neither mergekit, POT nor TRL.
 """
 
@@ -72,6 +72,26 @@ ARMS = {
     "stream": Arm(stream="real"),
     "stream, random donor": Arm(stream="random"),
 }
+#: All there is, few texts, and a look at donors that write: groups of arms with the same choices, first things first.
+ALL, FEW = 2000, 40
+LONG, SHORT = ["1e-4:400x16", "2e-4:400x16"], ["1e-4:96x8", "5e-5:48x8"]
+PLAN = [
+    {"texts": ALL, "settings": LONG, "arms": ["none", "teacher"]},
+    {"texts": FEW, "settings": SHORT, "arms": ["none", "shrink", "teacher"]},
+    {"texts": ALL, "settings": LONG[:1], "shares": [0.5], "arms": ["own teacher", "shrink", "teacher, random donor"]},
+    {"texts": FEW, "settings": SHORT[:1], "arms": ["own teacher", "teacher at shared positions"]},
+    {"texts": FEW, "settings": SHORT[:1], "shares": [0.5], "arms": ["teacher, random donor"]},
+    {"texts": FEW, "settings": SHORT[:1], "arms": ["merge", "merge, random donor"]},
+    {
+        "texts": FEW,
+        "settings": ["1e-4:96x32"],
+        "shares": [0.9],
+        "seeds": [0],
+        "arms": ["writer and teacher", "own texts"],
+    },
+    {"texts": FEW, "settings": SHORT[:1], "arms": ["stream", "stream, random donor"]},
+    {"texts": ALL, "settings": LONG[:1], "arms": ["merge", "merge, random donor"]},
+]
 #: Of a batch in `writer` arms, the part that is the given texts.
 GIVEN = 0.25
 STREAM_WEIGHT = 1.0
@@ -93,10 +113,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Job:
-    """A gift to prepare (`name` of a file) or a run of an arm, for one task and seed."""
+    """A gift to prepare (`name` of a file) or a run of an arm, for one task, seed and number of given texts."""
 
     task: str
     seed: int
+    texts: int
     name: str
     setting: Setting | None = None
 
@@ -170,10 +191,10 @@ class Bench:
             self._givers[task] = Givers(load_kit(self.options.kit / task), self.options.scratch, self.options.device)
         return self._givers[task]
 
-    def part(self, task: str, seed: int) -> list[int]:
+    def part(self, job: Job) -> list[int]:
         """Which texts of the kit a seed adapts on."""
-        count = len(self.givers(task).kit.train)
-        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: self.options.texts].tolist()
+        count = len(self.givers(job.task).kit.train)
+        return torch.randperm(count, generator=torch.Generator().manual_seed(job.seed))[: job.texts].tolist()
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
     @staticmethod
@@ -183,29 +204,39 @@ class Bench:
         found += [f"written {arm.writer}"] if arm.writer else []
         return found + [f"plans {giver}" for giver in (arm.merged, arm.stream) if giver not in (None, "zero")]
 
-    def path(self, task: str, seed: int, gift: str) -> Path:
-        """File of a gift: lessons and plans of the real donor are the same for all seeds."""
-        once = "random" not in gift and not gift.startswith("written")
-        return self.options.scratch / f"{task} {gift}{'' if once else f' {seed}'}.pt".replace(" ", "-")
+    def path(self, job: Job, gift: str) -> Path:
+        """File of a gift: lessons and plans are the same for all numbers of texts, the real donor's for all seeds."""
+        name = f"{job.task} {gift}"
+        if gift.startswith("written"):
+            name += f" of {job.texts}"
+        if "random" in gift or gift.startswith("written"):
+            name += f" seed {job.seed}"
+        return self.options.scratch / f"{name}.pt".replace(" ", "-")
 
     def jobs(self) -> list[Job]:
-        """Everything to do, gifts first."""
-        runs, gifts = [], {}
+        """Everything to do: group by group, what it needs first."""
+        jobs: list[Job] = []
+        prepared: set[Path] = set()
         for group in groups(self.options):
+            runs: list[Job] = []
             for name in group["arms"]:
                 for seed in group["seeds"]:
                     for task in self.options.tasks:
+                        texts = min(group["texts"], len(self.givers(task).kit.train))
                         for gift in self.needs(ARMS[name]):
-                            gifts.setdefault(self.path(task, seed, gift), Job(task, seed, gift))
+                            made = Job(task, seed, texts, gift)
+                            if self.path(made, gift) not in prepared:
+                                prepared.add(self.path(made, gift))
+                                jobs.append(made)
                         for rate, steps, batch in group["settings"]:
                             for share in group["shares"] if ARMS[name].teacher else [0.0]:
-                                runs.append(Job(task, seed, name, Setting(rate, steps, batch, share)))
-        runs = list(dict.fromkeys(runs))
-        return [*sorted(gifts.values(), key=lambda job: "plans" in job.name), *runs]
+                                runs.append(Job(task, seed, texts, name, Setting(rate, steps, batch, share)))
+            jobs += runs
+        return list(dict.fromkeys(jobs))
 
     def claim(self, job: Job) -> bool:
         """Whether this process is the one that does it."""
-        name = f"{job}" if job.setting else self.path(job.task, job.seed, job.name).name
+        name = f"{job}" if job.setting else self.path(job, job.name).name
         try:
             os.close(os.open(self.options.scratch / f"claim {name}".replace("/", "-"), os.O_CREAT | os.O_EXCL))
         except FileExistsError:
@@ -217,9 +248,7 @@ class Bench:
         waiting = self.jobs()
         while waiting:
             for job in list(waiting):
-                paths = (
-                    [self.path(job.task, job.seed, gift) for gift in self.needs(ARMS[job.name])] if job.setting else []
-                )
+                paths = [self.path(job, gift) for gift in self.needs(ARMS[job.name])] if job.setting else []
                 if any(path.with_suffix(".failed").exists() for path in paths):
                     waiting.remove(job)
                 elif all(path.exists() for path in paths):
@@ -242,17 +271,17 @@ class Bench:
             traceback.print_exc()
             print(f"{job}: {error}", flush=True)
             if not job.setting:
-                self.path(job.task, job.seed, job.name).with_suffix(".failed").touch()
+                self.path(job, job.name).with_suffix(".failed").touch()
         print(f"[{time.strftime('%H:%M:%S')}] {job}: {time.perf_counter() - start:.1f} s", flush=True)
 
     def give(self, job: Job) -> None:
         """Prepare a gift."""
         kind, giver, *shared = job.name.split()
-        givers, path = self.givers(job.task), self.path(job.task, job.seed, job.name)
+        givers, path = self.givers(job.task), self.path(job, job.name)
         if kind == "lessons":
             gift = givers.lessons(giver, job.seed, inside=not shared)
         elif kind == "written":
-            gift = givers.written(giver, job.seed, self.part(job.task, job.seed))
+            gift = givers.written(giver, job.seed, self.part(job))
         else:
             gift = givers.plans(giver, job.seed)
         torch.save(gift, path.with_suffix(".part"))
@@ -260,7 +289,7 @@ class Bench:
 
     def gift(self, job: Job, name: str):
         """A prepared gift, kept while jobs of its task and seed follow each other."""
-        path = self.path(job.task, job.seed, name)
+        path = self.path(job, name)
         if path not in self._kept:
             if len(self._kept) >= 4:
                 self._kept.pop(next(iter(self._kept)))
@@ -281,7 +310,7 @@ class Bench:
         given = self.gift(job, self.needs(arm)[0])
         if arm.stream is not None:
             given = self.gift(job, f"plans {arm.stream}")["lessons"]
-        sources = [given.pick(self.part(job.task, job.seed)).to(device)]
+        sources = [given.pick(self.part(job)).to(device)]
         sizes = [size]
         if arm.writer is not None:
             sources.append(self.gift(job, f"written {arm.writer}").to(device))
@@ -329,7 +358,7 @@ class Bench:
                 if best is None or curve[-1]["valid"] < best["valid"]:
                     best = curve[-1]
         place = {"task": job.task, "arm": job.name, "seed": job.seed, "rate": setting.rate}
-        place |= {"steps": setting.steps, "batch": setting.batch}
+        place |= {"texts": job.texts, "steps": setting.steps, "batch": setting.batch}
         place |= {"share": setting.share} if arm.teacher is not None else {}
         rows = []
         for when, point in (("before", curve[0]), ("after", best), ("last", curve[-1])):
@@ -348,9 +377,9 @@ class Bench:
 
 
 def groups(options: argparse.Namespace) -> list[dict]:
-    """Arms with what they may choose: those of the command line, or several such from a file."""
-    own = {name: getattr(options, name) for name in ("arms", "seeds", "settings", "shares")}
-    plan = json.loads(options.plan.read_text()) if options.plan else [{}]
+    """Arms with what they may choose: those of the command line, of a file, or `PLAN`."""
+    own = {name: getattr(options, name) for name in ("arms", "seeds", "settings", "shares", "texts")}
+    plan = [{}] if options.arms else json.loads(options.plan.read_text()) if options.plan else PLAN
     made = [own | group for group in plan]
     for group in made:
         group["settings"] = [setting(one) if isinstance(one, str) else one for one in group["settings"]]
@@ -368,10 +397,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--settings", type=setting, nargs="*", default=[(1e-4, 96, 8), (1e-4, 256, 32)])
+    parser.add_argument("--arms", nargs="*", choices=list(ARMS), help="these arms instead of the plan")
+    parser.add_argument("--settings", type=setting, nargs="*", default=[(1e-4, 96, 8)])
     parser.add_argument("--shares", type=float, nargs="*", default=[0.5, 0.9])
-    parser.add_argument("--plan", type=Path, help="JSON list of groups of arms, seeds, settings and shares")
+    parser.add_argument("--plan", type=Path, help="JSON list of groups as in PLAN")
     parser.add_argument("--texts", type=int, default=40)
     parser.add_argument("--alpha", type=float, default=0.05)
     parser.add_argument("--kit", type=Path, default=Path("kit"))
@@ -385,12 +414,8 @@ def arguments() -> argparse.Namespace:
 
 def budget(options: argparse.Namespace) -> list[dict]:
     """What every arm is given."""
-    numbers = {"texts": options.texts, "alpha": options.alpha, "part of the given texts in a writer's batch": GIVEN}
-    numbers |= {
-        "texts written": options.texts * WRITINGS,
-        "tokens written per text": WRITTEN,
-        "temperature": TEMPERATURE,
-    }
+    numbers = {"alpha": options.alpha, "part of the given texts in a writer's batch": GIVEN}
+    numbers |= {"texts written of each": WRITINGS, "tokens written per text": WRITTEN, "temperature": TEMPERATURE}
     rows = [{"metric": f"budget: {name}", "value": value} for name, value in numbers.items()]
     for task in options.tasks:
         kit = load_kit(options.kit / task)

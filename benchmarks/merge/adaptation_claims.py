@@ -20,17 +20,18 @@ def is_control(arm: str) -> bool:
     return arm in CONTROLS or arm.endswith("random donor")
 
 
-def table(rows: list[dict], task: str, metric: str) -> dict[str, float]:
+def table(rows: list[dict], task: str, metric: str, texts: int | None = None) -> dict[str, float]:
     """Mean over seeds of every arm's loss after adaptation, at its setting with the best mean on validation text.
 
-    A setting that some seed lacks (its process was cut off) is left out: means over unlike seeds don't compare.
+    Of one task and number of given texts. A setting that some seed lacks (its process was cut off) is left out: means over unlike seeds don't compare.
     """
     found: dict[tuple, dict[int, dict[str, float]]] = {}
     for row in rows:
-        if row.get("task") == task and row.get("when") == "after" and row["metric"] in MEASURED:
+        here = (row.get("task"), row.get("texts")) == (task, texts)
+        if here and row.get("when") == "after" and row["metric"] in MEASURED:
             place = row["arm"], *(row.get(name) for name in SETTING)
             found.setdefault(place, {}).setdefault(row["seed"], {})[row["metric"]] = row["value"]
-    seeds = {seed for values in found.values() for seed in values}
+    seeds = {row["seed"] for row in rows if "seed" in row}
     best: dict[str, dict[str, float]] = {}
     for (arm, *_), values in sorted(found.items(), key=lambda item: str(item[0])):
         if set(values) == seeds:
@@ -40,38 +41,48 @@ def table(rows: list[dict], task: str, metric: str) -> dict[str, float]:
     return {arm: values[metric] for arm, values in best.items()}
 
 
-def tasks_of(rows: list[dict]) -> list[str]:
-    """Tasks that have rows of arms."""
-    return sorted({row["task"] for row in rows if "task" in row and "arm" in row})
+def budgets(rows: list[dict]) -> dict[str, list[int | None]]:
+    """Numbers of given texts of every task that has rows of arms, the largest last."""
+    found: dict[str, set] = {}
+    for row in rows:
+        if "task" in row and "arm" in row and "seed" in row:
+            found.setdefault(row["task"], set()).add(row.get("texts"))
+    return {task: sorted(texts, key=lambda n: n or 0) for task, texts in sorted(found.items())}
 
 
 def summary(rows: list[dict]) -> list[dict]:
     """Rows for the table in the docs: mean held-out loss over seeds of every arm, before adaptation and after it."""
     found = []
-    for task in tasks_of(rows):
-        before: dict[str, dict[int, float]] = {}  # settings of an arm start alike
-        for row in rows:
-            if (row.get("task"), row.get("when"), row["metric"]) == (task, "before", "nll"):
-                before.setdefault(row["arm"], {})[row["seed"]] = row["value"]
-        for arm, after in table(rows, task, "nll").items():
-            values = {"before": statistics.fmean(before[arm].values()), "after": after}
-            found += [
-                {"task": task, "arm": arm, "when": when, "metric": "mean nll", "value": value}
-                for when, value in values.items()
-            ]
+    for task, numbers in budgets(rows).items():
+        for texts in numbers:
+            before: dict[str, dict[int, float]] = {}  # settings of an arm start alike
+            for row in rows:
+                place = row.get("task"), row.get("texts"), row.get("when"), row["metric"]
+                if place == (task, texts, "before", "nll"):
+                    before.setdefault(row["arm"], {})[row["seed"]] = row["value"]
+            for arm, after in table(rows, task, "nll", texts).items():
+                values = {"before": statistics.fmean(before[arm].values()), "after": after}
+                place = {"task": task, "texts": texts, "arm": arm, "metric": "mean nll"}
+                found += [place | {"when": when, "value": value} for when, value in values.items()]
+            gain = gain_of(rows, task, texts)
+            found += [{"task": task, "texts": texts, "metric": "gain", "value": gain[0]}] if gain else []
     return found
 
 
+def gain_of(rows: list[dict], task: str, texts: int | None) -> tuple[float, str, str] | None:
+    """What the donor's best arm, by validation, wins over the best control, by held-out loss; both arms."""
+    valid, nll = table(rows, task, "valid", texts), table(rows, task, "nll", texts)
+    controls, donors = [arm for arm in nll if is_control(arm)], [arm for arm in nll if not is_control(arm)]
+    if not controls or not donors:
+        return None
+    control, donor = min(controls, key=nll.get), min(donors, key=valid.get)
+    return nll[control] - nll[donor], donor, control
+
+
 def claims(rows: list[dict]) -> list[dict]:
-    """What the donor's best arm, by validation, wins over the best control, by held-out loss; the smallest over tasks."""
-    gains = {}
-    for task in tasks_of(rows):
-        valid, nll = table(rows, task, "valid"), table(rows, task, "nll")
-        controls = [arm for arm in nll if is_control(arm)]
-        donors = [arm for arm in nll if not is_control(arm)]
-        if controls and donors:
-            control, donor = min(controls, key=nll.get), min(donors, key=valid.get)
-            gains[task] = (nll[control] - nll[donor], donor, control)
+    """The gain where all of a task's text is given; the smallest over tasks."""
+    gains = {task: gain_of(rows, task, numbers[-1]) for task, numbers in budgets(rows).items()}
+    gains = {task: gain for task, gain in gains.items() if gain}
     if not gains:
         return []
     seeds = len({row["seed"] for row in rows if "seed" in row})

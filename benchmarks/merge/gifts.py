@@ -20,6 +20,7 @@ from mergekit_ot.checkpoint import CheckpointReader
 from mergekit_ot.controls import random_donor
 from mergekit_ot.spelling import Spelling
 from mergekit_ot.teacher import Lesson, prepare_lessons
+from mergekit_ot.writing import continuations
 from tools.assets import fetch
 
 
@@ -27,7 +28,7 @@ from tools.assets import fetch
 TOP, READ_TOGETHER = 64, 16
 #: A giver's own texts: samples per adaptation text, tokens of it that they go on from, tokens added, likeliest choices
 #: drawn from, temperature, samples computed together.
-WRITINGS, PROMPT, WRITTEN, CHOICES, TEMPERATURE, WRITTEN_TOGETHER = 48, 24, 136, 64, 0.8, 640
+WRITINGS, PROMPT, WRITTEN, CHOICES, TEMPERATURE, WRITTEN_TOGETHER = 16, 24, 136, 64, 0.8, 640
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,13 @@ class Givers:
     def written(self, giver: str, seed: int, part: list[int]) -> Lessons:
         """What a giver writes on from the first tokens of some texts, and what it says on that."""
         model, texts = self._model(giver, seed), [self.kit.train[i] for i in part]
+        options = {"samples": WRITINGS, "new_tokens": WRITTEN, "choices": CHOICES, "temperature": TEMPERATURE}
+        options |= {"together": WRITTEN_TOGETHER, "seed": seed}
         if giver == "target":
-            rows = continuations(model, [text.target_ids[:PROMPT] for text in texts], seed)
+            rows = continuations(model, [text.target_ids[:PROMPT] for text in texts], **options)
             return self._teach(giver, model, [MatchedText(row, row, [], []) for row in rows])
         tokenizers = [AutoTokenizer.from_pretrained(path) for path in (self.target, self.donor)]
-        rows = continuations(model, [text.donor_ids[:PROMPT] for text in texts], seed)
+        rows = continuations(model, [text.donor_ids[:PROMPT] for text in texts], **options)
         said = [tokenizers[1].decode(row, skip_special_tokens=True).rstrip("\ufffd") for row in rows]
         return self._teach(
             giver, model, [match_text(text, *tokenizers, max_length=LENGTH, skip=0) for text in said if text]
@@ -152,29 +155,3 @@ class Givers:
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(self.target).vocab_size
-
-
-@torch.no_grad()
-def continuations(model, prompts: list[list[int]], seed: int) -> list[list[int]]:
-    """`WRITINGS` sampled continuations of every prompt, prompt included, cut where the model ends.
-
-    Prompts shorter than the longest are left out: texts are read side by side without padding.
-    """
-    device, texts = next(model.parameters()).device, []
-    draw = torch.Generator(device).manual_seed(seed)
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    longest = max(len(row) for row in prompts)
-    every = torch.tensor([row for row in prompts if len(row) == longest], device=device)
-    for ids in every.repeat_interleave(WRITINGS, dim=0).split(WRITTEN_TOGETHER):
-        step, cache = ids, None
-        for _ in range(WRITTEN):
-            output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            likeliest = output.logits[:, -1].float().topk(min(CHOICES, output.logits.shape[-1]))
-            chosen = torch.multinomial((likeliest.values / TEMPERATURE).softmax(-1), 1, generator=draw)
-            step = likeliest.indices.gather(-1, chosen)
-            ids = torch.cat([ids, step], dim=-1)
-        for row in ids.tolist():
-            texts.append(row[: next((i for i in range(longest, len(row)) if row[i] in ends), len(row))])
-    return texts

@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--out", type=Path, default=Path("kit"))
-    for name, default in (("texts", 80), ("valid", 48), ("scored", 96), ("length", LENGTH)):
+    for name, default in (("texts", 2000), ("valid", 48), ("scored", 96), ("length", LENGTH)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     for task in options.tasks:

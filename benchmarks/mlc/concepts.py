@@ -11,8 +11,8 @@ related to none; and `VALIDATION`, six more relatives, the only ones besides tho
 chosen by. `FEW` are the ten training languages of the first version of this benchmark.
 
 Two tests. `test` holds pairs that were never together in a prompt, of concepts that each were in some: as with real
-prompts, the prompt is new and its words are not. `new_words` holds pairs of concepts that no training prompt names in
-any language; there the term can only help with what the model already half knows.
+prompts, the prompt is new and its words are not. `new_words`, a third as many, holds pairs of concepts that no training prompt
+names in any language; there the term can only help with what the model already half knows.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def split(
     seen: tuple[str, ...] = SEEN,
     tested: tuple[str, ...] = (*SEEN, *HELD_OUT, *FAR),
 ) -> Split:
-    """`train` rows in the `seen` languages, and both tests with `test` rows in the `tested` ones.
+    """`train` rows in the `seen` languages, `test` rows and a third as many of new words in the `tested` ones.
 
     Which concepts and pairs are drawn depends on the seed and on nothing else.
     """
@@ -124,6 +124,7 @@ def split(
     concepts = by_turns(short)[:CONCEPTS]
     cut = round(len(concepts) * 0.8)
     draw = random.Random(seed + 1)
-    tests = [draw_prompts(part, test, draw, set()) for part in (concepts[:cut], concepts[cut:])]
+    parts = ((concepts[:cut], test), (concepts[cut:], max(test // 6, 1) * 2))
+    tests = [draw_prompts(part, count, draw, set()) for part, count in parts]
     training = draw_prompts(concepts[:cut], train, draw, {names(prompt) for prompt in tests[0]})
     return Split(to_rows(training, seen, draw), *(to_rows(part, tested, draw) for part in tests))

@@ -1,6 +1,6 @@
 """Do two processes train as one when parameters are replicated or sharded? MLC-DPO in float32.
 
-    python benchmarks/mlc/sharded.py                                # one process, then ddp, fsdp2, zero2, zero3 on two GPUs
+    python benchmarks/mlc/sharded.py                                # one process, then each mode on two GPUs
     python benchmarks/mlc/sharded.py --modes ddp --cpu --steps 2    # on a CPU with gloo
 
 Every mode makes the same steps on the same rows; what is compared is the loss, the term and the gradient norm that each
@@ -25,8 +25,11 @@ sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
 COMPARED = ("loss", "mlc/loss", "grad_norm")
 FSDP2 = ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"]
 FSDP2 += ["--fsdp_state_dict_type=FULL_STATE_DICT", "--fsdp_reshard_after_forward=true"]
+# With it, only the first process loads weights, and TRL 1.16 shards a reference model as each process has it
+LOADING = "--fsdp_cpu_ram_efficient_loading="
 ZERO = ["--use_deepspeed", "--zero_stage"]
-MODES = {"ddp": [], "fsdp2": FSDP2, "zero2": [*ZERO, "2"], "zero3": [*ZERO, "3"]}
+MODES = {"ddp": [], "fsdp2": [*FSDP2, LOADING + "false"], "zero2": [*ZERO, "2"], "zero3": [*ZERO, "3"]}
+MODES["fsdp2-efficient-loading"] = [*FSDP2, LOADING + "true"]
 
 
 def deepspeed_config(stage: int) -> dict:

@@ -2,6 +2,7 @@
 
     python benchmarks/mlc/transfer.py --map           # one other seed over training, objective, guards, languages, ...
     python benchmarks/mlc/transfer.py --ours chosen   # the table, five seeds, with the map's best point as ours
+    python benchmarks/mlc/transfer.py --map-seconds 200 --ours chosen   # the map for so long, then the table
     python benchmarks/mlc/transfer.py --tiny          # a few steps on a CPU: proves that it runs (with --map, too)
 
 Task: see `concepts.py`. Every run trains on the same English preferences; it is scored on prompts never trained on.
@@ -34,11 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 from benchmarks._lanes import run_in_lanes
 from benchmarks._results import ROOT, command_line, write
 from benchmarks.mlc.transfer_claims import choose, choose_regime, claims, score
-from benchmarks.mlc.transfer_methods import MAIN, REGIMES, first_points, methods, point, second_points
+from benchmarks.mlc.transfer_methods import MAIN, REGIMES, first_points, methods, second_points
 
 
 MAP_SEED = 100  # never one of the table's: what is chosen on it is measured on others
-SHARED = ("model", "ours", "steps", "batch", "rows_train", "rows_test")  # options that a worker gets too
+SHARED = ("model", "steps", "batch", "rows_train", "rows_test")  # options that a worker gets too
 
 
 def parse() -> argparse.Namespace:
@@ -48,12 +49,13 @@ def parse() -> argparse.Namespace:
     add("--methods", nargs="+", help="of the table, or points of the map; all if not given")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     add("--ours", default=f"{MAIN}@{next(iter(REGIMES))}", help="a point of the map, or 'chosen' from --map-rows")
-    add("--map-rows", type=Path, default=ROOT / "runs" / "mlc_transfer_map.jsonl")
+    add("--map-rows", type=Path, help="finished runs of the map (default: runs/mlc_transfer_map.jsonl)")
     add("--steps", type=int, default=100)
     add("--batch", type=int, default=32)
     add("--rows-train", type=int, default=1600)
     add("--rows-test", type=int, default=150)
-    add("--map", action="store_true")
+    add("--map", action="store_true", help="only the map")
+    add("--map-seconds", type=float, default=0.0, help="first the map, in which no run is started after this")
     add("--tiny", action="store_true", help="2 steps on few rows, for a CPU")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--gpus", default="", help="numbers with commas; all if not given")
@@ -65,10 +67,10 @@ def parse() -> argparse.Namespace:
     if options.tiny:
         options.steps, options.batch, options.rows_train, options.rows_test = 2, 2, 8, 4
         options.seeds = options.seeds[:2]
-    if options.map:
-        options.seeds = [MAP_SEED]
-    options.name = "mlc_transfer" + ("_map" if options.map else "") + ("_tiny" if options.tiny else "")
-    options.rows = options.rows or ROOT / "runs" / f"{options.name}.jsonl"
+    suffix = "_tiny" if options.tiny else ""
+    options.rows = options.rows or ROOT / "runs" / f"mlc_transfer{suffix}.jsonl"
+    options.map_rows = options.map_rows or ROOT / "runs" / f"mlc_transfer_map{suffix}.jsonl"
+    options.suffix = suffix
     return options
 
 
@@ -88,29 +90,40 @@ def main() -> None:
     if options.worker:
         from benchmarks.mlc.transfer_run import serve
 
-        serve(options, point if options.map else methods(options.ours).__getitem__)
+        serve(options)
+        return
+    pool = Pool(options)
+    if options.map or options.map_seconds:
+        draw_map(pool, options)
+    if options.map:
         return
     if options.ours == "chosen":
-        options.ours = choose(read_rows(options.map_rows))
-        print(f"The map chooses {options.ours}.", flush=True)
-    pool = Pool(options)
-    if options.map:
-        pool.run(options.methods or first_points())
-        rows = read_rows(options.rows)
-        regime = choose_regime(rows)
-        print(f"The regime is {regime}.", flush=True)
-        if not options.methods:
-            pool.run(second_points(regime))
-        rows = read_rows(options.rows)
-        for name in sorted({row["method"] for row in rows}):
-            found = score(rows, name) if "@" in name else None
-            if found is not None:
-                print(f"{name:40} {found:8.3f}")
-        return
-    pool.run(options.methods or list(methods(options.ours)))
+        rows = read_rows(options.map_rows)
+        try:
+            options.ours = choose(rows)
+            print(f"The map chooses {options.ours}.", flush=True)
+        except ValueError as error:
+            options.ours = f"{MAIN}@{choose_regime(rows)}"
+            print(f"{error} Ours is {options.ours}.", flush=True)
+    pool.run(options.methods or list(methods(options.ours)), options.seeds)
     for found in claims(read_rows(options.rows)):
         verdict = "holds" if found["holds"] else "FALLS SHORT"
         print(f"{found['id']:45} {found['value']:10.4f} {found['compare']} {found['target']:<6} {verdict}")
+
+
+def draw_map(pool: Pool, options: argparse.Namespace) -> None:
+    """Run the map, as far as time allows, and print the score of each point."""
+    last = options.map_seconds or options.stop_seconds
+    pool.run((options.map and options.methods) or first_points(), [MAP_SEED], last)
+    regime = choose_regime(read_rows(options.map_rows))
+    print(f"The regime is {regime}.", flush=True)
+    if not (options.map and options.methods):
+        pool.run(second_points(regime), [MAP_SEED], last)
+    rows = read_rows(options.map_rows)
+    for name in sorted({row["method"] for row in rows}):
+        found = score(rows, name) if "@" in name else None
+        if found is not None:
+            print(f"{name:40} {found:8.3f}", flush=True)
 
 
 class Pool:
@@ -121,30 +134,37 @@ class Pool:
         self.gpus = options.gpus.split(",") if options.gpus else gpus()
         self.scratch = tempfile.TemporaryDirectory()
         self.idle: dict[str, list[subprocess.Popen]] = {}
-        options.rows.parent.mkdir(parents=True, exist_ok=True)
+        self.last, self.mapping = options.stop_seconds, False
 
-    def left(self) -> float:
-        """Seconds until the stop."""
-        return self.options.stop_seconds - (time.monotonic() - self.start)
+    def left(self, until: float) -> float:
+        """Seconds until so many seconds after the start."""
+        return until - (time.monotonic() - self.start)
 
-    def run(self, names: list[str]) -> None:
-        """Run what is not there yet, for all seeds; the result file is rewritten after each."""
-        done = {(row["method"], row["seed"]) for row in read_rows(self.options.rows)}
-        jobs = [(name, seed) for seed in self.options.seeds for name in names if (name, seed) not in done]
+    def run(self, names: list[str], seeds: list[int], map_until: float | None = None) -> None:
+        """Run what is not there yet, for all seeds; the result file is rewritten after each.
+
+        With `map_until`, the names are points of the map, and none is started after so many seconds.
+        """
+        self.mapping, self.last = map_until is not None, map_until or self.options.stop_seconds
+        self.rows = self.options.map_rows if self.mapping else self.options.rows
+        self.rows.parent.mkdir(parents=True, exist_ok=True)
+        done = {(row["method"], row["seed"]) for row in read_rows(self.rows)}
+        jobs = [(name, seed) for seed in seeds for name in names if (name, seed) not in done]
         run_in_lanes(jobs, self.options.jobs, self.gpus, self.perform)
 
     def perform(self, job: tuple[str, int], gpu: str) -> None:
         """One run, by a worker that may have made others before it."""
-        if self.left() <= 0:
+        if self.left(min(self.last, self.options.stop_seconds)) <= 0:
             print(f"Stopped before {job}", flush=True)
             return
         with self.lock:
             idle = self.idle.setdefault(gpu, [])
             worker = idle.pop() if idle else self.begin(gpu)
         target = Path(self.scratch.name) / f"{time.monotonic_ns()}-{threading.get_ident()}.json"
-        worker.stdin.write(f"{job[0]}\t{job[1]}\t{target}\n")
+        ours = "" if self.mapping else self.options.ours
+        worker.stdin.write(f"{ours}\t{job[0]}\t{job[1]}\t{target}\n")
         worker.stdin.flush()
-        while not target.is_file() and worker.poll() is None and self.left() > 0:
+        while not target.is_file() and worker.poll() is None and self.left(self.options.stop_seconds) > 0:
             time.sleep(0.1)
         if not target.is_file():
             print(f"{'DIED' if worker.poll() is not None else 'Stopped in'} {job}", flush=True)
@@ -156,7 +176,7 @@ class Pool:
 
     def begin(self, gpu: str) -> subprocess.Popen:
         """A new worker; it ends when this process does."""
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", *["--map"] * self.options.map]
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
         command += ["--tiny"] * self.options.tiny
         for name in SHARED:
             command += ["--" + name.replace("_", "-"), str(getattr(self.options, name))]
@@ -171,7 +191,7 @@ class Pool:
         if isinstance(found, dict):
             print(f"FAILED {job}: {found['error']}", flush=True)
             return
-        with self.options.rows.open("a", encoding="utf-8") as stream:
+        with self.rows.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(found) + "\n")
         kept = ("accuracy", "variance", "perplexity", "loss last", "train_seconds")
         shown = {
@@ -180,10 +200,11 @@ class Pool:
             if "language" not in r and any(r["metric"].startswith(k) for k in kept)
         }
         print(f"{time.monotonic() - self.start:5.0f} s  seed {job[1]} {job[0]:32}", shown, flush=True)
-        rows = read_rows(self.options.rows)
-        source = "benchmarks.mlc." + ("transfer_claims" if self.options.name == "mlc_transfer" else "no_claims")
+        rows = read_rows(self.rows)
+        name = "mlc_transfer" + "_map" * self.mapping + self.options.suffix
+        source = "benchmarks.mlc." + ("transfer_claims" if name == "mlc_transfer" else "no_claims")
         seeds = sorted({row["seed"] for row in rows})
-        write(self.options.name, rows, source, command_line(), seeds, folder=self.options.folder)
+        write(name, rows, source, command_line(), seeds, folder=self.options.folder)
 
 
 def gpus() -> list[str]:

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from benchmarks.mlc.concepts import DECLINES, FAR, HELD_OUT, SEEN, VALIDATION, Split, split
-from benchmarks.mlc.transfer_methods import BASE
+from benchmarks.mlc.transfer_methods import BASE, methods, point
 from tools.assets import fetch
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
 from trl_mlc.evaluation.preferences import perplexity
@@ -30,14 +30,14 @@ def groups(validating: bool) -> dict[str, tuple[str, ...]]:
     return {**seen, "validation": VALIDATION} if validating else {**seen, "held_out": HELD_OUT, "far": FAR}
 
 
-def perform(method: str, settings: dict, seed: int, options: argparse.Namespace) -> list[dict]:
+def perform(method: str, settings: dict, seed: int, options: argparse.Namespace, mapping: bool) -> list[dict]:
     """All rows of one method and seed; `base` is the untrained model, and the constant answer."""
     folder = options.model if Path(options.model).is_dir() else str(fetch(options.model))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    scored = groups(options.map)
+    scored = groups(mapping)
     tested = tuple(name for names in scored.values() for name in names if name != "en")
     data = split(fetch("concepts"), seed, options.rows_train, options.rows_test, tested=tested)
-    if options.map:  # new words are the table's
+    if mapping:  # new words are the table's
         data = Split(data.train, data.test, data.new_words.select([]))
     text = english_text(tokenizer, 4 if options.rows_test < 50 else 100)
     tag = {"method": method, "seed": seed}
@@ -144,17 +144,16 @@ def measure(model, tokenizer, data, text, layer: int | None, tag: dict, scored: 
     return rows
 
 
-def serve(options: argparse.Namespace, settings_of) -> None:
-    """Perform runs named on standard input, one `METHOD<tab>SEED<tab>FILE` a line, until it ends."""
+def serve(options: argparse.Namespace) -> None:
+    """Perform runs named on standard input, one a line, until it ends: ours, or nothing for the map; method; seed; file."""
     import sys
 
-    if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
     logging.disable(logging.WARNING)
     for line in sys.stdin:
-        method, seed, target = line.rstrip("\n").split("\t")
+        ours, method, seed, target = line.rstrip("\n").split("\t")
+        settings = methods(ours)[method] if ours else point(method)
         try:
-            found = perform(method, settings_of(method), int(seed), options)
+            found = perform(method, settings, int(seed), options, mapping=not ours)
         except Exception as error:  # one run's failure must not end the worker
             found = {"error": f"{type(error).__name__}: {error}"[-1500:]}
         gc.collect()

@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--run", choices=("eager", "graph", "compile"), default="graph")
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--preset", default="freeact-fast")
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -68,12 +69,13 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = shape_config(args.shape, args.layers)
+    name = args.provider + ("" if args.preset == "freeact-fast" else f" ({args.preset})")
     meter = Meter(
-        args.out, provider=args.provider, run=args.run, shape=args.shape, layers=config.num_hidden_layers,
+        args.out, provider=name, run=args.run, shape=args.shape, layers=config.num_hidden_layers,
         prompt=args.prompt,
     )  # fmt: skip
     begin = time.perf_counter()
-    model = (quantized if args.provider == "freeact" else plain)(config, device)
+    model = quantized(config, device, preset=args.preset) if args.provider == "freeact" else plain(config, device)
     synchronize(device)
     meter("build_seconds", time.perf_counter() - begin)
     if device == "cuda":
@@ -119,18 +121,32 @@ def main() -> None:
         synchronize(device)
         found.append((time.perf_counter() - start) / args.tokens)
 
-    found: list[float] = []
-    call = step
-    if args.run == "graph" and device == "cuda":
+    def captured(function):
+        """A call as a CUDA graph, and what it returns."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                step(token, where)
+                function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            kept = step(token, where)
+            kept = function()
+        return graph, kept
+
+    def measure_graph(function, how: str) -> None:
+        """A prefill as a CUDA graph: what the GPU alone needs for it."""
+        try:
+            graph, _ = captured(function)
+            value, spread = seconds(graph.replay, device, args.rounds)
+            meter("prefill_seconds", value, spread=spread, how=how)
+        except RuntimeError as error:
+            meter("prefill_seconds", None, how=how, note=f"{type(error).__name__}: {error}"[:200])
+
+    found: list[float] = []
+    call = step
+    if args.run == "graph" and device == "cuda":
+        graph, kept = captured(lambda: step(token, where))
 
         def call(token, where):  # noqa: ARG001
             graph.replay()
@@ -145,13 +161,15 @@ def main() -> None:
     meter("decode_seconds", statistics.median(found[1:]), spread=(max(found[1:]) - min(found[1:])) / 2)
     if device == "cuda":
         meter("peak_bytes_decode", torch.cuda.max_memory_allocated())
+    if args.run == "graph" and device == "cuda":
+        measure_graph(prefill, "graph")
     if args.run == "compile" and not args.skip_compiled_prefill:
         torch._dynamo.reset()
         compiled = torch.compile(step, fullgraph=True)
 
         def prefill_compiled():
             cache.reset()
-            compiled(ids, positions)
+            return compiled(ids, positions)
 
         begin = time.perf_counter()
         prefill_compiled()
@@ -159,6 +177,8 @@ def main() -> None:
         meter("first_compiled_prefill_seconds", time.perf_counter() - begin)
         value, spread = seconds(prefill_compiled, device, args.rounds)
         meter("prefill_seconds", value, spread=spread, how="compile")
+        if device == "cuda":
+            measure_graph(prefill_compiled, "compile, graph")
 
 
 if __name__ == "__main__":

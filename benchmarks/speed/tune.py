@@ -32,9 +32,8 @@ SHAPES = ((4096, 14336), (14336, 4096), (4096, 4096))
 # kernel, rows at most, rows measured, changes to the settings of launches.py
 CANDIDATES: tuple[tuple[str, int | None, int, tuple[dict, ...]], ...] = (
     ("round", 64, 1, (
-        {}, {"steps": 2}, {"chunk": 128}, {"chunk": 512}, {"elements": 128}, {"elements": 512}, {"finish_warps": 8},
-        {"correct_warps": 8}, {"chunk": 128, "elements": 128, "finish_warps": 8},
-        {"chunk": 128, "project_warps": 2, "elements": 128, "correct_warps": 2},
+        {}, {"chunk": 128}, {"chunk": 512}, {"elements": 128}, {"finish_warps": 8}, {"correct_warps": 8},
+        {"chunk": 128, "project_warps": 2, "correct_warps": 2}, {"chunk": 512, "project_warps": 8},
     )),
     ("w4", None, 2048, (
         {}, {"warps": 8}, {"stages": 3}, {"BM": 64}, {"BN": 64}, {"BM": 256, "warps": 8, "stages": 3},
@@ -42,10 +41,9 @@ CANDIDATES: tuple[tuple[str, int | None, int, tuple[dict, ...]], ...] = (
         {"BK": 32, "stages": 5}, {"BN": 256, "warps": 8, "stages": 3},
     )),
     ("round", None, 2048, (
-        {}, {"rows": 16}, {"rows": 64}, {"steps": 4}, {"steps": 16}, {"chunk": 256, "steps": 4}, {"project_warps": 8},
-        {"rows": 64, "project_warps": 8, "steps": 4}, {"elements": 128}, {"elements": 512}, {"correct_warps": 8},
-        {"elements": 512, "correct_warps": 8}, {"programs": 396}, {"programs": 1584}, {"finish_warps": 8},
-        {"chunk": 64, "steps": 16},
+        {}, {"rows": 16}, {"rows": 64}, {"parts": 2}, {"fill": 528}, {"chunk": 256}, {"project_warps": 8},
+        {"elements": 128}, {"elements": 512}, {"correct_warps": 8}, {"correct_rows": 32}, {"programs": 396},
+        {"programs": 1584}, {"finish_warps": 8}, {"finish_warps": 2}, {"finish_stages": 1}, {"chunk": 64},
     )),
     ("w4", 16, 16, (
         {}, {"BN": 32, "BK": 256}, {"BN": 32, "warps": 2, "stages": 5}, {"BK": 256, "stages": 3},

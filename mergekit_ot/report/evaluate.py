@@ -125,20 +125,23 @@ def evaluate_recipe(
     """
     from mergekit.options import MergeOptions
 
+    record = merge_record(recipe, out)
     lines = held_out_texts(recipe, texts)
     solved = plan_recipe(recipe, plans, device=device, quiet=quiet)
     pair = solved[0]
     options = MergeOptions(quiet=True, device=device)
-    record = json.loads((out / "transport.json").read_text())
     losses: dict[str, float] = {}
-    bar = tqdm(total=4 + same_shapes(pair), desc="scoring", disable=quiet)
+    bar = tqdm(total=4 + spelled_alike(pair) + same_shapes(pair), desc="scoring", disable=quiet)
 
     def score(name: str, folder: Path) -> None:
+        bar.set_postfix_str(name)
         losses[name], score.tokens = _score(folder, pair.target_folder, lines, max_tokens, device)
         bar.update()
 
     score("target", pair.target_folder)
     score("merged", out)
+    if spelled_alike(pair):
+        score("donor", pair.donor_folder)
     with tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".controls-") as scratch:
         place = Path(scratch)
         score("shrink only", merge_recipe(recipe, place / "shrink", options, bundle_of=solved, control="shrink"))
@@ -150,9 +153,41 @@ def evaluate_recipe(
         if recipe.calibration is not None:
             donor = random_donor(pair.donor_folder, place / "donor", seed=recipe.calibration.seed)
             stranger = replace(recipe, donor=str(donor), plan="", gate="off")
+            bar.set_postfix_str("plans of a random donor")
             score("random donor", merge_recipe(stranger, place / "random", options, plans=place / "plans"))
     bar.close()
     return Evaluation(losses, score.tokens, record["plans"], record["tensors"], record["recipe"])
+
+
+def merge_record(recipe: Recipe, out: Path) -> dict:
+    """What `run` left beside the weights in `out`.
+
+    Raises:
+        [`RecipeError`]: when there is no merge, or one at another alpha than the recipe's, with which controls at the
+            recipe's alpha cannot be compared.
+    """
+    try:
+        record = json.loads((out / "transport.json").read_text(encoding="utf-8"))
+        parameters, _ = record["recipe"]["parameters"], (record["plans"], record["tensors"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"{out} holds no merge of this recipe (transport.json); `mergekit-ot run` makes it."
+        ) from error
+    for key in ("alpha", "gate", "min_confidence"):
+        if parameters.get(key) != getattr(recipe, key):
+            raise RecipeError(
+                f"{out} was merged with {key} {parameters.get(key)!r}, the recipe has {getattr(recipe, key)!r}; run it again."
+            )
+    return record
+
+
+def spelled_alike(pair: Pair) -> bool:
+    """Whether both models read the same tokens, so that their losses per token can be compared."""
+    files = [folder / "tokenizer.json" for folder in (pair.target_folder, pair.donor_folder)]
+    if pair.target.vocab_size != pair.donor.vocab_size or not all(file.is_file() for file in files):
+        return False
+    first, second = (json.loads(file.read_text(encoding="utf-8")).get("model") for file in files)
+    return first == second
 
 
 def same_shapes(pair: Pair) -> bool:

@@ -62,7 +62,7 @@ def verdict(losses: dict[str, float]) -> str:
     """One honest sentence: does the merge beat the target, and does the donor's knowledge explain it?"""
     merged, target = losses["merged"], losses["target"]
     controls = {name: losses[name] for name in ("shrink only", "random donor") if name in losses}
-    best = min(controls, key=controls.get)
+    best = min(controls, key=lambda name: controls[name])
     if merged >= target:
         return f"The merge does not beat the target on this text ({merged - target:+.4f} nats)."
     if merged >= controls[best]:

@@ -20,6 +20,17 @@ def describe_bundle(bundle: PlanBundle) -> str:
     return "\n".join(lines)
 
 
+def describe_merge(record: dict) -> str:
+    """One line about a merge's `transport.json`: how much of the donor went in, and what the gate kept out."""
+    parameters, layers = record["recipe"]["parameters"], record["plans"].get("confidence", {}).get("layers", {})
+    text = f"{len(record['tensors'])} tensors carry the donor's weights"
+    if layers and parameters["gate"] != "off":
+        values = [value for layer in layers.values() for value in layer.values()]
+        closed = sum(value < parameters["min_confidence"] for value in values)
+        text += f"; the gate closed {closed} of {len(values)} blocks (confidence below {parameters['min_confidence']})"
+    return text
+
+
 def layer_lines(info: dict) -> list[str]:
     """One Markdown row per target layer."""
     confidence = info.get("confidence", {}).get("layers", {})

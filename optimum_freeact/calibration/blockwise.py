@@ -7,6 +7,7 @@ to get the next block's inputs. Blocks that a previous, interrupted run finished
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -18,11 +19,12 @@ from tqdm.auto import tqdm
 from optimum_freeact.calibration.capture import Batch, capture, run_block
 from optimum_freeact.calibration.closed_form import GroupFit
 from optimum_freeact.calibration.experts import fit_experts, routed_tokens
-from optimum_freeact.calibration.learned import build_twins, learn, write_back
+from optimum_freeact.calibration.learned import Target, build_twins, learn, map_parameters, write_back
 from optimum_freeact.calibration.ranks import Ranks
 from optimum_freeact.calibration.records import BlockRecord
 from optimum_freeact.calibration.resume import BlockStore
 from optimum_freeact.calibration.stream import Stream, exact_activations
+from optimum_freeact.calibration.tuned import TunedLinear
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.experts import find_experts, stand_ins
 from optimum_freeact.modules.layout import SharedInputs, block_linears, find_blocks, is_excluded, table_groups
@@ -35,7 +37,6 @@ from optimum_freeact.modules.surgery import (
     resolve_group_sizes,
 )
 from optimum_freeact.moments import Moments
-from optimum_freeact.numerics.metrics import relative_error
 from optimum_freeact.transforms.compensation import fit_compensation
 from optimum_freeact.type_state import TypeState
 
@@ -43,8 +44,9 @@ from optimum_freeact.type_state import TypeState
 logger = logging.getLogger(__name__)
 # model_type -> why its blocks cannot be calibrated one by one
 UNSUPPORTED = {
-    "diffusion_gemma": "its encoder and decoder share every weight, and its decoder's blocks read the encoder's cache. Both "
-    "would have to be calibrated together (types: prompt and canvas), which is not built yet.",
+    "diffusion_gemma": "its encoder's and decoder's blocks are two trees of modules tied to the same tensors, and each of the "
+    "decoder's reads the keys and values that the encoder's has just written: they would have to be calibrated in pairs (types: "
+    "prompt and canvas), which is not built. Most weights of its blocks are experts, which are no nn.Linear in any case.",
 }
 
 
@@ -60,7 +62,7 @@ def check_model(model: nn.Module, config: FreeActConfig) -> None:
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot be quantized: {reason}")
     prefix, blocks = find_blocks(model)
-    found = {}
+    found: dict = {}
     for index, block in enumerate(blocks):
         names = block_linears(block, f"{prefix}.{index}", config.modules_to_not_convert)
         found |= {f"{prefix}.{index}.{name}": module for name, module in names.items()}
@@ -227,21 +229,33 @@ def refine_block(block, groups, linears, fits, records, stream, index, reference
 
     From a random start there is no such choice: that is the published method, and it is kept in any case.
     """
-    held_out = len(reference) - 1
+    targets = [Target(output, batch.types) for output, batch in zip(reference, stream.batches, strict=True)]
 
     def error() -> float:
         with torch.no_grad():
-            return relative_error(stream.run(block, index, held_out), reference[held_out])
+            return float(targets[-1].loss(stream.run(block, index, len(targets) - 1)))
 
+    stream.stage(index)
     before = error()
     kept = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    twins, inputs = build_twins(block, groups, linears, config)
-    result = learn(block, twins, inputs, lambda i: stream.run(block, index, i), reference, config)
-    learned = []
-    for group, twin in zip(groups, inputs, strict=True):
-        clip = write_back(fits[group[0]].source, twin)
-        weight_clip = torch.cat([torch.sigmoid(twins[name].clip.detach()) for name in group])
-        learned.append(fits[group[0]].fill(clip, weight_clip))
+    run = functools.partial(stream.run, block, index)
+    if config.learned_part == "outputs":
+        tuned = {name: TunedLinear(block.get_submodule(name)) for group in groups for name in group}
+        parameters = [
+            {"params": [p for twin in tuned.values() for p in twin.parameters()], "lr": config.learning_rate}
+        ]
+        result, learned = learn(block, tuned, parameters, lambda: None, run, targets, config), records
+        for twin in tuned.values():
+            twin.write_back()
+    else:
+        twins, inputs = build_twins(block, groups, linears, config)
+        parameters = map_parameters(twins, inputs, config.learning_rate)
+        result = learn(block, twins, parameters, lambda: [each.forget() for each in inputs], run, targets, config)
+        learned = []
+        for group, twin in zip(groups, inputs, strict=True):
+            clip = write_back(fits[group[0]].source, twin)
+            weight_clip = torch.cat([torch.sigmoid(twins[name].clip.detach()) for name in group])
+            learned.append(fits[group[0]].fill(clip, weight_clip))
     after = error()
     accepted = config.learned_start == "random" or after < before
     if not accepted:

@@ -101,8 +101,8 @@ def discover(model: nn.Module, samples: torch.Tensor | list[dict], config: FreeA
         for handle in handles:
             handle.remove()
     ids, mask = (torch.cat([pair[i].flatten() for pair in kept]) for i in (0, 1))
-    inputs = [torch.cat(parts)[mask] for parts in seen]
-    return cluster_ids(ids[mask], inputs, model.get_input_embeddings().weight.detach().cpu(), config.discovered_types)
+    found = [torch.cat(parts)[mask] for parts in seen]
+    return cluster_ids(ids[mask], found, model.get_input_embeddings().weight.detach().cpu(), config.discovered_types)
 
 
 def _note(parts: list[torch.Tensor]):

@@ -13,12 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from optimum_freeact.calibration.step_graph import record
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.numerics.affine import choose_qparams, fake_quantize_ste, symmetric_qparams
 from optimum_freeact.transforms.affine_map import InputMap, pick
 
 
+NEWTON_STEPS = 4
 CLIP_RATE = 10.0  # clips learn ten times as fast as transforms, as in FlatQuant
 # Start of the weights' clip ratios: near the 4-bit optimum of a Gaussian row, or FlatQuant's sigmoid(4)
 WEIGHT_CLIP_START = {"closed_form": 0.86, "random": 0.982}
@@ -26,6 +28,20 @@ WEIGHT_CLIP_START = {"closed_form": 0.86, "random": 0.982}
 
 def _logit(ratio: torch.Tensor) -> torch.Tensor:
     return torch.logit(ratio.clamp(0.05, 0.982))  # 0.982: FlatQuant's own start for "no clipping"
+
+
+def followed_inverse(matrix: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    """Inverse of a matrix by Newton's iteration from a nearby one, which is brought up to date; differentiable.
+
+    Each iteration squares the error |I - matrix near|: from a quarter, four leave 5e-10. The last carries the gradient,
+    which is exact at the inverse.
+    """
+    twice = 2 * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    with torch.no_grad():
+        for _ in range(NEWTON_STEPS - 1):
+            near.copy_(near @ (twice - matrix @ near))
+    found = near.clone()
+    return found @ (twice - matrix @ found)
 
 
 class LearnedInput(nn.Module):
@@ -36,18 +52,30 @@ class LearnedInput(nn.Module):
         fixed = source.input_map(torch.float32)
         self.fixed, self.bits, self.symmetric, self.state = fixed, source.bits, source.symmetric, source.state
         self.group = source.group_size or source.in_features
-        self._typed = {name: getattr(fixed, name) for name in ("keep", "left_out", "leaves_out")}
+        self._typed = {name: getattr(fixed, name) for name in ("keep", "left_out", "leaves_out", "uses")}
         self.left = nn.Parameter(fixed.left.clone())
         self.right = nn.Parameter(fixed.right.clone())
         scale = fixed.channel_scale
         self.log_scale = nn.Parameter(scale.log()) if scale is not None else None
         self.clip = nn.Parameter(_logit(source.clip.float()))
+        self._near: dict[str, torch.Tensor] = {}  # inverses before the last step
         self._last: tuple[torch.Tensor, tuple] | None = None
         self.inverses: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forget(self) -> None:
         """Drop what was computed from the parameters before a step."""
         self._last = self.inverses = None
+
+    def _inverse(self, name: str) -> torch.Tensor:
+        """Inverse of a factor. A step changes it little, so on a GPU a few products find it from the one before: a
+        decomposition would take more kernels, and cannot be recorded.
+        """
+        factor = getattr(self, name)
+        if not factor.is_cuda:
+            return torch.linalg.inv_ex(factor)[0]  # a singular factor yields NaN loss
+        if name not in self._near:
+            self._near[name] = torch.linalg.inv(factor.detach())
+        return followed_inverse(factor, self._near[name])
 
     def current(self) -> InputMap:
         """The map with the parameters as they are now."""
@@ -58,8 +86,7 @@ class LearnedInput(nn.Module):
         """Rounded z, p and types of rows `x`; computed once for the linears that share `x`."""
         if self._last is not None and self._last[0] is x:
             return self._last[1]
-        # inv_ex does not check for singularity, hence does not wait for the device; a singular factor yields NaN loss
-        self.inverses = (torch.linalg.inv_ex(self.left)[0], torch.linalg.inv_ex(self.right)[0])
+        self.inverses = (self._inverse("left"), self._inverse("right"))
         types = self.state.of(x) if len(self.clip) > 1 else None
         z, low_rank = self.current().apply(x.float(), types)
         if self.bits < 16:
@@ -114,21 +141,57 @@ def build_twins(
     return twins, inputs
 
 
+class Target:
+    """A batch's wanted block output, and how far another one is from it.
+
+    Every token type counts by its relative error: the sink's output is thousands of times larger than the others', and
+    would decide everything.
+
+    Args:
+        output (`torch.Tensor` of shape `(batch, sequence, d)`): Wanted.
+        types (`torch.Tensor` of shape `(batch, sequence)`, *optional*): Token types.
+    """
+
+    def __init__(self, output: torch.Tensor, types: torch.Tensor | None):
+        self.output = output
+        energy = output.float().square().mean(-1, keepdim=True)
+        mean = energy.mean()
+        if types is not None and types.shape == output.shape[:-1]:
+            types, mean = types.to(output.device).unsqueeze(-1), torch.zeros_like(energy)
+            for kind in types.unique():
+                mean[types == kind] = energy[types == kind].mean()
+        self.weight = 1 / mean.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def loss(self, output: torch.Tensor) -> torch.Tensor:
+        """Relative squared error, the mean over tokens."""
+        return ((output.float() - self.output.float()).square() * self.weight).mean()
+
+
+def map_parameters(twins: dict[str, LearnedLinear], inputs: list[LearnedInput], rate: float) -> list[dict]:
+    """For the optimizer: transforms and channel scales, and clips at a rate of their own."""
+    slow = [p for source in inputs for n, p in source.named_parameters() if n != "clip"]
+    fast = [source.clip for source in inputs] + [twin.clip for twin in twins.values()]
+    return [{"params": slow, "lr": rate}, {"params": fast, "lr": rate * CLIP_RATE}]
+
+
 def learn(
     block: nn.Module,
-    twins: dict[str, LearnedLinear],
-    inputs: list[LearnedInput],
+    twins: dict[str, nn.Module],
+    parameters: list[dict],
+    forget: Callable[[], None],
     run: Callable[[int], torch.Tensor],
-    targets: list[torch.Tensor],
+    targets: list[Target],
     config: FreeActConfig,
 ) -> dict[str, float]:
     """Train the twins in place of the block's linears, then take them out again.
 
     Args:
         block: The block; its quantized modules are back in place afterwards.
-        twins, inputs: From [`build_twins`].
+        twins: In place of the block's linears meanwhile, by name.
+        parameters (`list[dict]`): What is learned, with learning rates.
+        forget: Called before each step.
         run: Runs the block on batch `i` and returns its output.
-        targets (`list[torch.Tensor]`): Wanted outputs per batch; the last batch is held out.
+        targets (`list[Target]`): Wanted outputs per batch; the last batch is held out.
         config ([`FreeActConfig`]): Epochs, learning rate, seed.
 
     Returns:
@@ -137,37 +200,42 @@ def learn(
     replaced = {name: block.get_submodule(name) for name in twins}
     for name, twin in twins.items():
         block.set_submodule(name, twin)
-    slow = [p for source in inputs for n, p in source.named_parameters() if n != "clip"]
-    fast = [source.clip for source in inputs] + [twin.clip for twin in twins.values()]
     rate = config.learning_rate
-    optimizer = torch.optim.AdamW([{"params": slow, "lr": rate}, {"params": fast, "lr": rate * CLIP_RATE}])
+    device = targets[0].output.device
+    optimizer = torch.optim.AdamW(parameters, fused=device.type == "cuda")
+    changed = [p for group in parameters for p in group["params"]]
+    learned = {id(p) for p in changed}
     train = list(range(max(1, len(targets) - 1)))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * len(train), eta_min=rate * 1e-3)
     generator = torch.Generator().manual_seed(config.seed)
-    energy = [target.float().square().mean() for target in targets]
     history: list[torch.Tensor] = []
-    frozen = [p for p in block.parameters() if p.requires_grad and not any(p is q for q in slow + fast)]
+    frozen = [p for p in block.parameters() if p.requires_grad and id(p) not in learned]
     for parameter in frozen:
         parameter.requires_grad_(False)
+
+    def step(i: int) -> torch.Tensor:
+        forget()
+        loss = targets[i].loss(run(i))
+        (loss / loss.detach().clamp_min(1e-20)).backward()
+        return loss.detach()
+
     try:
         with torch.enable_grad():
+            recorded = record(step, changed, train, device)
             for _ in range(config.epochs):
-                total = torch.zeros((), device=targets[0].device)
+                total = torch.zeros((), device=device)
                 for i in torch.randperm(len(train), generator=generator).tolist():
-                    for source in inputs:
-                        source.forget()
-                    loss = (run(i).float() - targets[i].float()).square().mean()
-                    optimizer.zero_grad(set_to_none=True)
-                    (loss / loss.detach().clamp_min(1e-20)).backward()
+                    if recorded is None:
+                        optimizer.zero_grad(set_to_none=True)
+                    loss = step(i) if recorded is None else recorded(i)
                     optimizer.step()
                     schedule.step()
-                    total += loss.detach() / energy[i]
+                    total += loss
                 history.append(total / len(train))
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        for source in inputs:
-            source.forget()
+        forget()
         for name, module in replaced.items():
             block.set_submodule(name, module)
     return {"first_loss": float(history[0]), "last_loss": float(history[-1])}

@@ -32,6 +32,7 @@ class FreeActHfQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._user_device_map: Any = None
         self._data: Any = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     # ---------------------------------------------------------------- before loading
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -54,13 +55,14 @@ class FreeActHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:
-            from optimum_freeact.hf.serialization import check_checkpoint, check_names
+            from optimum_freeact.hf.serialization import check_checkpoint, check_names, shapes_of
             from optimum_freeact.modules.surgery import build_empty
             from optimum_freeact.type_state import attach_state
 
             names = check_checkpoint(kwargs.get("checkpoint_files"))
             build_empty(model, self.quantization_config, attach_state(model))
             check_names(model, names)
+            self._shapes = shapes_of(model)
         return model
 
     # ---------------------------------------------------------------- after loading
@@ -69,7 +71,7 @@ class FreeActHfQuantizer(HfQuantizer):
         from optimum_freeact.modules.runtime import activate
 
         if self.pre_quantized:
-            check_loaded(model)
+            check_loaded(model, self._shapes)
         else:
             from optimum_freeact.calibration.run import run_calibration
 

@@ -99,15 +99,38 @@ def check_names(model: nn.Module, names: dict[str, str]) -> None:
         )
 
 
-def check_loaded(model: nn.Module) -> None:
-    """Every tensor that this model and its checkpoint have in common came from the checkpoint, and is finite.
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of quantized modules, before anything is loaded: as the config asks for."""
+    kinds = (FreeActLinear, FreeActInput, CacheMeanBuffers)
+    return {
+        f"{name}.{key}": tuple(tensor.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+        for key, tensor in {**module._parameters, **module._buffers}.items()
+        if tensor is not None
+    }
+
+
+def check_loaded(model: nn.Module, expected: dict[str, tuple[int, ...]]) -> None:
+    """Every tensor that this model and its checkpoint have in common came from the checkpoint, fits, and is finite.
+
+    transformers before 5.22 takes tensors of any shape into a quantized model, hence `expected`, from [`shapes_of`].
 
     transformers initialises what a checkpoint lacks, with a warning only. That is right for the new head of another
     task, and for nothing else: a checkpoint of this very class must hold everything.
 
     Raises:
-        `ValueError`: naming the first missing tensors.
+        `ValueError`: naming the first missing tensors, or those of another shape.
     """
+    found = shapes_of(model)
+    other = [
+        f"{name} {found[name]}, not {shape}" for name, shape in expected.items() if found.get(name, shape) != shape
+    ]
+    if other:
+        raise ValueError(
+            f"{len(other)} tensors of the checkpoint mismatch its quantization_config, the first are {other[:3]}: the config "
+            "was changed after saving. Restore it, or fetch or save the model again."
+        )
     same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
     inner = model if same_class else getattr(model, "base_model", model)
     missing = []

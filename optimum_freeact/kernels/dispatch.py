@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.numerics.kronecker import factor_pair
 
 
@@ -165,11 +166,38 @@ def plan(device: torch.device | str, **layer) -> Plan:
         return Plan(
             "triton",
             "4-bit Triton kernels",
-            f"compute capability {major}.{minor}; one row to {DP4A_ROWS} on plain cores, more on int8 tensor cores",
+            f"compute capability {major}.{minor}; one row to {DP4A_ROWS} on plain cores, more on int8 tensor cores"
+            + (", many by warps with roles of their own" if (major, minor) == (9, 0) else ""),
         )
     from optimum_freeact.kernels.native import kind
 
     return Plan("native", "4-bit kernel in C", f"packed weights stay packed; compiled once for this CPU ({kind()})")
+
+
+HOPPER_TILES = 96  # tiles of 128 rows by 256 outputs from which keeping programs on their multiprocessors pays
+
+
+@cache
+@torch.compiler.assume_constant_result
+def is_hopper(index: int | None) -> bool:
+    """Whether a CUDA device has compute capability 9.0, for which a kernel is written in Gluon."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) == (9, 0)
+
+
+def hopper_kernel(rows: Rows, weight: Weight, out_dtype: torch.dtype) -> str | None:
+    """The module whose kernel for Hopper serves these rows best, or `None` where the others do."""
+    if not rows.codes.is_cuda or not is_hopper(rows.codes.device.index):
+        return None
+    return hopper_choice(
+        len(rows.codes), *weight.packed.shape, 0 if rows.branch is None else rows.branch.shape[1], out_dtype
+    )
+
+
+def hopper_choice(n: int, m: int, half: int, branch: int, out_dtype: torch.dtype) -> str | None:
+    """[`hopper_kernel`] by sizes: rows, outputs, bytes of a row of the weight, columns of the branch."""
+    if n <= 64 or m % 8 or half % 64 or branch > 64 or out_dtype.itemsize != 2:
+        return None  # few rows, or sizes that the copy engine's pieces do not divide
+    return "w4_hopper" if -(-n // 128) * -(-m // 256) >= HOPPER_TILES else None
 
 
 DP4A_ROWS = 4  # rows up to which plain cores multiply as fast as memory brings the weight

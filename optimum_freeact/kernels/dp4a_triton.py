@@ -51,6 +51,7 @@ def _dp4a_linear(
         ).to(tl.float32)
         low_rank_scale = tl.load(low_rank_scale_ptr + c, mask=c < RANK, other=0.0)
     if PDL:  # the weights are on their way while the codes are still being made
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     for t in tl.static_range(N):
         even = tl.load(codes_ptr + t * 2 * WORDS + k, mask=k < WORDS, other=0)
@@ -96,6 +97,7 @@ def w4_linear(
         weight.row_sum, low_rank, weight.low_rank_scale, bias, y, m, n_bias, N=n, WORDS=words,
         HAS_TYPES=types is not None, HAS_BIAS=bias is not None, RANK=rank,
         PR=16 if rows.branch is None else rows.branch.shape[1], BN=launch["BN"], BW=wide, PLAIN=INTERPRETED, PDL=bool(pdl),
+
         num_warps=launch["warps"], **pdl,
     )  # fmt: skip
     return y

@@ -10,29 +10,36 @@ import json
 import os
 from functools import cache
 
+import torch
+
 from optimum_freeact.kernels.triton_state import INTERPRETED
 
 
-# Per kernel: (rows at most, settings). Rounding: `rows` x `chunk` x `steps` of a program of the projection, `correct_rows`
+# Per kernel: (rows at most, settings). Rounding: `rows` x `chunk` numbers at a time of a program of the projection, at most
+# `parts` programs for the same rows and about `fill` in all, `correct_rows`
 # x `elements` of a program that corrects, `programs` that finish. Products: BM rows of codes, BN outputs, BK bytes, GROUP
 # blocks of outputs in a row. `pdl`: programmatic dependent launch.
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
-        (64, {"rows": 16, "chunk": 256, "steps": 1, "project_warps": 4, "correct_rows": 16, "elements": 1,
-              "correct_warps": 4, "programs": 132, "finish_warps": 4, "pdl": False}),
-        (None, {"rows": 16, "chunk": 256, "steps": 512, "project_warps": 4, "correct_rows": 64, "elements": 512,
-                "correct_warps": 4, "programs": 792, "finish_warps": 4, "pdl": False}),
+        (4, {"rows": 16, "chunk": 512, "parts": 64, "fill": 264, "project_warps": 8, "correct_rows": 16, "elements": 1,
+             "correct_warps": 4, "programs": 132, "summed": True, "finish_rows": 1, "finish_warps": 4, "finish_stages": 2,
+             "tokens": None, "pdl": True}),
+        (64, {"rows": 16, "chunk": 256, "parts": 64, "fill": 264, "project_warps": 4, "correct_rows": 16, "elements": 1,
+              "correct_warps": 4, "programs": 132, "summed": True, "finish_rows": 1, "finish_warps": 4, "finish_stages": 2,
+              "tokens": None, "pdl": True}),
+        (None, {"rows": 64, "chunk": 128, "parts": 4, "fill": 128, "project_warps": 4, "correct_rows": 64, "elements": 256,
+                "correct_warps": 4, "programs": 792, "summed": True, "finish_rows": 2, "finish_warps": 4, "finish_stages": 2, "tokens": None, "pdl": False}),
     ],
-    "dp4a": [(1, {"words": 4096, "warps": 4, "pdl": False}), (None, {"words": 2048, "warps": 2, "pdl": False})],
+    "dp4a": [
+        (1, {"words": 4096, "warps": 4, "pdl": True}),
+        (None, {"words": 2048, "warps": 2, "pdl": True}),
+    ],
     "w4": [
-        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": False}),
-        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": False}),
+        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
+        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
         (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "pdl": False}),
     ],
 }  # fmt: skip
-
-
-MOST_PARTS = 16
 
 
 @cache
@@ -59,16 +66,12 @@ def _find(entries: list[tuple[int | None, dict]], n: int) -> dict:
     return next(settings for most, settings in entries if most is None or n <= most)
 
 
-def round_launch(n: int, d: int) -> dict:
-    """Settings to round `n` rows of `d` numbers."""
-    found = dict(_find(_settings()["round"], n))
-    if n > 64 and n < 1024:  # too few blocks of rows to fill the GPU: more parts of each row
-        found["steps"] = max(1, found["steps"] // 4)
-    if n <= 64:  # more parts than this no longer fit into registers where they are summed
-        found["steps"] = max(found["steps"], -(-d // (MOST_PARTS * found["chunk"])))
-    if d > 8192 and n > 64:
-        found["steps"] *= 2
-    return found
+def round_launch(n: int, d: int, changes: dict) -> dict:
+    """Settings to round `n` rows of `d` numbers; `changes` override."""
+    found = {**_find(_settings()["round"], n), **changes}
+    blocks = -(-n // found["rows"])  # of rows; each is cut into so many parts that the GPU is full
+    parts = max(1, min(found["parts"], -(-d // found["chunk"]), -(-found["fill"] // blocks)))
+    return {**found, "steps": -(-d // (found["chunk"] * parts))}
 
 
 def dp4a_launch(n: int, wide: int) -> dict:
@@ -87,6 +90,11 @@ def w4_launch(n: int, m: int, half: int) -> dict:
     return {"SPLIT": split, **found}
 
 
+@cache
+def _has_dependent_launch() -> bool:
+    return not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+
+
 def launch_pdl(wanted: bool) -> dict:
     """The launch argument for programmatic dependent launch (Hopper and later), where it is wanted."""
-    return {"launch_pdl": True} if wanted and not INTERPRETED else {}
+    return {"launch_pdl": True} if wanted and _has_dependent_launch() else {}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
 from optimum_freeact.kernels import reference
-from optimum_freeact.kernels.dispatch import DP4A_ROWS
+from optimum_freeact.kernels.dispatch import DP4A_ROWS, hopper_kernel
 from optimum_freeact.kernels.tables import TENSORS, InputTables, branch_width
 
 
@@ -49,7 +50,7 @@ def _attempt(name: str, kernel, fallback):
                 if name not in _failed:
                     _failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
                     logger.warning(
-                        "The kernel %s failed (%s); plain torch takes its place from here on, at a loss of speed only. "
+                        "The kernel %s failed (%s); another takes its place from here on, at a loss of speed only. "
                         "FREEACT_KERNELS=torch avoids the attempt.",
                         name,
                         _failed[name],
@@ -105,12 +106,33 @@ round_rows_op = torch.library.custom_op("freeact::round_rows", _round_rows, muta
 @round_rows_op.register_fake
 def _(x, types, mean, channel_scale, basis, basis_scale, left, right, clip, *others):  # noqa: ARG001
     n, d = x.shape
-    width = 0 if basis is None else branch_width(basis.shape[0], clip.shape[0])
+    width = 0 if basis_scale is None else branch_width(basis_scale.shape[0], clip.shape[0])
     return (
         x.new_empty((n, d), dtype=torch.int8),
         x.new_empty((3, n), dtype=torch.float32),
         x.new_empty((n, width), dtype=torch.float32),
     )
+
+
+def _on_gpu(rows: reference.Rows, types: Tensor | None, weight: reference.Weight, out_dtype: torch.dtype) -> Tensor:
+    """The kernel for this number of rows on this GPU; one that fails gives way to those that run on any."""
+    from optimum_freeact.kernels import dp4a_triton, w4_triton
+
+    n, d = rows.codes.shape
+
+    def plain() -> Tensor:
+        few = 0 < n <= DP4A_ROWS and d % 8 == 0
+        return (dp4a_triton if few else w4_triton).w4_linear(rows, types, weight, out_dtype)
+
+    name = hopper_kernel(rows, weight, out_dtype)
+    if name is None:
+        return plain()
+
+    def own() -> Tensor:
+        module = import_module(f"optimum_freeact.kernels.{name}")
+        return module.w4_linear(rows, types, weight, out_dtype)
+
+    return _attempt(name, own, plain)
 
 
 def _w4_linear(
@@ -137,11 +159,7 @@ def _w4_linear(
             from optimum_freeact.kernels.native import w4_linear as native_linear
 
             return native_linear(rows, types, weight, out_dtype, bits)
-        from optimum_freeact.kernels import dp4a_triton, w4_triton
-
-        if 0 < len(codes) <= DP4A_ROWS and codes.shape[1] % 8 == 0:
-            return dp4a_triton.w4_linear(rows, types, weight, out_dtype)
-        return w4_triton.w4_linear(rows, types, weight, out_dtype)
+        return _on_gpu(rows, types, weight, out_dtype)
 
     name = f"w4_linear[{'few' if len(codes) <= DP4A_ROWS else 'many'}]"
     return _attempt(name, kernel, lambda: reference.w4_linear(rows, types, weight, out_dtype))

@@ -18,6 +18,9 @@ before it waits; nothing is written before the wait.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +29,7 @@ from optimum_freeact.kernels.launches import launch_pdl, round_launch
 from optimum_freeact.kernels.reference import Rows
 from optimum_freeact.kernels.tables import InputTables, padded
 from optimum_freeact.kernels.triton_state import DOT_TYPE
+from optimum_freeact.kernels.w4_triton import counters
 
 
 HEADROOM = 128.0  # largest |u| of a row in float16: a rotation may gather a whole row of 2^17 entries in one
@@ -33,17 +37,22 @@ HEADROOM = 128.0  # largest |u| of a row in float16: a rotation may gather a who
 
 @triton.jit
 def _store_rounded(
-    z, inside, row, clip, undo, codes_ptr, stats_ptr, n, i, j,
-    A: tl.constexpr, B: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr,
-    WHOLE: tl.constexpr,
+    z, rows, alive, clip, undo, codes_ptr, stats_ptr, n, i, j,
+    A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
-    """Grid, codes and their sum of one row, whose values are `undo * z`.
+    """Grid, codes and their sum of some rows, whose values are `undo * z`, z of shape (PA, rows, PB).
 
     What is not finite anywhere in a row was spread over all of it by the rotation, so the extremes tell.
     """
-    low = tl.min(tl.min(z if WHOLE else tl.where(inside, z, float("inf")), 1), 0)
-    high = tl.max(tl.max(z if WHOLE else tl.where(inside, z, float("-inf")), 1), 0)
-    bad = (tl.abs(high - low) < float("inf")) == 0
+    is_column = (j < B)[None, None, :]
+    if B == PB:  # rows that pad a tile repeat its first one
+        low, high = tl.min(z, 2), tl.max(z, 2)
+    else:
+        low = tl.min(tl.where(is_column, z, float("inf")), 2)
+        high = tl.max(tl.where(is_column, z, float("-inf")), 2)
+    low, high = tl.min(low, 0), tl.max(high, 0)
+    good = tl.abs(high - low) < float("inf")
     if SYMMETRIC:
         scale = tl.maximum(tl.abs(low), tl.abs(high)) * clip / (QMAX + 0.5)
         scale = tl.where(scale > 0, scale, 1.0 / undo)
@@ -55,36 +64,81 @@ def _store_rounded(
         offset = middle - half - scale * QMIN
         scale = tl.where(half > 0, scale, 1.0 / undo)
         offset = tl.where(half > 0, offset, middle)
-    # rounding half to even: added to 1.5 * 2^23 a number has its integer part in its last bits
-    steps = tl.minimum(tl.maximum(z * (1.0 / scale) - offset / scale, QMIN * 1.0), QMAX * 1.0)
-    codes = (steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-    codes = tl.where(bad, 0, codes)
-    if not WHOLE:
-        codes = tl.where(inside, codes, 0)
+    # rounding half to even: a number added to 1.5 * 2^23 has its integer part in its last bits
+    MAGIC: tl.constexpr = 12582912.0
+    inverse = 1.0 / scale
+    shift = offset * inverse
+    steps = z * inverse[None, :, None] - shift[None, :, None]
+    steps = tl.minimum(tl.maximum(steps, QMIN * 1.0), QMAX * 1.0) + MAGIC
+    bits = steps.to(tl.int32, bitcast=True)
     HALF: tl.constexpr = B // 2  # the columns of the right factor are split, so those of z are
     column = i[:, None] * HALF + tl.where(j < HALF, j, j - HALF + A * HALF)[None, :]
-    if WHOLE:
-        tl.store(codes_ptr + row * tl.full((), A * B, tl.int64) + column, codes.to(tl.int8))
-    else:
-        tl.store(codes_ptr + row * tl.full((), A * B, tl.int64) + column, codes.to(tl.int8), mask=inside)
-    nan = tl.where(bad, float("nan"), 0.0)
-    tl.store(stats_ptr + row, scale * undo + nan)
-    tl.store(stats_ptr + n + row, offset * undo + nan)
-    tl.store(stats_ptr + 2 * n + row, tl.sum(tl.sum(codes, 1), 0).to(tl.float32))
+    place = codes_ptr + (rows.to(tl.int64) * (A * B))[None, :, None] + column[:, None, :]
+    inside = (i < A)[:, None, None] & is_column & alive[None, :, None]
+    tl.store(place, bits.to(tl.int8), mask=inside)
+    counted = bits - 0x4B400000
+    if A != PA or B != PB:
+        counted = tl.where((i < A)[:, None, None] & is_column, counted, 0)
+    total = tl.sum(tl.sum(counted, 2), 0)
+    if tl.min(good.to(tl.int32), 0) == 0:
+        tl.store(place, tl.zeros_like(bits).to(tl.int8), mask=inside & (good == 0)[None, :, None])
+        total = tl.where(good, total, 0)
+    nan = tl.where(good, 0.0, float("nan"))
+    tl.store(stats_ptr + rows, scale * undo + nan, mask=alive)
+    tl.store(stats_ptr + n + rows, offset * undo + nan, mask=alive)
+    tl.store(stats_ptr + 2 * n + rows, total.to(tl.float32), mask=alive)
+
+
+@triton.jit
+def _taken_off(
+    part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means,
+    HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """From the parts of a projection: branch, factors of the table's lines in two bfloat16 numbers each, and a bound of |u|."""
+    r = tl.arange(0, PR)
+    peak = tl.full((ROWS,), 0.0, tl.float32)
+    for part in tl.static_range(PARTS):
+        peak = tl.maximum(peak, tl.load(peak_ptr + part * n + safe, cache_modifier=".cg"))
+    if HAS_CHANNEL:
+        peak *= tl.load(reach_ptr + n_means)
+    if HAS_MEAN:
+        peak += tl.load(reach_ptr + kind)
+    peak = tl.maximum(peak, 1e-30)
+    p = tl.zeros((ROWS, PR), tl.float32)
+    factor = p
+    if RANK > 0:
+        in_rank = r < RANK
+        for part in tl.static_range(PARTS):
+            p += tl.load(part_ptr + (part * n + safe)[:, None] * PR + r[None, :], cache_modifier=".cg")
+        if HAS_MEAN:
+            p -= tl.load(mean_branch_ptr + kind[:, None] * RANK + r[None, :], mask=in_rank[None, :], other=0.0)
+        scale = tl.load(basis_scale_ptr + r, mask=in_rank, other=0.0)
+        p = tl.where(in_rank[None, :], p * scale[None, :], 0.0)
+        factor = -p * scale[None, :]
+    upper = factor.to(tl.bfloat16)
+    lower = (factor - upper.to(tl.float32)).to(tl.bfloat16)
+    if HAS_MEAN and not HAS_CHANNEL:
+        upper = tl.where(r[None, :] == RANK + kind[:, None], -1.0, upper.to(tl.float32)).to(tl.bfloat16)
+    return p, upper, lower, peak
 
 
 @triton.jit
 def _project(
-    x_ptr, channel_ptr, basis_ptr, part_ptr, peak_ptr, n,
-    HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, STEPS: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, types_ptr, channel_ptr, basis_ptr, part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr,
+    branch_ptr, factors_ptr, undo_ptr, count_ptr, n, n_means,
+    HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
+    SUMMED: tl.constexpr, LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Codes of the basis times some columns of some rows as they come, and the largest magnitude there."""
+    """Codes of the basis times some columns of some rows as they come, and the largest magnitude there.
+
+    With `SUMMED` the last program of some rows also makes of the parts what `_correct` needs.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
     at = tl.minimum(rows, n - 1).to(tl.int64) * D
     r = tl.arange(0, PR)
-    basis_at = tl.minimum(r, RANK - 1) * D  # rows past the last give columns that nobody reads
     p = tl.zeros((ROWS, PR), tl.float32)
     peak = tl.zeros((ROWS, CHUNK), tl.float32)
     if PDL:
@@ -99,30 +153,67 @@ def _project(
         peak = tl.maximum(peak, tl.abs(x.to(tl.float32)))
         if RANK > 0:
             if D % (CHUNK * STEPS) == 0:
-                basis = tl.load(basis_ptr + basis_at[None, :] + o[:, None])
+                basis = tl.load(basis_ptr + r[None, :] * D + o[:, None])
             else:
-                basis = tl.load(basis_ptr + basis_at[None, :] + o[:, None], mask=(o < D)[:, None], other=0)
+                basis = tl.load(basis_ptr + r[None, :] * D + o[:, None], mask=(o < D)[:, None], other=0)
             if HAS_CHANNEL:
                 u = x.to(tl.float32) * tl.load(channel_ptr + o, mask=o < D, other=0.0)[None, :]
                 upper = u.to(tl.bfloat16)
                 p = tl.dot((u - upper.to(tl.float32)).to(tl.bfloat16).to(DOT), basis.to(DOT), p)
                 p = tl.dot(upper.to(DOT), basis.to(DOT), p)
+            elif x_ptr.dtype.element_ty == tl.bfloat16:
+                p = tl.dot(x.to(DOT), basis.to(DOT), p)
             else:
-                EXACT: tl.constexpr = tl.float32 if DOT == tl.float32 else x_ptr.dtype.element_ty
-                p = tl.dot(x.to(EXACT), basis.to(EXACT), p)
+                p = tl.dot(x, basis.to(x_ptr.dtype.element_ty), p)
     alive = rows < n
     tl.store(peak_ptr + part * n + rows, tl.max(peak, 1), mask=alive)
     if RANK > 0:
         tl.store(part_ptr + (part * n + rows)[:, None] * PR + r[None, :], p, mask=alive[:, None])
+    if SUMMED:
+        tl.debug_barrier()
+        arrived = tl.atomic_add(count_ptr + tl.program_id(0), 1, sem="acq_rel")
+        if arrived == PARTS - 1:
+            tl.store(count_ptr + tl.program_id(0), 0)  # ready for the next launch
+            safe = tl.minimum(rows, n - 1)
+            kind = tl.zeros((ROWS,), tl.int64)
+            if HAS_TYPES:
+                kind = tl.minimum(tl.load(types_ptr + safe), n_means - 1)
+            p, upper, lower, bound = _taken_off(
+                part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means, HAS_MEAN,
+                HAS_CHANNEL, RANK, PR, ROWS, PARTS,
+            )  # fmt: skip
+            if RANK > 0:
+                tl.store(branch_ptr + rows[:, None] * PR + r[None, :], p, mask=alive[:, None])
+            tl.store(factors_ptr + rows[:, None] * (2 * PR) + r[None, :], upper, mask=alive[:, None])
+            tl.store(factors_ptr + rows[:, None] * (2 * PR) + PR + r[None, :], lower, mask=alive[:, None])
+            tl.store(undo_ptr + rows, bound / LIMIT, mask=alive)
+
+
+@triton.jit
+def _row_of_tiles(
+    i, x_ptr, mean_ptr, basis_ptr, safe, kind, j, r,
+    GATHERED: tl.constexpr, LINES: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """What a row of some tokens' tiles is made of: the tokens' numbers and what is to be taken off."""
+    column = i * B + j
+    at = safe.to(tl.int64)[:, None] * D + column[None, :]
+    x = tl.load(x_ptr + at) if B == PB else tl.load(x_ptr + at, mask=(j < B)[None, :], other=0.0)
+    mean, lines = x, x
+    if GATHERED:
+        mean = tl.load(mean_ptr + kind[:, None] * D + column[None, :], mask=(j < B)[None, :], other=0.0)
+    if LINES:
+        at = r[:, None] * D + column[None, :]
+        lines = tl.load(basis_ptr + at) if B == PB else tl.load(basis_ptr + at, mask=(j < B)[None, :], other=0.0)
+    return x, mean, lines
 
 
 @triton.jit
 def _correct(
     x_ptr, types_ptr, mean_ptr, mean_branch_ptr, reach_ptr, channel_ptr, basis_ptr, basis_scale_ptr, right_ptr,
-    part_ptr, peak_ptr, turned_ptr, branch_ptr, undo_ptr, n, n_means,
+    part_ptr, peak_ptr, turned_ptr, branch_ptr, factors_ptr, undo_ptr, n, n_means,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
-    PM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr,
-    PARTS: tl.constexpr, LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, PARTS: tl.constexpr,
+    SUMMED: tl.constexpr, LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """NB rows of the tiles of some tokens: less mean and branch, in float16, times the right factor."""
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -130,104 +221,87 @@ def _correct(
     alive = tokens < n
     safe = tl.minimum(tokens, n - 1)
     D: tl.constexpr = A * B
+    GATHERED: tl.constexpr = HAS_MEAN and HAS_CHANNEL  # means are subtracted before the scale, the branch after it
+    FOLDED: tl.constexpr = HAS_MEAN and not HAS_CHANNEL  # means are lines of the table as the basis is
+    LINES: tl.constexpr = FOLDED or RANK > 0
     j = tl.arange(0, PB)
     r = tl.arange(0, PR)
-    k = tl.arange(0, PM)
     right = tl.load(right_ptr + j[:, None] * PB + j[None, :])
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     kind = tl.zeros((ROWS,), tl.int64)
-    if HAS_TYPES:
+    if HAS_TYPES and (GATHERED or not SUMMED):
         kind = tl.minimum(tl.load(types_ptr + safe), n_means - 1)
-        whose = (kind[:, None] == k[None, :]).to(tl.float32).to(DOT)
+    if NB == 1:
+        x, mean, lines = _row_of_tiles(first, x_ptr, mean_ptr, basis_ptr, safe, kind, j, r, GATHERED, LINES, B, PB, D)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    peak = tl.full((ROWS,), 0.0, tl.float32)
-    for part in tl.static_range(PARTS):
-        peak = tl.maximum(peak, tl.load(peak_ptr + part * n + safe))
-    if HAS_CHANNEL:
-        peak *= tl.load(reach_ptr + n_means)
-    if HAS_MEAN:
-        peak += tl.load(reach_ptr + kind)
-    peak = tl.maximum(peak, 1e-30)
-    if RANK > 0:
-        in_rank = r < RANK
-        p = tl.zeros((ROWS, PR), tl.float32)
-        for part in tl.static_range(PARTS):
-            p += tl.load(part_ptr + (part * n + safe)[:, None] * PR + r[None, :])
-        if HAS_MEAN:
-            p -= tl.load(mean_branch_ptr + kind[:, None] * RANK + r[None, :], mask=in_rank[None, :], other=0.0)
-        scale = tl.load(basis_scale_ptr + r, mask=in_rank, other=0.0)
-        p = tl.where(in_rank[None, :], p * scale[None, :], 0.0)
+    if SUMMED:
+        undo = tl.load(undo_ptr + safe)
+        upper = tl.load(factors_ptr + safe[:, None] * (2 * PR) + r[None, :]).to(DOT)
+        lower = tl.load(factors_ptr + safe[:, None] * (2 * PR) + PR + r[None, :]).to(DOT)
+    else:
+        p, upper, lower, peak = _taken_off(
+            part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means, HAS_MEAN,
+            HAS_CHANNEL, RANK, PR, ROWS, PARTS,
+        )  # fmt: skip
+        undo, upper, lower = peak / LIMIT, upper.to(DOT), lower.to(DOT)
         if tl.program_id(1) == 0:
-            tl.store(branch_ptr + tokens[:, None] * PR + r[None, :], p, mask=alive[:, None])
-        p = -p * scale[None, :]
-        upper = p.to(tl.bfloat16)
-        lower = (p - upper.to(tl.float32)).to(tl.bfloat16).to(DOT)
-        upper = upper.to(DOT)
-    if tl.program_id(1) == 0:
-        tl.store(undo_ptr + tokens, peak / LIMIT, mask=alive)
-    shrink = (LIMIT / peak)[:, None]
+            tl.store(undo_ptr + tokens, undo, mask=alive)
+            if RANK > 0:
+                tl.store(branch_ptr + tokens[:, None] * PR + r[None, :], p, mask=alive[:, None])
+    shrink = (1.0 / undo)[:, None]
     for i in range(first, tl.minimum(first + NB, A)):
+        if NB > 1:
+            x, mean, lines = _row_of_tiles(i, x_ptr, mean_ptr, basis_ptr, safe, kind, j, r, GATHERED, LINES, B, PB, D)
         column = i * B + j
-        inside = j < B
-        if B == PB:
-            x = tl.load(x_ptr + safe.to(tl.int64)[:, None] * D + column[None, :])
-        else:
-            x = tl.load(x_ptr + safe.to(tl.int64)[:, None] * D + column[None, :], mask=inside[None, :], other=0.0)
         u = x.to(tl.float32)
-        if HAS_MEAN:
-            if HAS_TYPES:
-                mean = tl.load(
-                    mean_ptr + k[:, None] * D + column[None, :],
-                    mask=(k < n_means)[:, None] & inside[None, :],
-                    other=0.0,
-                ).to(DOT)
-                u = tl.dot(whose, -mean, u)
-            else:
-                u -= tl.load(mean_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if GATHERED:
+            u -= mean.to(tl.float32)
         if HAS_CHANNEL:
-            u *= tl.load(channel_ptr + column, mask=inside, other=0.0)[None, :]
-        if RANK > 0:
-            basis = tl.load(
-                basis_ptr + tl.minimum(r, RANK - 1)[:, None] * D + column[None, :], mask=inside[None, :], other=0
-            ).to(DOT)
-            u = tl.dot(upper, basis, tl.dot(lower, basis, u))
+            u *= tl.load(channel_ptr + column, mask=j < B, other=0.0)[None, :]
+        if LINES:
+            lines = lines.to(DOT)
+            if RANK > 0:
+                u = tl.dot(lower, lines, u)
+            u = tl.dot(upper, lines, u)
         turned = tl.dot((u * shrink).to(tl.float16), right).to(tl.float16)
         tl.store(
             turned_ptr + tokens.to(tl.int64)[:, None] * D + column[None, :], turned,
-            mask=alive[:, None] & inside[None, :],
+            mask=alive[:, None] & (j < B)[None, :],
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    turned_ptr, undo_ptr, types_ptr, left_ptr, clip_ptr, factor_ptr, codes_ptr, stats_ptr, n, n_clips,
+    turned_ptr, undo_ptr, types_ptr, left_ptr, clip_ptr, factor_ptr, codes_ptr, stats_ptr, n, total, n_clips,
     HAS_TYPES: tl.constexpr, A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Whole tiles: times the left factor, rounded."""
+    """Whole tiles, of TOKENS rows at a time: times the left factor, rounded."""
     i = tl.arange(0, PA)
     j = tl.arange(0, PB)
-    inside = (i < A)[:, None] & (j < B)[None, :]
+    c = tl.arange(0, TOKENS * PB)
     left = tl.load(left_ptr + i[:, None] * PA + i[None, :])
     factor = tl.load(factor_ptr)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    for row in range(tl.program_id(0), n, tl.num_programs(0)):
-        tile = row * tl.full((), A * B, tl.int64) + i[:, None] * B + j[None, :]
+    for first in range(tl.program_id(0) * TOKENS, n, tl.num_programs(0) * TOKENS):
+        token = tl.minimum(first + c // PB, n - 1).to(tl.int64)
+        tile = turned_ptr + i[:, None] * B + (token * (A * B) + c % PB)[None, :]
         if A == PA and B == PB:
-            z = tl.dot(left, tl.load(turned_ptr + tile))
+            turned = tl.load(tile)
         else:
-            z = tl.dot(left, tl.load(turned_ptr + tile, mask=inside, other=0.0))
-        kind = tl.load(types_ptr + row) if HAS_TYPES else 0
-        clip = tl.load(clip_ptr + (tl.minimum(kind, n_clips - 1) if HAS_TYPES else 0))
-        undo = tl.load(undo_ptr + row) * factor
+            turned = tl.load(tile, mask=(i < A)[:, None] & (c % PB < B)[None, :], other=0.0)
+        z = tl.reshape(tl.dot(left, turned), (PA, TOKENS, PB))
+        rows = first + tl.arange(0, TOKENS)
+        safe = tl.minimum(rows, n - 1)
+        clip = tl.load(clip_ptr + (tl.minimum(tl.load(types_ptr + safe), n_clips - 1) if HAS_TYPES else safe * 0))
+        undo = tl.load(undo_ptr + safe) * factor
         _store_rounded(
-            z, inside, row, clip, undo, codes_ptr, stats_ptr, n, i, j, A, B, QMIN, QMAX, SYMMETRIC,
-            A == PA and B == PB,
-        )  # fmt: skip
+            z, rows, rows < n, clip, undo, codes_ptr, stats_ptr, total, i, j, A, B, PA, PB, QMIN, QMAX, SYMMETRIC
+        )
 
 
 def round_rows(
@@ -245,37 +319,69 @@ def round_rows(
         return Rows(codes, stats, branch)
     if len(tables.clip) == 1 and (tables.mean is None or len(tables.mean) == 1):
         types = None
+    launch = round_launch(min(n, (options or {}).get("tokens") or n), d, options or {})
+    chunk = launch["tokens"] or n
+    scratch = _scratch(min(chunk, n), d, tables, launch, x.device)
+    for start in range(0, n, chunk):  # what one launch writes is still in the cache when the next one reads it
+        end = min(start + chunk, n)
+        own = None if types is None else types[start:end]
+        mine = None if branch is None else branch[start:end]
+        _launch(x[start:end], own, tables, launch, scratch, codes[start:end], stats, start, mine)
+    return Rows(codes, stats, branch)
+
+
+class _Scratch(NamedTuple):
+    parts: int
+    steps: int
+    part: torch.Tensor | None
+    peak: torch.Tensor
+    undo: torch.Tensor
+    factors: torch.Tensor | None
+    turned: torch.Tensor
+
+
+def _scratch(n: int, d: int, tables: InputTables, launch: dict, device: torch.device) -> _Scratch:
+    steps = min(launch["steps"], triton.cdiv(d, launch["chunk"]))
+    parts = triton.cdiv(d, launch["chunk"] * steps)
+    floats = partial(torch.empty, dtype=torch.float32, device=device)
+    turned = torch.empty(n, d, dtype=torch.float16, device=device)
+    part = floats(parts, n, tables.branch) if tables.rank else None
+    factors = torch.empty(n, 2 * tables.branch, dtype=torch.bfloat16, device=device) if launch["summed"] else None
+    return _Scratch(parts, steps, part, floats(parts, n), floats(n), factors, turned)
+
+
+def _launch(
+    x: torch.Tensor, types: torch.Tensor | None, tables: InputTables, launch: dict, scratch: _Scratch,
+    codes: torch.Tensor, stats: torch.Tensor, start: int, branch: torch.Tensor | None,
+) -> None:  # fmt: skip
+    n, d = x.shape
     pa, pb = padded(tables.a), padded(tables.b)
     qmax = (1 << (tables.bits - 1)) - 1
-    launch = {**round_launch(n, d), **(options or {})}
-    rows, chunk = launch["rows"], launch["chunk"]
-    steps = min(launch["steps"], triton.cdiv(d, chunk))
-    parts = triton.cdiv(d, chunk * steps)
-    part = torch.empty(parts, n, tables.branch, dtype=torch.float32, device=x.device) if tables.rank else None
-    peak = torch.empty(parts, n, dtype=torch.float32, device=x.device)
-    undo = torch.empty(n, dtype=torch.float32, device=x.device)
-    turned = torch.empty(n, d, dtype=torch.float16, device=x.device)
     n_means = 1 if tables.mean is None else len(tables.mean)
     pdl = launch_pdl(launch["pdl"])
-    has = {"HAS_CHANNEL": tables.channel_scale is not None, "RANK": tables.rank, "PR": tables.branch}
-    _project[(triton.cdiv(n, rows), parts)](
-        x, tables.channel_scale, tables.basis, part, peak, n, **has, D=d, ROWS=rows, CHUNK=chunk, STEPS=steps,
-        DOT=DOT_TYPE, PDL=bool(pdl), num_warps=launch["project_warps"], num_stages=4, **pdl,
+    summed = launch["summed"]
+    has = {"HAS_TYPES": types is not None, "HAS_MEAN": tables.mean is not None}
+    has |= {"HAS_CHANNEL": tables.channel_scale is not None, "RANK": tables.rank, "PR": tables.branch}
+    common = {"PARTS": scratch.parts, "SUMMED": summed, "LIMIT": HEADROOM, "DOT": DOT_TYPE, "PDL": bool(pdl)}
+    _project[(triton.cdiv(n, launch["rows"]), scratch.parts)](
+        x, types, tables.channel_scale, tables.basis, scratch.part, scratch.peak, tables.mean_branch, tables.reach,
+        tables.basis_scale, branch, scratch.factors, scratch.undo, counters(x.device) if summed else None, n, n_means,
+        **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"], STEPS=scratch.steps, **common,
+        num_warps=launch["project_warps"], num_stages=4, **pdl,
     )  # fmt: skip
     nb = max(1, min(launch["elements"] // pb, pa))
     block = launch["correct_rows"]
     _correct[(triton.cdiv(n, block), triton.cdiv(tables.a, nb))](
         x, types, tables.mean, tables.mean_branch, tables.reach, tables.channel_scale, tables.basis,
-        tables.basis_scale, tables.right, part, peak, turned, branch, undo, n, n_means, HAS_TYPES=types is not None,
-        HAS_MEAN=tables.mean is not None, **has, PM=padded(n_means), A=tables.a, B=tables.b, PB=pb, ROWS=block, NB=nb,
-        PARTS=parts, LIMIT=HEADROOM, DOT=DOT_TYPE, PDL=bool(pdl), num_warps=launch["correct_warps"], num_stages=3, **pdl,
+        tables.basis_scale, tables.right, scratch.part, scratch.peak, scratch.turned, branch, scratch.factors,
+        scratch.undo, n, n_means, **has, A=tables.a, B=tables.b, PB=pb, ROWS=block, NB=nb, **common,
+        num_warps=launch["correct_warps"], num_stages=3, **pdl,
     )  # fmt: skip
     big = pa * pb > 8192
-    programs = min(n, launch["programs"] // (3 if big else 1))
-    _finish[(programs,)](
-        turned, undo, types, tables.left, tables.clip, tables.factor, codes, stats, n, len(tables.clip),
-        HAS_TYPES=types is not None, A=tables.a, B=tables.b, PA=pa, PB=pb, QMIN=-qmax - 1, QMAX=qmax,
-        SYMMETRIC=tables.symmetric, PDL=bool(pdl), num_warps=launch["finish_warps"] * (2 if big else 1), num_stages=2,
-        **pdl,
+    tokens = 1 if big else min(launch["finish_rows"], padded(n))
+    _finish[(min(triton.cdiv(n, tokens), launch["programs"] // (3 if big else 1)),)](
+        scratch.turned, scratch.undo, types, tables.left, tables.clip, tables.factor, codes, stats[:, start:], n,
+        stats.shape[1], len(tables.clip), HAS_TYPES=types is not None, A=tables.a, B=tables.b, PA=pa, PB=pb, TOKENS=tokens,
+        QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, PDL=bool(pdl),
+        num_warps=launch["finish_warps"] * (2 if big else 1), num_stages=launch["finish_stages"], **pdl,
     )  # fmt: skip
-    return Rows(codes, stats, branch)

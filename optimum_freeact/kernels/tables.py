@@ -32,9 +32,12 @@ class InputTables:
     Args:
         mean (`bfloat16`, shape `(n_means, d)`, *optional*): Means of the token types.
         channel_scale (`float32`, shape `(d,)`, *optional*): Scale of each channel.
-        basis (`int8`, shape `(r, d)`, *optional*): Codes of the branch's basis, transposed.
+        basis (*optional*): Codes of the branch's basis, transposed. For C `int8` of shape `(r, d)`. For Triton `bfloat16`,
+            which holds codes and means exactly, of shape `(padded branch, d)`: after the codes the means (zeros with a
+            channel scale), then zeros.
         basis_scale (`float32`, shape `(r,)`, *optional*): Their scales.
-        left (`float16`, shape `(padded a, padded a)`): Left factor, transposed, padded with zeros.
+        left (`float16`, shape `(padded a, padded a)`): Left factor, transposed, padded by repeating its first row, so that
+            a padded tile has the same extremes.
         right (`float16`, shape `(padded b, padded b)`): Right factor, even columns before odd ones.
         clip (`float32`, shape `(n_types,)`): Share of the range kept, per type.
         factor (`float32`, shape `()`): The stored factors' product is that of `left` and `right` times this.
@@ -71,7 +74,7 @@ class InputTables:
         found = InputMap(
             mean=None if self.mean is None else self.mean.float(),
             channel_scale=self.channel_scale,
-            basis=None if self.basis is None else (self.basis.float() * self.basis_scale[:, None]).mT,
+            basis=None if not self.rank else (self.basis[: self.rank].float() * self.basis_scale[:, None]).mT,
         )
         if self.left.dtype == torch.float32:
             found.left, found.right = self.left.mT, self.right
@@ -90,7 +93,7 @@ class InputTables:
     @property
     def rank(self) -> int:
         """Columns of the branch."""
-        return 0 if self.basis is None else self.basis.shape[0]
+        return 0 if self.basis_scale is None else len(self.basis_scale)
 
     @property
     def branch(self) -> int:
@@ -114,6 +117,20 @@ def half_factor(matrix: torch.Tensor) -> tuple[torch.Tensor, float]:
     return (matrix / shrink).half(), shrink
 
 
+def _lines(mean: torch.Tensor | None, basis: torch.Tensor | None, n_types: int, d: int) -> torch.Tensor | None:
+    """What is taken off a row: codes of the basis, then means, in bfloat16, padded with zeros."""
+    if mean is None and basis is None:
+        return None
+    rank = 0 if basis is None else basis.shape[1]
+    like = basis if mean is None else mean
+    lines = torch.zeros(branch_width(rank, n_types), d, dtype=torch.bfloat16, device=like.device)
+    if basis is not None:
+        lines[:rank] = basis.mT
+    if mean is not None:
+        lines[rank : rank + len(mean)] = mean
+    return lines
+
+
 def _reach(mean: torch.Tensor | None, channel_scale: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     means = like.new_zeros(1) if mean is None else mean.abs().amax(1)
     scale = like.new_ones(1) if channel_scale is None else channel_scale.abs().amax()[None]
@@ -129,6 +146,7 @@ def make_tables(
     right, right_factor = half_factor(found.right)
     a, b = len(left), len(right)
     padded_left = left.new_zeros(padded(a), padded(a))
+    padded_left[:, :a] = left.mT[:1]
     padded_left[:a, :a] = left.mT
     padded_right = right.new_zeros(padded(b), padded(b))
     padded_right[:b, :b] = torch.cat((right[:, 0::2], right[:, 1::2]), dim=1)
@@ -137,7 +155,9 @@ def make_tables(
     return InputTables(
         mean=mean,
         channel_scale=found.channel_scale,
-        basis=None if basis is None else basis.mT.contiguous(),
+        basis=_lines(
+            mean if found.channel_scale is None else None, basis, len(clip), len(found.left) * len(found.right)
+        ),
         basis_scale=basis_scale,
         mean_branch=None if scaled is None or basis is None else (scaled @ basis.double()).float(),
         reach=_reach(scaled, found.channel_scale, clip),

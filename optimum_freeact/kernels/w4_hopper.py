@@ -1,8 +1,7 @@
 """Gluon, Hopper only: many rows of codes times a packed 4-bit weight (`reference.w4_linear`), warps with roles of their own.
 
-One warp brings tiles by the copy engine; two warpgroups each own half of a tile's outputs: they take nibbles apart in
-registers while their last products still run, and while one writes its results the other keeps the tensor cores busy.
-A program stays on its multiprocessor and goes through tiles. Tiles are 256 outputs by 128 tokens, since a byte of the weight
+One warp brings tiles by the copy engine; two warpgroups each own half of a tile's outputs: while one takes nibbles apart in
+registers, or writes its results, the other keeps the tensor cores busy; two warps fetch what follows the product. A program stays on its multiprocessor and goes through tiles. Tiles are 256 outputs by 128 tokens, since a byte of the weight
 holds two numbers and one of the codes a single one: this shape moves the fewest bytes from the cache per product.
 
 The integer product is exact; what follows is `w4_triton._w4_linear`'s epilogue.
@@ -21,7 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -45,7 +43,7 @@ def _produce(
     HALF: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     tiles = n_blocks * m_blocks
-    STEPS: gl.constexpr = (HALF + BK - 1) // BK
+    STEPS: gl.constexpr = HALF // BK
     count = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         block_n, block_m = _tile(t, n_blocks, m_blocks, GROUP)
@@ -60,6 +58,54 @@ def _produce(
             tma.async_copy_global_to_shared(codes_desc, [block_n * BM, at], ready, even_ring.index(slot))
             tma.async_copy_global_to_shared(codes_desc, [block_n * BM, HALF + at], ready, odd_ring.index(slot))
             count += 1
+
+
+@gluon.jit
+def _prepare(
+    pair, left, stats, kinds, ready, free, stats_ptr, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, n, m,
+    n_bias, n_blocks, m_blocks,
+    HAS_TYPES: gl.constexpr, RANK: gl.constexpr, PR: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    GROUP: gl.constexpr,
+):  # fmt: skip
+    """What follows a tile's product, brought to shared memory while the product runs."""
+    PART: gl.constexpr = 32
+    rows_layout: gl.constexpr = gl.BlockedLayout([1, 4], [32 * 4 // PR, PR // 4], [2, 1], [1, 0])
+    token_layout: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
+    c = gl.arange(0, PR, gl.SliceLayout(0, rows_layout))
+    part = gl.arange(0, PART, gl.SliceLayout(1, rows_layout))
+    in_rank = gl.expand_dims(c < RANK, 0)
+    if RANK > 0:
+        rank_scale = gl.expand_dims(gl.load(low_rank_scale_ptr + c, mask=c < RANK, other=0.0), 0)
+    count = 0
+    for t in range(gl.program_id(0), n_blocks * m_blocks, gl.num_programs(0)):
+        block_n, block_m = _tile(t, n_blocks, m_blocks, GROUP)
+        mbarrier.wait(free, (count & 1) ^ 1)
+        tokens = block_n * BM + gl.arange(0, BM, token_layout)
+        stats.index(0).store(gl.load(stats_ptr + tokens, mask=tokens < n, other=0.0) * 0.0625)
+        stats.index(1).store(gl.load(stats_ptr + n + tokens, mask=tokens < n, other=0.0))
+        if HAS_TYPES:
+            kind = gl.load(types_ptr + tokens, mask=tokens < n, other=0).to(gl.int32)
+            kinds.store(gl.minimum(kind, n_bias - 1))
+        if RANK > 0:
+            for k in gl.static_range(BM // PART):
+                rows = block_n * BM + k * PART + part
+                right = gl.load(
+                    branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0),
+                    mask=gl.expand_dims(rows < n, 1) & in_rank, other=0.0,
+                ) * rank_scale  # fmt: skip
+                upper = right.to(gl.bfloat16)
+                pair.index(0).slice(k * PART, PART, 0).store((right - upper.to(gl.float32)).to(gl.bfloat16))
+                pair.index(1).slice(k * PART, PART, 0).store(upper)
+            for k in gl.static_range(BN // PART):
+                rows = block_m * BN + k * PART + part
+                codes = gl.load(
+                    low_rank_ptr + gl.expand_dims(rows * RANK, 1) + gl.expand_dims(c, 0),
+                    mask=gl.expand_dims(rows < m, 1) & in_rank, other=0,
+                )  # fmt: skip
+                left.slice(k * PART, PART, 0).store(codes.to(gl.bfloat16))
+        fence_async_shared()
+        mbarrier.arrive(ready)
+        count += 1
 
 
 @gluon.jit
@@ -81,97 +127,68 @@ def _high(w):
 
 @gluon.jit
 def _consume(
-    given, WHICH: gl.constexpr, HALF: gl.constexpr, HAS_TYPES: gl.constexpr, HAS_BIAS: gl.constexpr, RANK: gl.constexpr,
-    PR: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    MODE: gl.constexpr,
+    given, WHICH: gl.constexpr, HALF: gl.constexpr, HAS_TYPES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    RANK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
+    """One half of a tile's outputs."""
     (
-        w_ring, even_ring, odd_ring, full, empty, out_smem, y_desc, stats_ptr, branch_ptr, types_ptr, qscale_ptr,
-        row_sum_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, n, m, n_bias, n_blocks, m_blocks,
+        w_ring, even_ring, odd_ring, full, empty, pair, left, stats, kinds, ready, free, out_smem, y_desc, qscale_ptr,
+        row_sum_ptr, bias_ptr, m, n_bias, n_blocks, m_blocks,
     ) = given  # fmt: skip
     OWN: gl.constexpr = BN // 2
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 32])
     float_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     left_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 4)
-    branch_left: gl.constexpr = gl.DotOperandLayout(0, float_layout, 2)
-    branch_shared: gl.constexpr = gl.NVMMASharedLayout(2 * PR if PR < 64 else 128, 16)
-    load_layout: gl.constexpr = gl.BlockedLayout([1, 4], [32 * 4 // PR, PR // 4], [4, 1], [1, 0])
     tiles = n_blocks * m_blocks
-    STEPS: gl.constexpr = (HALF + BK - 1) // BK
+    STEPS: gl.constexpr = HALF // BK
     out = out_smem.index(WHICH)
     count = 0
+    visited = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         block_n, block_m = _tile(t, n_blocks, m_blocks, GROUP)
         first = block_m * BN + WHICH * OWN
-        tma.store_wait(0)  # the last results have left
-        if RANK > 0:
-            c = gl.arange(0, PR, gl.SliceLayout(0, load_layout))
-            rows = block_n * BM + gl.arange(0, BM, gl.SliceLayout(1, load_layout))
-            wanted = gl.expand_dims(rows < n, 1) & gl.expand_dims(c < RANK, 0)
-            right = gl.load(
-                branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0), mask=wanted, other=0.0
-            ) * gl.expand_dims(gl.load(low_rank_scale_ptr + c, mask=c < RANK, other=0.0), 0)  # fmt: skip
-            upper = right.to(gl.bfloat16)
-            pair = out._reinterpret(gl.bfloat16, [2, BM, PR], branch_shared)
-            pair.index(0).store((right - upper.to(gl.float32)).to(gl.bfloat16))
-            pair.index(1).store(upper)
-            fence_async_shared()
+        outs = first + gl.arange(0, OWN, gl.SliceLayout(1, float_layout))
+        is_out = outs < m
+        row_sum = gl.load(row_sum_ptr + outs, mask=is_out, other=0)
+        qscale = gl.load(qscale_ptr + outs, mask=is_out, other=0.0)
+        if HAS_BIAS:
+            bias = gl.load(bias_ptr + outs, mask=is_out, other=0.0)
         acc = gl.zeros((OWN, BM), gl.int32, acc_layout)
-        for step in range(STEPS):
+        for _ in range(STEPS):
             slot = count % STAGES
             mbarrier.wait(full.index(slot), (count // STAGES) & 1)
             w = w_ring.index(slot).slice(WHICH * OWN, OWN, 0).load(left_layout)
-            if MODE == 0:
-                acc = warpgroup_mma(_low(w), even_ring.index(slot).permute((1, 0)), acc, is_async=True)
-                acc = warpgroup_mma(_high(w), odd_ring.index(slot).permute((1, 0)), acc, is_async=True)
-                acc = warpgroup_mma_wait(2, [acc])
-                mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), pred=step > 0)
-            elif MODE == 1:
-                acc = warpgroup_mma(_low(w), even_ring.index(slot).permute((1, 0)), acc, is_async=True)
-                acc = warpgroup_mma_wait(1, [acc])
-                mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), pred=step > 0)
-                acc = warpgroup_mma(_high(w), odd_ring.index(slot).permute((1, 0)), acc, is_async=True)
-                acc = warpgroup_mma_wait(1, [acc])
-            else:
-                low, high = _low(w), _high(w)
-                acc = warpgroup_mma(low, even_ring.index(slot).permute((1, 0)), acc, is_async=True)
-                acc = warpgroup_mma(high, odd_ring.index(slot).permute((1, 0)), acc, is_async=True)
-                acc = warpgroup_mma_wait(0, [acc])
-                mbarrier.arrive(empty.index(slot))
-            count += 1
-        if MODE < 2:
+            low, high = _low(w), _high(w)
+            acc = warpgroup_mma(low, even_ring.index(slot).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma(high, odd_ring.index(slot).permute((1, 0)), acc, is_async=True)
+            # registers that hold nibbles may not change before their products have ended; the other group goes on
             acc = warpgroup_mma_wait(0, [acc])
-            mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES))
+            mbarrier.arrive(empty.index(slot))
+            count += 1
 
-        tokens = block_n * BM + gl.arange(0, BM, gl.SliceLayout(0, float_layout))
-        outs = first + gl.arange(0, OWN, gl.SliceLayout(1, float_layout))
-        is_token, is_out = tokens < n, outs < m
-        scale = gl.load(stats_ptr + tokens, mask=is_token, other=0.0) * 0.0625
-        offset = gl.load(stats_ptr + n + tokens, mask=is_token, other=0.0)
-        row_sum = gl.load(row_sum_ptr + outs, mask=is_out, other=0).to(gl.float32)
-        qscale = gl.load(qscale_ptr + outs, mask=is_out, other=0.0)
-        y = gl.convert_layout(acc, float_layout).to(gl.float32) * gl.expand_dims(scale, 0)
-        y += gl.expand_dims(offset, 0) * gl.expand_dims(row_sum, 1)
+        mbarrier.wait(ready, visited & 1)
+        y = gl.convert_layout(acc, float_layout).to(gl.float32)
+        y *= gl.expand_dims(stats.index(0).load(gl.SliceLayout(0, float_layout)), 0)
+        offset = stats.index(1).load(gl.SliceLayout(0, float_layout))
+        y += gl.expand_dims(offset, 0) * gl.expand_dims(row_sum.to(gl.float32), 1)
         y *= gl.expand_dims(qscale, 1)
         if HAS_BIAS:
-            bias = gl.load(bias_ptr + outs, mask=is_out, other=0.0)
             y += gl.expand_dims(bias, 1)
             if HAS_TYPES:
-                kind = gl.load(types_ptr + tokens, mask=is_token, other=0).to(gl.int32)
-                kind = gl.minimum(kind, n_bias - 1)
+                kind = kinds.load(gl.SliceLayout(0, float_layout))
                 if gl.max(kind, 0) > 0:
                     for other in range(1, n_bias):
                         change = gl.load(bias_ptr + other * m + outs, mask=is_out, other=0.0) - bias
                         y += gl.where(gl.expand_dims(kind == other, 0), gl.expand_dims(change, 1), 0.0)
         if RANK > 0:
-            c = gl.arange(0, PR, gl.SliceLayout(0, branch_left))
-            rows = first + gl.arange(0, OWN, gl.SliceLayout(1, branch_left))
-            wanted = gl.expand_dims(rows < m, 1) & gl.expand_dims(c < RANK, 0)
-            left = gl.load(low_rank_ptr + gl.expand_dims(rows * RANK, 1) + gl.expand_dims(c, 0), mask=wanted, other=0)
-            left = left.to(gl.bfloat16)
-            y = warpgroup_mma(left, pair.index(0).permute((1, 0)), y, is_async=True)
-            y = warpgroup_mma(left, pair.index(1).permute((1, 0)), y, is_async=True)
+            own = left.slice(WHICH * OWN, OWN, 0)
+            y = warpgroup_mma(own, pair.index(0).permute((1, 0)), y, is_async=True)
+            y = warpgroup_mma(own, pair.index(1).permute((1, 0)), y, is_async=True)
             y = warpgroup_mma_wait(0, [y])
+        mbarrier.arrive(free)
+        visited += 1
+        tma.store_wait(0)  # the last results have left
         out.permute((1, 0)).store(y.to(out.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(y_desc, [block_n * BM, first], out)
@@ -184,26 +201,35 @@ def _w4_hopper(
     low_rank_scale_ptr, bias_ptr, n, m, n_bias,
     HALF: gl.constexpr, HAS_TYPES: gl.constexpr, HAS_BIAS: gl.constexpr, RANK: gl.constexpr, PR: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    MODE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BN, BK], w_desc.layout)
     even_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], codes_desc.layout)
     odd_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], codes_desc.layout)
     out_smem = gl.allocate_shared_memory(y_desc.dtype, [2, BM, BN // 2], y_desc.layout)
+    branch: gl.constexpr = gl.NVMMASharedLayout(2 * PR if PR < 64 else 128, 16)
+    pair = gl.allocate_shared_memory(gl.bfloat16, [2, BM, PR], branch)
+    left = gl.allocate_shared_memory(gl.bfloat16, [BN, PR], branch)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    stats = gl.allocate_shared_memory(gl.float32, [2, BM], flat)
+    kinds = gl.allocate_shared_memory(gl.int32, [BM], flat)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=2)
+    mbarrier.init(ready, count=1)
+    mbarrier.init(free, count=2)
     n_blocks, m_blocks = gl.cdiv(n, BM), gl.cdiv(m, BN)
     given = (
-        w_ring, even_ring, odd_ring, full, empty, out_smem, y_desc, stats_ptr, branch_ptr, types_ptr, qscale_ptr,
-        row_sum_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, n, m, n_bias, n_blocks, m_blocks,
+        w_ring, even_ring, odd_ring, full, empty, pair, left, stats, kinds, ready, free, out_smem, y_desc, qscale_ptr,
+        row_sum_ptr, bias_ptr, m, n_bias, n_blocks, m_blocks,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (given, 0, HALF, HAS_TYPES, HAS_BIAS, RANK, PR, BM, BN, BK, STAGES, GROUP, MODE)),
-            (_consume, (given, 1, HALF, HAS_TYPES, HAS_BIAS, RANK, PR, BM, BN, BK, STAGES, GROUP, MODE)),
+            (_consume, (given, 0, HALF, HAS_TYPES, HAS_BIAS, RANK, BM, BN, BK, STAGES, GROUP)),
+            (_consume, (given, 1, HALF, HAS_TYPES, HAS_BIAS, RANK, BM, BN, BK, STAGES, GROUP)),
             (
                 _produce,
                 (
@@ -211,9 +237,16 @@ def _w4_hopper(
                     HALF, BM, BN, BK, STAGES, GROUP,
                 ),
             ),
+            (
+                _prepare,
+                (
+                    pair, left, stats, kinds, ready, free, stats_ptr, branch_ptr, types_ptr, low_rank_ptr,
+                    low_rank_scale_ptr, n, m, n_bias, n_blocks, m_blocks, HAS_TYPES, RANK, PR, BM, BN, GROUP,
+                ),
+            ),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 2],
+        [232, 40, 40],
     )  # fmt: skip
 
 
@@ -243,7 +276,7 @@ def w4_linear(
     n_bias = 0 if bias is None else len(bias)
     if n_bias == 1:
         types = None
-    launch = {"BM": 128, "BN": 256, "BK": 64, "STAGES": 5, "GROUP": 16, "MODE": 2, **(options or {})}
+    launch = {"BM": 128, "BN": 256, "BK": 64, "STAGES": 4, "GROUP": 16, **(options or {})}
     bm, bn, bk = launch["BM"], launch["BN"], launch["BK"]
     tiles = triton.cdiv(n, bm) * triton.cdiv(m, bn)
     _w4_hopper[(min(tiles, _processors(y.device)),)](

@@ -95,10 +95,11 @@ def _w4_linear(
     w_ptrs = w_ptr + safe_outs[:, None] * HALF + k[None, :]
     even_ptrs = codes_ptr + safe_tokens[None, :] * (2 * HALF) + k[:, None]
     acc = tl.zeros((BN, BM), tl.int32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     PER_PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for step in range(part * PER_PART, tl.minimum((part + 1) * PER_PART, STEPS)):
         at = step * BK
         if HALF % BK == 0:

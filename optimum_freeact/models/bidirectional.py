@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PretrainedConfig
@@ -33,16 +33,24 @@ def understand_remote_fields(config: PretrainedConfig, fields: dict[str, Any]) -
     fields.pop("auto_map", None)  # remote code that is not needed
 
 
-class Bidirectional:
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as Host  # a type checker sees the kind of class that this is put before
+else:
+    Host = object
+
+
+class Bidirectional(Host):
     """Put before a transformers decoder class: every token attends to every other, cached ones included.
 
     A 4-D mask of the caller's (blocks that see only what lies before them, say) is used as it is.
     """
 
-    def __init_subclass__(cls, **kwargs):
+    _host_cache: str
+
+    def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         behind = cls.__mro__[cls.__mro__.index(Bidirectional) + 1 :]
-        host = next(base for base in behind if "forward" in vars(base))
+        host: Any = next(base for base in behind if "forward" in vars(base))
         cls._host_cache = next(name for name in NAMES if name in inspect.signature(host.forward).parameters)
 
     def forward(
@@ -62,7 +70,7 @@ class Bidirectional:
         if tokens is not None and (attention_mask is None or attention_mask.ndim == 2):
             past = 0 if cache is None else cache.get_seq_length()
             dtype = self.embed_tokens.weight.dtype if inputs_embeds is None else inputs_embeds.dtype
-            attention_mask = full_mask(attention_mask, *tokens.shape[:2], past, dtype, tokens.device)
+            attention_mask = full_mask(attention_mask, tokens.shape[0], tokens.shape[1], past, dtype, tokens.device)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

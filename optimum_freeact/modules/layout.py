@@ -54,7 +54,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     decoder = find_decoder(model)
     names = {id(module): name for name, module in model.named_modules()}
-    found = []
+    found: list = []
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module):
             linears = any(isinstance(child, nn.Linear) for child in module[0].modules())

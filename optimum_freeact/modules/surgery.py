@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.layout import find_blocks, find_decoder
 from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.numerics.kronecker import factor_pair
 from optimum_freeact.transforms.exclusive import share_of
 from optimum_freeact.type_rules import SINK
 from optimum_freeact.type_state import TypeState
@@ -29,11 +31,43 @@ def input_name(group: list[str]) -> str:
     return f"{group[0]}_input"
 
 
-def rank_of(config: FreeActConfig, in_features: int) -> int:
-    """Rank of the branch: the config's, at most an eighth of the width; 0 where nothing is rounded that it could spare."""
+LEAST_RANK = 8  # of a branch, whatever else an input's tensors take
+
+
+def rank_of(config: FreeActConfig, in_features: int, out_features: list[int]) -> int:
+    """Rank of the branch: the config's, at most an eighth of the width; 0 where nothing is rounded that it could spare.
+
+    With `low_rank_budget` it is cut further, to what fits into this share of the bfloat16 bytes of the linears that read the
+    input, beside everything else that is stored but the codes.
+
+    Args:
+        config ([`FreeActConfig`]): Settings.
+        in_features (`int`): Width of the input.
+        out_features (`list[int]`): Of the linears that read it.
+    """
     if config.weight_bits == config.activation_bits == 16:
         return 0
-    return min(config.low_rank, in_features // 8)
+    rank, n, m = min(config.low_rank, in_features // 8), in_features, sum(out_features)
+    if config.low_rank_budget is None:
+        return rank
+    types, means = config.n_types, {"none": 0, "shared": 1, "per_type": config.n_types}[config.centring]
+    a, b = factor_pair(n)
+    stored = 4 * types + 2 * means * n  # clips, means
+    stored += 4 * (a * a + b * b) if config.transform in ("hadamard", "kronecker") else 0
+    stored += 4 * n if config.channel_scale != "none" else 0
+    if config.weight_bits < 16:
+        stored += m * (4 + (n // config.weight_group_size if config.weight_group_size else 0))
+    stored += m * (4 + 2 * max(0, means - 1)) if means else 0
+    each = n + m + 4 * (1 + len(out_features))
+    fits = int(config.low_rank_budget * 2 * n * m - stored) // each
+    return min(rank, max(fits, LEAST_RANK))
+
+
+def type_rank_of(config: FreeActConfig, in_features: int) -> int:
+    """Further columns of the branch for each type alone; 0 where nothing is rounded."""
+    if config.weight_bits == config.activation_bits == 16:
+        return 0
+    return min(config.type_rank, in_features // (8 * config.n_types))
 
 
 def is_masked(config: FreeActConfig, group: list[str]) -> bool:
@@ -135,7 +169,7 @@ def replace_group(
             n_types=config.n_types,
             n_means=means,
             channel_scale=config.channel_scale != "none",
-            rank=rank_of(config, n),
+            rank=rank_of(config, n, [block.get_submodule(name).out_features for name in group]),
             transform=config.transform,
             bits=config.activation_bits,
             symmetric=config.activation_symmetric,
@@ -144,6 +178,7 @@ def replace_group(
             state=state,
             masked=is_masked(config, group),
             n_left_out=n_left_out,
+            type_rank=type_rank_of(config, n),
         )
         replaced = []
         for name in group:
@@ -170,7 +205,7 @@ def replace_experts(
     """Replace the named experts of a block by empty quantized ones on `device`."""
     plain = block.get_submodule(name)
     with torch.device(device), float32_default():
-        made = FreeActExperts(plain, config, state, lambda width: rank_of(config, width))
+        made = FreeActExperts(plain, config, state, functools.partial(rank_of, config))
     block.set_submodule(name, made.train(plain.training))
     return made
 

@@ -49,7 +49,7 @@ class QuantizedSize:
 def quantized_size(model: nn.Module) -> QuantizedSize:
     """Bytes of the quantized linears and their inputs, as saved."""
     linears = [module for module in model.modules() if isinstance(module, FreeActLinear)]
-    inputs = [module for module in model.modules() if isinstance(module, FreeActInput)]
+    inputs: list = [module for module in model.modules() if isinstance(module, FreeActInput)]
     weights = sum(module.in_features * module.out_features for module in linears)
     stored = sum(tensor_bytes(module.state_dict().values()) for module in (*linears, *inputs))
     experts = [module for module in model.modules() if isinstance(module, FreeActExperts)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 
 def available() -> bool:
@@ -29,7 +30,7 @@ def plot_types(source: Path, folder: Path) -> list[Path]:
     middle = blocks[len(blocks) // 2]
 
     figure = Figure(figsize=(3.1 * len(inputs), 8.4), layout="constrained")
-    grid = figure.subplots(3, len(inputs), squeeze=False)
+    grid: Any = figure.subplots(3, len(inputs), squeeze=False)
     for column, name in enumerate(inputs):
         for number, kind in enumerate(types):
             own = [row for row in rows if (row["input"], row["type"]) == (name, kind)]

@@ -113,13 +113,25 @@ def test_unknown_arguments_are_refused_and_the_known_ones_listed():
 def test_contradictions_are_refused():
     for transform in ("none", "orthogonal"):
         with pytest.raises(ValueError, match="kronecker.*hadamard"):
-            FreeActConfig(calibration="learned", transform=transform)
+            FreeActConfig(calibration="learned", learned_part="maps", transform=transform)
 
 
 def test_float_scales_of_groups_from_format_one_are_refused_and_the_rest_of_it_is_read():
     with pytest.raises(ValueError, match="format version 1 with weight_group_size set.*again"):
         FreeActConfig(format_version=1, weight_group_size=32)
     assert FreeActConfig(format_version=1, weight_group_size=None).format_version == 1
+
+
+def test_outputs_are_learned_behind_rounded_weights_only():
+    for changes in ({"weight_bits": 16}, {"learned_start": "random"}):
+        with pytest.raises(ValueError, match="learned_part='outputs' tunes"):
+            FreeActConfig(calibration="learned", **changes)
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.1, True, "much"])
+def test_a_budget_is_a_share(value):
+    with pytest.raises(ValueError, match="low_rank_budget must be"):
+        FreeActConfig(low_rank_budget=value)
 
 
 def test_a_newer_format_is_refused_even_with_fields_unknown_here():

@@ -188,7 +188,7 @@ def test_finer_grids_of_activations_lose_less_and_survive_the_disk(tmp_path):
 
 
 def test_learned_calibration_starts_from_the_closed_form_and_is_kept_only_if_better(tmp_path):
-    model = quantized(calibration="learned", epochs=2, n_samples=6, batch_size=2)
+    model = quantized(calibration="learned", learned_part="maps", epochs=2, n_samples=6, batch_size=2)
     for record in model._freeact_records:
         assert record.learned["accepted"] == (record.learned["held_out_after"] < record.learned["held_out_before"])
         assert record.output_error <= record.learned["held_out_before"] * 1.001
@@ -201,3 +201,53 @@ def test_the_same_seed_gives_the_same_model_and_another_another():
     ids = sample_ids(2, 12, seed=5)
     assert torch.equal(logits(first, ids), logits(again, ids))
     assert not torch.equal(logits(first, ids), logits(other, ids))
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.2, 0.3])
+def test_the_rank_is_what_fits_beside_all_else_that_is_stored(budget):
+    """Each input with its linears: within the budget, and one direction more would not be, unless the rank is at a bound."""
+    found = set()
+    model = quantized(low_rank=20, low_rank_budget=budget, model={"hidden_size": 128, "intermediate_size": 384})
+    linears = quantized_linears(model)
+    for side in (module for module in model.modules() if isinstance(module, FreeActInput)):
+        readers = [linear for linear in linears.values() if linear.source is side]
+        rank, m = side.basis.shape[1], sum(linear.out_features for linear in readers)
+        stored = sum(t.numel() * t.element_size() for module in (side, *readers) for t in module.state_dict().values())
+        beside = stored - side.in_features * m // 2  # four bits a code
+        limit, each = budget * 2 * side.in_features * m, side.in_features + m + 4 * (1 + len(readers))
+        assert beside <= limit or rank == 8
+        assert beside + each > limit or rank == min(20, side.in_features // 8)
+        found.add(rank)
+    assert found <= {*range(8, 21)}
+    assert (max(found) > 8) == (budget > 0.1)
+
+
+def test_learned_outputs_keep_codes_and_are_kept_only_if_better(tmp_path):
+    start = quantized(n_samples=6, batch_size=2)
+    model = quantized(calibration="learned", learned_part="outputs", epochs=3, n_samples=6, batch_size=2)
+    for record in model._freeact_records:
+        assert record.learned["last_loss"] < record.learned["first_loss"]
+        assert record.learned["accepted"] == (record.learned["held_out_after"] < record.learned["held_out_before"])
+    first = [(name, linear) for name, linear in quantized_linears(model).items() if ".0." in name]
+    for name, linear in first:  # the second block reads other inputs
+        assert torch.equal(linear.weight, start.get_submodule(name).weight), name
+        assert torch.equal(linear.weight_group_scale, start.get_submodule(name).weight_group_scale)
+    if model._freeact_records[0].learned["accepted"]:
+        assert any(not torch.equal(linear.qscale, start.get_submodule(name).qscale) for name, linear in first)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(tmp_path)), logits(model))
+
+
+def test_a_type_with_a_thousand_times_the_energy_does_not_decide_the_loss():
+    from optimum_freeact.calibration.learned import Target
+
+    output = torch.randn(2, 8, 4)
+    types = torch.zeros(2, 8, dtype=torch.long)
+    types[:, 0] = 1
+    output[:, 0] *= 1000
+    wrong = output.clone()
+    wrong[:, 0] += 100  # a hundredth of the sink's energy
+    text = output.clone()
+    text[:, 1:] += 1  # all of the text's
+    assert Target(output, types).loss(text) > 20 * Target(output, types).loss(wrong)
+    assert Target(output, None).loss(text) < Target(output, None).loss(wrong)

@@ -8,7 +8,7 @@ from optimum_freeact import FreeActConfig, save, score_text, tokenize_windows
 from optimum_freeact.modules.surgery import quantized_linears
 
 
-LAYERS = 2
+LAYERS = 8  # of 30: past the blocks where the sink forms, in half a minute of calibration
 
 
 def load(folder, **arguments):
@@ -48,13 +48,13 @@ def test_calibration_ran_on_every_linear(model):
 
 
 def test_four_bits_stay_near_full_precision(model, plain, windows, smollm2, handbook):
-    """Plain rounding is far off on the same text; ours is near. NLL may differ little: two blocks know little."""
+    """Plain rounding is far off on the same text; ours is near, and loses next to nothing of what eight blocks know."""
     nearest = FreeActConfig("rtn", dataset=[handbook.read_text()[:20_000]], n_samples=1, seq_len=128, progress=False)
     rounded = load(smollm2, dtype=torch.float32, quantization_config=nearest)
     ours, theirs = divergence(model, plain, windows), divergence(rounded, plain, windows)
     assert ours < 0.3
     assert ours < 0.5 * theirs
-    assert score_text(model, windows).nll == pytest.approx(score_text(plain, windows).nll, rel=0.05)
+    assert abs(score_text(model, windows).nll - score_text(plain, windows).nll) < 0.1
 
 
 def test_saved_and_reloaded_is_bit_equal_and_small(model, plain, windows, tmp_path):

@@ -204,6 +204,7 @@ COLUMNS = {
     "channel_scale": "channel scale",
     "centring": "centring",
     "low_rank": "low rank",
+    "groups": "groups W, A",
     "rounding": "rounding",
     "activation_symmetric": "activations",
     "activation_clip": "clip",
@@ -218,6 +219,8 @@ def presets_table():
     for name, preset in PRESETS.items():
         values = {**preset, "activation_symmetric": "symmetric" if preset["activation_symmetric"] else "asymmetric"}
         values["token_types"] = ", ".join(preset["token_types"])
+        sizes = [preset.get(f"{side}_group_size") for side in ("weight", "activation")]
+        values["groups"] = "none" if sizes == [None, None] else ", ".join(map(str, sizes))
         lines.append([f"`{name}`", *(str(values[field]) for field in COLUMNS)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

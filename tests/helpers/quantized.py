@@ -48,7 +48,12 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def fresh_python(code: str, *arguments: str, module: str | None = None) -> subprocess.CompletedProcess:
     """Run code (or `-m module`) in a new interpreter that sees this repository; its last line may be JSON."""
     command = [sys.executable, "-W", "ignore", *(["-m", module] if module else ["-c", code]), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd="/", check=False)
 
 

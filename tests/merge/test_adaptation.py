@@ -7,6 +7,7 @@ from mergekit_ot.adaptation import attach_residuals, fold_residuals
 from mergekit_ot.anchors import match_text
 from mergekit_ot.spelling import spell
 from mergekit_ot.teacher import distribution_loss, prepare_lessons, stream_loss
+from mergekit_ot.writing import continuations
 from tests.merge.tiny import build, texts, tokenizer
 
 
@@ -90,6 +91,22 @@ def test_a_model_is_its_own_perfect_teacher():
             taught = distribution_loss(output.logits[0, lesson.rows], lesson.tokens, q)
             torch.testing.assert_close(taught, entropy, atol=1e-4, rtol=1e-4)
             assert stream_loss(output.hidden_states[-2][0, lesson.state_rows], lesson.states) < 1e-8
+
+
+def test_continuations_are_those_of_a_model_read_anew_and_end_where_it_ends():
+    model = build()
+    prompts = [[5, 6, 7, 8], [9, 10, 11, 12], [1, 2]]
+    greedy = continuations(model, prompts, samples=2, new_tokens=6, choices=1, together=3)
+    assert [row[:4] for row in greedy] == [prompts[0], prompts[0], prompts[1], prompts[1]]
+    assert greedy[0] == greedy[1]
+    for row in greedy:
+        with torch.no_grad():
+            assert model(torch.tensor([row[:-1]])).logits[0, 3:].argmax(-1).tolist() == row[4:]
+    model.generation_config.eos_token_id = greedy[2][6]
+    assert continuations(model, prompts, new_tokens=6, choices=1)[1] == greedy[2][:6]
+    drawn = [continuations(model, prompts, samples=8, new_tokens=6, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert continuations(model, [], new_tokens=6) == []
 
 
 @pytest.mark.parametrize("peft", [False, True])

@@ -63,7 +63,7 @@ def givers(options):
 
 
 def test_a_donor_goes_on_from_the_texts_of_its_seed(options, givers):
-    part = adaptation.Bench(options).part("code", 1)
+    part = adaptation.Bench(options).part(adaptation.Job("code", 1, 4, "none"))
     assert len(part) == 4
     written = {giver: givers.written(giver, 1, part) for giver in ("real", "target", "random")}
     starts = [givers.kit.train[i].target_ids[:4] for i in part]
@@ -113,7 +113,7 @@ def test_every_arm_runs_once_with_every_setting(options):
     assert len(set(nll.values())) == len(nll), "two arms came to the same"
     (one,) = adaptation_claims.claims([*rows, *adaptation.budget(options)])
     assert one["id"] == "merge.unrelated.donor_specific_gain_nats"
-    assert {row["arm"] for row in adaptation_claims.summary(rows)} == set(adaptation.ARMS)
+    assert {row.get("arm") for row in adaptation_claims.summary(rows)} == {*adaptation.ARMS, None}
 
 
 def test_the_claim_takes_the_best_control_and_the_donor_arm_that_validation_chose():
@@ -130,3 +130,17 @@ def test_the_claim_takes_the_best_control_and_the_donor_arm_that_validation_chos
     (one,) = adaptation_claims.claims(rows)
     assert one["value"] == pytest.approx(3.05 - 2.95)
     assert "'teacher' against 'own teacher'" in one["how"]
+    more = [row | {"texts": 100} for row in run("none", 0, 1e-4, 3.0, 3.0) + run("none", 1, 1e-4, 3.0, 3.0)]
+    more += [row | {"texts": 100} for row in run("teacher", 0, 1e-4, 2.0, 2.9) + run("teacher", 1, 1e-4, 2.0, 2.9)]
+    (one,) = adaptation_claims.claims([*rows, *more])  # more text given: the claim is made there
+    assert one["value"] == pytest.approx(0.1)
+
+
+def test_the_plan_is_readable(options, monkeypatch):
+    monkeypatch.setattr(options, "arms", None)
+    groups = adaptation.groups(options)
+    assert {arm for group in groups for arm in group["arms"]} <= set(adaptation.ARMS)
+    assert groups[0]["settings"] == [(1e-4, 400, 16), (2e-4, 400, 16)]
+    jobs = adaptation.Bench(options).jobs()
+    assert {job.texts for job in jobs} == {6}  # no more than the kit has
+    assert len(jobs) == len(set(jobs))

@@ -47,6 +47,53 @@ def test_equal_models_and_unknown_architectures(tmp_path):
         CheckpointReader(tmp_path)
 
 
+def test_folders_that_are_no_model_of_their_own(tmp_path, capsys):
+    _, target, donor = pair(tmp_path)
+    recipe = write_recipe(tmp_path, target, donor)
+    for path in donor.glob("tokenizer*"):
+        path.unlink()
+    capsys.readouterr()
+    code, streams = run(capsys, "check", recipe)
+    assert code == 1
+    assert f"{donor} holds no tokenizer (tokenizer.json" in streams.err  # transformers would make an empty one
+    config = json.loads((donor / "config.json").read_text())
+    (donor / "config.json").write_text(json.dumps(config | {"model_type": "frobnicate"}))
+    code, streams = run(capsys, "check", recipe)
+    assert code == 1
+    assert "`frobnicate`" in streams.err
+    assert len(streams.err.strip().splitlines()) == 1
+    (donor / "config.json").rename(donor / "adapter_config.json")
+    code, streams = run(capsys, "check", recipe)
+    assert code == 1
+    assert "is an adapter (LoRA), not a model" in streams.err
+
+
+def test_an_impossible_layer_map_is_refused_before_anything_is_run(tmp_path, capsys):
+    _, target, donor = pair(tmp_path)
+    recipe = write_recipe(tmp_path, target, donor, layer_map="0:9")
+    capsys.readouterr()
+    for command in (("check", recipe), ("plan", recipe, "--plans", tmp_path / "plans", "--quiet")):
+        code, streams = run(capsys, *command)
+        assert code == 1
+        assert "layer_map '0:9': the target has 4 layers" in streams.err
+    assert not list(tmp_path.glob("plans*"))
+
+
+def test_eval_wants_the_merge_of_this_recipe(tmp_path, capsys):
+    _, target, donor = pair(tmp_path)
+    recipe = write_recipe(tmp_path, target, donor)
+    capsys.readouterr()
+    code, streams = run(capsys, "eval", recipe, tmp_path / "nothing", "--quiet")
+    assert code == 1
+    assert "holds no merge of this recipe" in streams.err
+    assert not list(tmp_path.glob(".mergekit_ot*")), "plans were solved first"
+    assert run(capsys, "run", recipe, tmp_path / "out", "--quiet")[0] == 0
+    recipe = write_recipe(tmp_path, target, donor, alpha=0.31)
+    code, streams = run(capsys, "eval", recipe, tmp_path / "out", "--quiet")
+    assert code == 1
+    assert "the recipe has 0.31; run it again" in streams.err
+
+
 def test_short_text_says_how_many_rows_are_needed(tmp_path, capsys):
     _, target, donor = pair(tmp_path)
     recipe = write_recipe(tmp_path, target, donor)
@@ -184,7 +231,7 @@ def test_non_finite_activations_name_the_place(tmp_path):
     save(model, target)
     from mergekit_ot.pipeline import plan_recipe
 
-    with pytest.raises(ValueError, match=r"Activations at h\.2 are not finite"):
+    with pytest.raises(ValueError, match=r"target: activations at h\.2 are not finite"):
         plan_recipe(load_recipe(write_recipe(tmp_path, target, donor)), tmp_path / "plans", quiet=True)
 
 

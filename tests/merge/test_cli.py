@@ -32,14 +32,20 @@ def test_plan_inspect_run_eval(tmp_path, capsys):
     assert main(["inspect", plans, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layer_map"] == [0, 2, 3, 5]
     assert main(["run", recipe, out, "--plans", plans, "--quiet", "--out-shard-size", "1M"]) == 0
+    printed = capsys.readouterr().out
+    assert "28 tensors carry the donor's weights; the gate closed 0 of 8 blocks" in printed
     assert main(["eval", recipe, out, "--plans", plans, "--texts", held_out, "--max-tokens", "500", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "random donor" in printed
     report = json.loads((tmp_path / "out.report" / "report.json").read_text())
     losses = {row["model"]: row["loss"] for row in report["losses"]}
-    assert set(losses) == {"target", "merged", "shrink only", "random donor"}
+    assert set(losses) == {"target", "merged", "donor", "shrink only", "random donor"}
+    assert abs(losses["donor"] - losses["target"]) < 1e-4
     assert abs(losses["merged"] - losses["target"]) < 1e-4  # the donor is the target
     assert abs(losses["shrink only"] - losses["target"]) > 1e-2
     page = (tmp_path / "out.report" / "report.md").read_text()
     assert "does not beat the target" in page or "not knowledge" in page or "beats the target" in page
+    assert printed.splitlines()[-2] in page.replace("**", "")
     for name in ("layer_map", "scores", "norms", "losses"):
         assert (tmp_path / "out.report" / f"{name}.png").stat().st_size > 5000
         assert f"{name}.png" in page

@@ -63,6 +63,7 @@ def test_both_forms_mean_the_same():
         ({"merge_method": "linear"}, "merge_method must be 'transport', got 'linear'"),
         ({"base_model": None}, "base_model is missing"),
         ({"models": [{"model": "org/target"}]}, "exactly one donor .* got none"),
+        ({"models": [{"model": "org/target"}, {"model": "org/target"}]}, "got the target itself"),
         ({"models": [{"model": "org/a"}, {"model": "org/b"}]}, r"exactly one donor .* got \['org/a', 'org/b'\]"),
         ({"models": [{"model": "org/target"}, {"model": "org/d+org/lora"}]}, "model\\+lora.*merge the LoRA"),
         ({"models": [{"model": "org/donor", "weight": 1}]}, "models: unknown key 'weight'"),

@@ -22,7 +22,8 @@ needs_compiler = pytest.mark.skipif(native.obstacle() is not None, reason=f"no k
 
 def native_side(d, **options):
     side = input_side(d, **options)
-    codes = None if side.tables.basis is None else side.tables.basis.mT
+    rank = side.tables.rank
+    codes = side.tables.basis[:rank].to(torch.int8).mT.contiguous() if rank else None
     tables = make_native_tables(
         side.found, codes, side.tables.basis_scale, side.clip, side.tables.bits, side.tables.symmetric
     )
