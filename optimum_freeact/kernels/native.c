@@ -396,15 +396,16 @@ static void panel(
         }
         const long at = row * weight->m + first;
         float lanes[LANES];
-        if (!y_bf16 && count == LANES) {
-            store_floats((float *)y + at, value);
+        if (count == LANES) {
+            if (y_bf16)
+                store_bf16((uint16_t *)y + at, value);
+            else
+                store_floats((float *)y + at, value);
             continue;
         }
         store_floats(lanes, value);
         if (!y_bf16)
             memcpy((float *)y + at, lanes, count * sizeof(float));
-        else if (count == LANES)
-            for (int i = 0; i < LANES; i++) ((uint16_t *)y)[at + i] = float_to_bf16(lanes[i]);
         else
             for (long i = 0; i < count; i++) ((uint16_t *)y)[at + i] = float_to_bf16(lanes[i]);
     }
