@@ -12,7 +12,7 @@ from optimum_freeact.kernels import native_ops, ops
 from optimum_freeact.kernels.dispatch import plan
 from optimum_freeact.kernels.native import NativeSide
 from optimum_freeact.kernels.tables import InputTables, make_native_tables, make_tables
-from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, round_codes
+from optimum_freeact.numerics.affine import QParams, choose_qparams, dequantize, fake_quantize_ste, round_codes
 from optimum_freeact.numerics.kronecker import factor_pair
 from optimum_freeact.transforms.affine_map import InputMap, pick
 from optimum_freeact.type_state import TypeState
@@ -226,7 +226,9 @@ class FreeActInput(nn.Module):
         """Values of the codes: a product over groups with grids of their own is one in floating point."""
         groups, clip = z.unflatten(-1, (-1, self.group_size)), clip.unsqueeze(-2) if clip.dim() > 1 else clip
         qparams = choose_qparams(groups, self.bits, self.symmetric, clip)
-        return fake_quantize_ste(groups, qparams, self.bits).flatten(-2)
+        if torch.is_grad_enabled() and z.requires_grad:
+            return fake_quantize_ste(groups, qparams, self.bits).flatten(-2)
+        return dequantize(round_codes(groups, qparams, self.bits), qparams).flatten(-2)
 
     def _kernel_serves(self, x: torch.Tensor) -> bool:
         """Whether a kernel takes these rows: of the device's types, and no gradient wanted."""

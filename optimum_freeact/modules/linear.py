@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -85,6 +88,7 @@ class FreeActLinear(nn.Linear):
         self.register_buffer("low_rank", torch.zeros(out_features, rank, dtype=torch.int8) if rank else None)
         self.register_buffer("low_rank_scale", torch.ones(rank) if rank else None)
         self._codes: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
         self._row_sum: torch.Tensor | None = None
         self._native: NativeWeight | None = None
         self._bias_rows: torch.Tensor | None = None
@@ -143,6 +147,15 @@ class FreeActLinear(nn.Linear):
             return self.codes().to(dtype)
         grouped = self.codes().unflatten(-1, (-1, self.group_size)).to(dtype)
         return (grouped * self.group_steps(dtype).unsqueeze(-1)).flatten(1)
+
+    @contextmanager
+    def values_at_hand(self) -> Iterator[None]:
+        """While it lasts the dequantized weight is kept, for a run of many batches."""
+        self._values = self.transformed_weight()
+        try:
+            yield
+        finally:
+            self._values = None
 
     def group_steps(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Effective scale of each group, shape `(out, groups)`."""
@@ -205,7 +218,8 @@ class FreeActLinear(nn.Linear):
         if rounded.qparams is None or self.bits == 16 or self.group_size != self.in_features:
             values = rounded.values
             values = values if rounded.qparams is None else dequantize(values, rounded.qparams)
-            y = nn.functional.linear(values.to(dtype), self.transformed_weight(dtype))
+            weight = self.transformed_weight(dtype) if self._values is None else self._values.to(dtype)
+            y = nn.functional.linear(values.to(dtype), weight)
         else:
             y = self._integer_product(rounded, dtype)
         if rounded.low_rank is not None:
