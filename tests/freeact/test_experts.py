@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import functools
 import logging
 
 import pytest
