@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from optimum_freeact.calibration.capture import Batch, run_block
+from optimum_freeact.calibration.capture import Batch, run_block, to_device
 from optimum_freeact.calibration.ranks import Ranks
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
@@ -89,6 +89,13 @@ class Stream:
             return None
         finally:
             seen.enough = None
+
+    def stage(self, index: int) -> None:
+        """Bring what block `index` is called with to the device, so that [`run`] copies nothing."""
+        for i, batch in enumerate(self.batches):
+            self.actual[i] = self.actual[i].to(self.device)
+            batch.types = None if batch.types is None else batch.types.to(self.device)
+            batch.calls[index] = to_device(batch.calls[index], self.device)
 
     def run(self, block: nn.Module, index: int, i: int) -> torch.Tensor:
         """Output of the block on batch `i` as the quantized model feeds it."""
