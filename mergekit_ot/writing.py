@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -39,6 +40,8 @@ def continuations(
     draw = torch.Generator(device).manual_seed(seed)
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
+    # newer versions of transformers call it so in arguments and outputs
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     longest = max((len(prompt) for prompt in prompts), default=0)
     kept = [list(prompt) for prompt in prompts if len(prompt) == longest]
     if not longest:
@@ -46,8 +49,8 @@ def continuations(
     for ids in torch.tensor(kept, device=device).repeat_interleave(samples, dim=0).split(together):
         step, cache = ids, None
         for _ in range(new_tokens):
-            output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
+            output = model(input_ids=step, use_cache=True, logits_to_keep=1, **{name: cache})
+            cache = getattr(output, name)
             likeliest = output.logits[:, -1].float().topk(min(choices, output.logits.shape[-1]))
             chosen = torch.multinomial((likeliest.values / temperature).softmax(-1), 1, generator=draw)
             step = likeliest.indices.gather(-1, chosen)

@@ -4,14 +4,14 @@
     python benchmarks/merge/adaptation.py --device cuda --rows rows-0.jsonl --scratch scratch     # one of several processes
     python benchmarks/merge/adaptation.py --collect rows-*.jsonl         # writes the result file of what they measured
 
-Every arm has the same few texts, the same number of steps of the same number of texts and the same choice of settings
-(learning rate, length of the schedule, share of the lessons), and takes the setting and the step that are best on validation
-text; it is scored on held-out text. `merge` arms train around a frozen transported residual (attention, as in the paper; gate
-off, so that the random donor gets the same chance); `teacher` arms mix the donor's next-token distribution, carried by the
-vocabulary plan, into the loss; in `writer` arms the donor also goes on from the first tokens of every text, and a fixed part
-of every batch is what it wrote; `stream` arms draw the target's last states to the donor's transported ones. Every such arm
-has two controls: the same from a donor with random weights, and the same from the target itself (`own`), which has every
-effect but that of the donor's knowledge. Processes that share `--scratch` share the work, on any number of GPUs.
+Within a group of `PLAN` every arm has the same texts, the same number of steps of the same number of texts and the same choice
+of settings (learning rate and length of the schedule; with a teacher also the share of its lessons), and takes the setting and
+the step that are best on validation text; it is scored on held-out text. `merge` arms train around a frozen transported
+residual (attention, as in the paper; gate off, so that the random donor gets the same chance); `teacher` arms mix the donor's
+next-token distribution, carried by the vocabulary plan, into the loss; in `writer` arms the donor also goes on from the first
+tokens of every text, and a fixed part of every batch is what it wrote; `stream` arms draw the target's last states to the
+donor's transported ones. Controls: the same from a donor with random weights, the same from the target itself (`own`: every
+effect but that of the donor's knowledge), shrinking alone, and no donor at all. Processes that share `--scratch` share the work, on any number of GPUs.
 Needs the assets `smollm2`, `qwen2.5` and `gemma3-270m`, and the kit; neither mergekit, POT nor TRL.
 """
 
@@ -74,24 +74,23 @@ ARMS = {
 }
 #: All there is, few texts, and a look at donors that write: groups of arms with the same choices, first things first.
 ALL, FEW = 2000, 40
-LONG, SHORT = ["1e-4:300x16", "2e-4:300x16"], ["1e-4:96x8", "5e-5:48x8"]
+LONG, SHORT = ["1e-4:400x16", "2e-4:400x16"], ["1e-4:96x8", "5e-5:48x8"]
 PLAN = [
     {"texts": ALL, "settings": LONG, "arms": ["none", "teacher"]},
     {"texts": FEW, "settings": SHORT, "arms": ["none", "shrink", "teacher"]},
-    {"texts": ALL, "settings": LONG, "arms": ["shrink"]},
-    {"texts": ALL, "settings": LONG[:1], "shares": [0.5], "arms": ["own teacher", "teacher, random donor"]},
+    {"texts": ALL, "settings": LONG[:1], "shares": [0.5], "arms": ["own teacher", "shrink", "teacher, random donor"]},
     {"texts": FEW, "settings": SHORT[:1], "arms": ["own teacher", "teacher at shared positions"]},
     {"texts": FEW, "settings": SHORT[:1], "shares": [0.5], "arms": ["teacher, random donor"]},
-    {"texts": FEW, "settings": SHORT[:1], "arms": ["merge", "merge, random donor", "stream", "stream, random donor"]},
-    {"texts": ALL, "settings": LONG[:1], "arms": ["merge", "merge, random donor"]},
+    {"texts": FEW, "settings": SHORT[:1], "arms": ["merge", "merge, random donor"]},
     {
         "texts": FEW,
         "settings": ["1e-4:96x32"],
         "shares": [0.9],
         "seeds": [0],
-        "arms": ["writer and teacher", "writer", "own texts"],
+        "arms": ["writer and teacher", "own texts"],
     },
-    {"texts": ALL, "settings": LONG, "arms": ["own teacher"]},
+    {"texts": FEW, "settings": SHORT[:1], "arms": ["stream", "stream, random donor"]},
+    {"texts": ALL, "settings": LONG[:1], "arms": ["merge", "merge, random donor"]},
 ]
 #: Of a batch in `writer` arms, the part that is the given texts.
 GIVEN = 0.25

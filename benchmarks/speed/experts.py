@@ -113,7 +113,7 @@ def measure(name: str, tokens: int, rounds: int) -> list[dict]:
     ways = []
     for way in WAYS:
         config._experts_implementation = way
-        ways.append({**timed("bf16", original), "way": way})
+        ways.append({**timed("bf16", original), "note": way})
     config._experts_implementation = "eager"
     rows.append(min(ways, key=lambda row: row["value"]))
     rows.append({**labels, "provider": "bf16", "metric": "bytes", "value": held_bytes(original)})

@@ -131,7 +131,7 @@ def evaluate_recipe(
     pair = solved[0]
     options = MergeOptions(quiet=True, device=device)
     losses: dict[str, float] = {}
-    bar = tqdm(total=4 + same_shapes(pair), desc="scoring", disable=quiet)
+    bar = tqdm(total=4 + spelled_alike(pair) + same_shapes(pair), desc="scoring", disable=quiet)
 
     def score(name: str, folder: Path) -> None:
         bar.set_postfix_str(name)
@@ -140,6 +140,8 @@ def evaluate_recipe(
 
     score("target", pair.target_folder)
     score("merged", out)
+    if spelled_alike(pair):
+        score("donor", pair.donor_folder)
     with tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".controls-") as scratch:
         place = Path(scratch)
         score("shrink only", merge_recipe(recipe, place / "shrink", options, bundle_of=solved, control="shrink"))
@@ -177,6 +179,15 @@ def merge_record(recipe: Recipe, out: Path) -> dict:
                 f"{out} was merged with {key} {parameters.get(key)!r}, the recipe has {getattr(recipe, key)!r}; run it again."
             )
     return record
+
+
+def spelled_alike(pair: Pair) -> bool:
+    """Whether both models read the same tokens, so that their losses per token can be compared."""
+    files = [folder / "tokenizer.json" for folder in (pair.target_folder, pair.donor_folder)]
+    if pair.target.vocab_size != pair.donor.vocab_size or not all(file.is_file() for file in files):
+        return False
+    first, second = (json.loads(file.read_text(encoding="utf-8")).get("model") for file in files)
+    return first == second
 
 
 def same_shapes(pair: Pair) -> bool:

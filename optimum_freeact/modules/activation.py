@@ -180,19 +180,25 @@ class FreeActInput(nn.Module):
 
     def forward(self, x: torch.Tensor) -> RoundedInput | KernelRows:
         """Round rows `x` of shape `(..., in_features)`; the linears of one group get the same object."""
-        reuse = not (
-            torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad) or x.is_inference()
-        )
-        if not reuse or self.n_readers == 1:
+        versioned = torch.compiler.is_compiling() or not x.is_inference()  # else a change of x would not be seen
+        if self.n_readers == 1 or not versioned or (torch.is_grad_enabled() and x.requires_grad):
             return self._round(x)
         last, self._last = self._last, None
-        if last is not None and last[0]() is x and last[1] == x._version:
+        if last is not None and self._same(last, x):
             result, left = last[2], last[3] - 1
         else:
             result, left = self._round(x), self.n_readers - 1
         if left:
-            self._last = (weakref.ref(x), x._version, result, left)
+            tracing = torch.compiler.is_compiling()
+            self._last = (x, 0, result, left) if tracing else (weakref.ref(x), x._version, result, left)
         return result
+
+    @staticmethod
+    def _same(last: tuple, x: torch.Tensor) -> bool:
+        """Whether the kept codes are those of `x`. A traced tensor has no weak references; its trace ends with the call."""
+        if torch.compiler.is_compiling():
+            return last[0] is x
+        return isinstance(last[0], weakref.ref) and last[0]() is x and last[1] == x._version
 
     def _round(self, x: torch.Tensor) -> RoundedInput | KernelRows:
         if self._offloaded and self.clip.device.type != "meta":  # here for this call only

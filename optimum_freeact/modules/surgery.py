@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -204,7 +205,7 @@ def replace_experts(
     """Replace the named experts of a block by empty quantized ones on `device`."""
     plain = block.get_submodule(name)
     with torch.device(device), float32_default():
-        made = FreeActExperts(plain, config, state, lambda width: rank_of(config, width))
+        made = FreeActExperts(plain, config, state, functools.partial(rank_of, config))
     block.set_submodule(name, made.train(plain.training))
     return made
 

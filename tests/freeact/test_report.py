@@ -72,7 +72,7 @@ def test_everything_of_a_model_is_counted_once():
 
 
 def test_what_stays_is_named_with_its_reason():
-    model = quantized("qwen3_moe", modules_to_not_convert=["o_proj"])
+    model = quantized("qwen3_moe", modules_to_not_convert=["o_proj", "experts"])
     reasons = {one.name: one.why for one in unquantized(model)}
     assert "excluded" in reasons["model.layers.*.self_attn.o_proj.weight"]
     assert "3-D parameters" in reasons["model.layers.*.mlp.experts.gate_up_proj"]

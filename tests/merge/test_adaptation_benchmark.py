@@ -140,7 +140,7 @@ def test_the_plan_is_readable(options, monkeypatch):
     monkeypatch.setattr(options, "arms", None)
     groups = adaptation.groups(options)
     assert {arm for group in groups for arm in group["arms"]} <= set(adaptation.ARMS)
-    assert groups[0]["settings"] == [(1e-4, 300, 16), (2e-4, 300, 16)]
+    assert groups[0]["settings"] == [(1e-4, 400, 16), (2e-4, 400, 16)]
     jobs = adaptation.Bench(options).jobs()
     assert {job.texts for job in jobs} == {6}  # no more than the kit has
     assert len(jobs) == len(set(jobs))

@@ -39,7 +39,8 @@ def test_plan_inspect_run_eval(tmp_path, capsys):
     assert "random donor" in printed
     report = json.loads((tmp_path / "out.report" / "report.json").read_text())
     losses = {row["model"]: row["loss"] for row in report["losses"]}
-    assert set(losses) == {"target", "merged", "shrink only", "random donor"}
+    assert set(losses) == {"target", "merged", "donor", "shrink only", "random donor"}
+    assert abs(losses["donor"] - losses["target"]) < 1e-4
     assert abs(losses["merged"] - losses["target"]) < 1e-4  # the donor is the target
     assert abs(losses["shrink only"] - losses["target"]) > 1e-2
     page = (tmp_path / "out.report" / "report.md").read_text()
