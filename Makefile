@@ -12,6 +12,8 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 # files are compiled when they are first imported, which most are not: that saves a good part of the installation
 PIP_INSTALL = $(VENV)/bin/python -m pip install -qq --no-compile
+# ... and kept: without the compiled files every new process pays for compiling its imports again
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help first-run journey docs package test quality format results clean

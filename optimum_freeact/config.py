@@ -61,6 +61,7 @@ DEFAULTS: dict[str, Any] = {
     "attention_compensation": False,
     "discovered_types": 0,
     "exclusive_share": 1 / 32,
+    "type_rank": 0,
 }
 # known only while calibrating; never written
 RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress", "typer", "across_processes")
@@ -105,6 +106,8 @@ class FreeActConfig(QuantizationConfigMixin):
             directions around the rounding; 0 for none.
         low_rank_budget (`float`, *optional*): Cut each input's rank (not below 8) to what fits into this share of the bfloat16
             bytes of its linears, with all else that is stored but the codes; the default is not to.
+        type_rank (`int`, *optional*, defaults to 0): So many further directions of that branch for each token type alone, its
+            own strongest: columns that the weight has once more and other types do not use. Exact for every type.
         rounding (`str`, *optional*): `"rtn"` or `"gptq"` for the weights.
         rounding_passes (`int`, *optional*): Passes of coordinate descent after `"gptq"`, each with a second choice for
             every code; 0 is GPTQ itself.
@@ -207,6 +210,7 @@ class FreeActConfig(QuantizationConfigMixin):
         for name in ("n_samples", "seq_len", "batch_size", "epochs"):
             self._check_int(name, minimum=1)
         self._check_int("low_rank", minimum=0)
+        self._check_int("type_rank", minimum=0)
         self._check_int("discovered_types", minimum=0)
         if (
             self.discovered_types == 1
@@ -271,6 +275,12 @@ class FreeActConfig(QuantizationConfigMixin):
             raise ValueError(
                 "attention_compensation=True corrects a layer in closed form: it goes with calibration='closed_form' and "
                 f"error_correction=False, got {self.calibration!r} and {self.error_correction}."
+            )
+
+        if self.type_rank and (self.exclusive == "closed_form" or self.error_correction):
+            raise ValueError(
+                "type_rank > 0 gives types directions of their own in the branch: it goes with exclusive='none' or 'fixed' and "
+                f"error_correction=False, got {self.exclusive!r} and {self.error_correction}."
             )
 
     def _check_types(self) -> None:

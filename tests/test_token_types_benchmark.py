@@ -1,15 +1,19 @@
 """The token type benchmark: claims follow from rows, and a miniature runs whole."""
 
 import json
+import time
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
 from benchmarks._results import problems, read
-from benchmarks.token_types import run
+from benchmarks.token_types import run, runner
 from benchmarks.token_types.claims import claims, losses, won_back
-from benchmarks.token_types.methods import METHODS, bits
+from benchmarks.token_types.methods import CLAIMED, METHODS, bits
+from benchmarks.token_types.plan import plan, timing
+from benchmarks.token_types.table import assemble
 
 
 def rows_of(model="diffusion", metric="masked_nll", setting="w4a4", mode="whole", **lost):
@@ -35,9 +39,9 @@ def by_id(rows):
 
 
 def test_the_gap_won_back_is_what_flatquant_loses_and_we_do_not():
-    rows = rows_of(flatquant=0.4, freeact=[0.1, 0.2], freeact_paper=0.3)
-    assert losses(rows, "diffusion", "freeact", "w4a4") == pytest.approx({0: 3.6, 1: 3.7})
-    assert won_back(rows, "diffusion", "freeact", "w4a4") == pytest.approx(1 - 0.15 / 0.4)
+    rows = rows_of(flatquant=0.4, freeact_fast=[0.1, 0.2], freeact_paper=0.3)
+    assert losses(rows, "diffusion", "freeact-fast", "w4a4") == pytest.approx({0: 3.6, 1: 3.7})
+    assert won_back(rows, "diffusion", "freeact-fast", "w4a4") == pytest.approx(1 - 0.15 / 0.4)
     found = by_id(rows)
     assert found["token_types.diffusion.w4a4.gap_won_back_over_flatquant"]["holds"]
     assert found["token_types.diffusion.w4a4.ours_minus_freeact_paper"]["value"] == pytest.approx(0.375)
@@ -46,8 +50,8 @@ def test_the_gap_won_back_is_what_flatquant_loses_and_we_do_not():
 
 def test_a_quantized_cache_is_compared_with_full_precision_through_a_cache():
     whole, cached = (
-        rows_of(flatquant=0.4, freeact=0.1),
-        rows_of(setting="w4a4kv4", mode="cached", flatquant=0.8, freeact=0.6),
+        rows_of(flatquant=0.4, freeact_fast=0.1),
+        rows_of(setting="w4a4kv4", mode="cached", flatquant=0.8, freeact_fast=0.6),
     )
     found = by_id(whole + cached)
     assert found["token_types.diffusion.w4a4.gap_won_back_over_flatquant"]["value"] == pytest.approx(0.75)
@@ -57,10 +61,10 @@ def test_a_quantized_cache_is_compared_with_full_precision_through_a_cache():
 
 
 def test_a_seed_that_was_not_measured_does_not_count():
-    rows = rows_of(flatquant=0.4, freeact=[0.1, 0.3])
+    rows = rows_of(flatquant=0.4, freeact_fast=[0.1, 0.3])
     rows[-1] = {**rows[-1], "value": None, "note": "the time was up"}
-    assert losses(rows, "diffusion", "freeact", "w4a4") == pytest.approx({0: 3.6})
-    assert won_back([r for r in rows if r["method"] != "fp"], "diffusion", "freeact", "w4a4") is None
+    assert losses(rows, "diffusion", "freeact-fast", "w4a4") == pytest.approx({0: 3.6})
+    assert won_back([r for r in rows if r["method"] != "fp"], "diffusion", "freeact-fast", "w4a4") is None
 
 
 def test_time_and_share_of_the_types():
@@ -81,6 +85,69 @@ def test_settings_are_read():
         run.main(["--tiny", "--methods", "nothing"])
 
 
+class FakeWorker:
+    """Answers at once, and notes which jobs ran beside each."""
+
+    running: dict = {}
+    log: list = []
+
+    def __init__(self, gpu, threads, log):  # noqa: ARG002
+        self.gpu = gpu
+
+    def start(self):
+        pass
+
+    stop = start
+
+    def ask(self, job, seconds):  # noqa: ARG002
+        beside = self.running.setdefault(self.gpu, [])
+        self.log.append((self.gpu, job, list(beside)))
+        beside.append(job)
+        time.sleep(0.02)
+        beside.remove(job)
+        return {"error": "broken"} if job.model == "vlm" and job.group == "train" else {"rows": []}
+
+
+def test_jobs_wait_for_their_model_and_the_timing_is_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "Worker", FakeWorker)
+    monkeypatch.setattr(runner, "gpus", lambda _: ["0", "1"])
+    monkeypatch.setattr(FakeWorker, "log", [])
+    options = run.parser().parse_args(["--device", "cuda", "--work", str(tmp_path), "--no-ablations"])
+    options.rows = tmp_path / "rows.jsonl"
+    training, jobs = plan(options, {})
+    timed = timing(options)
+    done = runner.Runner(options, "0" * 40)
+    done.run([*training, *timed, *jobs], 6)
+    started = [job for _, job, _ in FakeWorker.log]
+    assert {job.key for job in started} == {job.key for job in [*training, *timed, *jobs] if job.model != "vlm"} | {
+        job.key for job in training
+    }
+    for gpu, job, beside in FakeWorker.log:
+        if job.group == "time":
+            assert (gpu, beside) == ("0", [])
+            assert job is started[-1]
+        assert job.group in ("train", "warm") or not any(other.group == "train" for other in beside)
+    assert [job.model for job in started if job.group == "train"] == ["diffusion", "vlm", "three_types"]
+    trained = [gpu for gpu, job, _ in FakeWorker.log if job.group == "train"]
+    assert trained == ["0", "1", "0"]
+    missing = assemble([job for job in jobs if job.model == "vlm"], done)
+    assert {row["note"] for row in missing} == {"not run"}
+    assert "broken" in capsys.readouterr().out
+
+
+def test_what_claims_need_comes_first():
+    options = run.parser().parse_args(["--device", "cuda", "--train-seconds", "diffusion=5,vlm=7"])
+    options.work = Path("work")
+    training, jobs = plan(options, {})
+    assert [job.measure["train"].get("seconds") for job in training] == [5.0, 7.0, None]
+    order = [job.method for job in jobs if job.model == "vlm"]
+    claimed = [i for i, job in enumerate(jobs) if job.method in CLAIMED and job.seed == 0]
+    assert max(claimed) < min(i for i, job in enumerate(jobs) if job.method not in (*CLAIMED, "fp"))
+    assert order[0] == "fp"
+    assert {job.seed for job in jobs if job.method == "flatquant"} == {0, 1, 2}
+    assert {job.seed for job in jobs if job.group in ("ablation", "control")} == {0}
+
+
 METHODS_TRIED = ("flatquant", "freeact-paper", "freeact")
 
 
@@ -91,10 +158,12 @@ def test_the_miniature_runs_whole(tmp_path, capsys):
     document = read(tmp_path / "out" / "token_types.json")
     assert problems(document) == []
     rows = document["rows"]
-    assert {row["method"] for row in rows} == {"fp", "train", *METHODS_TRIED}
+    assert {row["method"] for row in rows if row["model"] != "layers"} == {"fp", "train", *METHODS_TRIED}
     assert all(row["value"] is not None for row in rows)
-    timed = {row["metric"]: row["value"] for row in rows if row["model"] == "layers"}
-    assert timed["three_types_time_ratio"] == timed["seconds_3_types"] / timed["seconds_1_types"] > 0
+    for preset in ("freeact", "freeact-fast"):
+        timed = {row["metric"]: row["value"] for row in rows if (row["model"], row["method"]) == ("layers", preset)}
+        assert timed["three_types_time_ratio"] == timed["seconds_3_types"] / timed["seconds_1_types"] > 0
+        assert timed["mixed_batch_differences_same"] == 0
     scored = [r for r in rows if r["method"] == "freeact" and r["metric"] == "masked_nll"]
     assert {(r["setting"], r["mode"], r["ratio"]) for r in scored} == {
         (setting, mode, ratio)
@@ -105,7 +174,7 @@ def test_the_miniature_runs_whole(tmp_path, capsys):
     assert noted == "text, sink, mask"
     assert (
         next(r["note"] for r in rows if r["method"] == "freeact-paper" and r["metric"] == "calibration_seconds")
-        == "text, mask"
+        == "text, mask; 1 epochs"
     )
     assert "won back" in capsys.readouterr().out
     before = json.dumps(rows)

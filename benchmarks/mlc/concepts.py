@@ -124,7 +124,7 @@ def split(
     concepts = by_turns(short)[:CONCEPTS]
     cut = round(len(concepts) * 0.8)
     draw = random.Random(seed + 1)
-    parts = ((concepts[:cut], test), (concepts[cut:], max(test // 3, 2)))
+    parts = ((concepts[:cut], test), (concepts[cut:], max(test // 6, 1) * 2))
     tests = [draw_prompts(part, count, draw, set()) for part, count in parts]
     training = draw_prompts(concepts[:cut], train, draw, {names(prompt) for prompt in tests[0]})
     return Split(to_rows(training, seen, draw), *(to_rows(part, tested, draw) for part in tests))

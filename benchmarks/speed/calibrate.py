@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--preset", default="freeact-fast")
     parser.add_argument("--across", action="store_true", help="share among the processes of torchrun")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -46,7 +47,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     ids = torch.randint(0, config.vocab_size, (args.samples, args.length), generator=torch.Generator().manual_seed(1))
     settings = FreeActConfig(
-        dataset=ids, n_samples=args.samples, seq_len=args.length, batch_size=args.batch, progress=True,
+        preset=args.preset, dataset=ids, n_samples=args.samples, seq_len=args.length, batch_size=args.batch, progress=True,
         across_processes=args.across,
     )  # fmt: skip
     tokens = args.samples * args.length // int(os.environ.get("WORLD_SIZE", 1))
@@ -60,7 +61,7 @@ def main() -> None:
     if int(os.environ.get("RANK", 0)):
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    labels = {"what": "calibration", "provider": "freeact", "shape": args.shape, "layers": args.layers,
+    labels = {"what": "calibration", "provider": "freeact", "preset": args.preset, "shape": args.shape, "layers": args.layers,
               "gpus": int(os.environ.get("WORLD_SIZE", 1)), "samples": args.samples, "length": args.length}  # fmt: skip
     later = blocks[1:] or blocks  # the first one compiles and warms up
     rows = [

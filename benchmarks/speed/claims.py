@@ -74,7 +74,9 @@ def model_claims(rows: list[dict]) -> list[dict]:
 def calibration_claims(rows: list[dict]) -> list[dict]:
     """Minutes for all blocks of the 8B shape, and the gain of a second GPU."""
     found = {
-        (r["gpus"], r["metric"]): r["value"] for r in rows if r.get("what") == "calibration" and r["shape"] == "8b"
+        (r["gpus"], r["metric"]): r["value"]
+        for r in rows
+        if r.get("what") == "calibration" and r["shape"] == "8b" and r.get("preset", "freeact-fast") == "freeact-fast"
     }
     claims = []
     if (1, "block_seconds") in found:

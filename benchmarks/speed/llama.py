@@ -1,4 +1,4 @@
-"""Random models of a Llama's shape: in bfloat16, quantized with all of the default preset's parts, or quantized as
+"""Random models of a Llama's shape: in bfloat16, quantized with all of the fast preset's parts, or quantized as
 published methods do in their code (fake quantization: weights and activations rounded, products in bfloat16).
 """
 
@@ -63,8 +63,8 @@ def groups() -> list[list[str]]:
 
 @torch.no_grad()
 def quantized(config: PretrainedConfig, device: str, **changes) -> PreTrainedModel:
-    """The same quantized with the default preset (`changes` to its settings) and random numbers for all it stores."""
-    settings = FreeActConfig(**{"token_types": ["text", "sink"], **changes})
+    """The same quantized with the fast preset (`changes` to its settings) and random numbers for all it stores."""
+    settings = FreeActConfig(**{"preset": "freeact-fast", "token_types": ["text", "sink"], **changes})
     settings.input_groups, settings.weight_dtype = {"*": groups()}, "bfloat16"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -90,7 +90,8 @@ def quantized(config: PretrainedConfig, device: str, **changes) -> PreTrainedMod
             if module.type_bias is not None:
                 module.type_bias.normal_(std=0.02)
             if module.type_shift is not None:
-                module.type_shift.normal_(std=0.02)
+                module.type_shift.random_(-127, 128)
+                module.type_shift_scale.fill_(3e-4)
             if module.low_rank is not None:
                 module.low_rank.random_(-127, 128)
                 module.low_rank_scale.fill_(0.02 / 73)

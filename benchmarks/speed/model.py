@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--run", choices=("eager", "graph", "compile"), default="graph")
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--preset", default="freeact-fast")
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -68,12 +69,13 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = shape_config(args.shape, args.layers)
+    name = args.provider + ("" if args.preset == "freeact-fast" else f" ({args.preset})")
     meter = Meter(
-        args.out, provider=args.provider, run=args.run, shape=args.shape, layers=config.num_hidden_layers,
+        args.out, provider=name, run=args.run, shape=args.shape, layers=config.num_hidden_layers,
         prompt=args.prompt,
     )  # fmt: skip
     begin = time.perf_counter()
-    model = (quantized if args.provider == "freeact" else plain)(config, device)
+    model = quantized(config, device, preset=args.preset) if args.provider == "freeact" else plain(config, device)
     synchronize(device)
     meter("build_seconds", time.perf_counter() - begin)
     if device == "cuda":

@@ -2,47 +2,46 @@
 # The GPU benchmark; every row is written as it comes.
 #
 #   bash benchmarks/speed/run.sh kernels OUT [SECONDS] [GPU]          linears, our model (one GPU to itself)
-#   bash benchmarks/speed/run.sh models  OUT [SECONDS] [GPU] [GPU]    the bf16 model and calibration (one or two GPUs)
+#   bash benchmarks/speed/run.sh models  OUT [SECONDS] [GPU]          the bf16 model and calibration (one GPU to itself)
+#   bash benchmarks/speed/run.sh across  OUT [SECONDS] GPU GPU        calibration on two GPUs
 #   bash benchmarks/speed/run.sh tune    OUT [SECONDS] [GPU]          launch settings, to OUT/launches.json
 #   python -m benchmarks.speed.collect OUT                            afterwards, where git is
 #
 # A step that fails or takes too long is left out and the next one goes on.
 set -u
-part="$1" out="$2" seconds="${3:-200}" first="${4:-0}" second="${5:-}" begin=$SECONDS
+part="$1" out="$2" seconds="${3:-300}" first="${4:-0}" second="${5:-1}" begin=$SECONDS
+shape="${SHAPE:-8b}" blocks="${BLOCKS:-3}"
 mkdir -p "$out"
-export PYTHONPATH=. PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-6}"
+export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-6}"
 
-step() { # step GPU LIMIT LOG MODULE ARGUMENTS...
+step() { # step GPU LIMIT LOG COMMAND...
     local gpu="$1" limit="$2" log="$3" left=$((seconds - (SECONDS - begin)))
     shift 3
     ((left < 8)) && return
-    CUDA_VISIBLE_DEVICES="$gpu" timeout $((left < limit ? left : limit)) python -m "$@" --out "$out" >>"$out/$log.log" 2>&1 ||
+    CUDA_VISIBLE_DEVICES="$gpu" timeout $((left < limit ? left : limit)) "$@" --out "$out" >>"$out/$log.log" 2>&1 ||
         echo "step failed or ran out of time: $*" >>"$out/failed.log"
-    echo "$((SECONDS - begin)) s: $*" >>"$out/steps.log"
+    echo "$part, $((SECONDS - begin)) s: $*" >>"$out/steps.log"
 }
 
 case "$part" in
 tune)
-    OMP_NUM_THREADS=1 step "$first" $((seconds / 2)) compile benchmarks.speed.tune --compile-only --workers "${WORKERS:-24}"
-    step "$first" "$seconds" tune benchmarks.speed.tune --seconds $((seconds / 2 - 8))
+    OMP_NUM_THREADS=1 step "$first" $((seconds / 2)) compile python -m benchmarks.speed.tune --compile-only --workers "${WORKERS:-24}"
+    step "$first" "$seconds" tune python -m benchmarks.speed.tune --seconds $((seconds / 2 - 8))
     ;;
 kernels)
-    step "$first" 45 model benchmarks.speed.model --provider freeact --run graph
-    step "$first" 62 linear benchmarks.speed.linear --seconds 50
-    step "$first" 100 model benchmarks.speed.model --provider freeact --run compile --skip-compiled-prefill
+    step "$first" 120 linear python -m benchmarks.speed.linear --seconds "${LINEAR:-90}"
+    step "$first" 60 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run graph
+    step "$first" 200 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run compile
     ;;
 models)
-    step "$first" 110 calibrate benchmarks.speed.calibrate --layers 2 &
-    if [[ -z "$second" ]]; then wait; fi
-    step "${second:-$first}" 40 model benchmarks.speed.model --provider bf16 --run graph
-    step "${second:-$first}" 100 model benchmarks.speed.model --provider bf16 --run compile --skip-compiled-prefill
-    wait
-    left=$((seconds - (SECONDS - begin)))
-    if [[ -n "$second" ]] && ((left > 20)); then
-        CUDA_VISIBLE_DEVICES="$first,$second" timeout "$left" torchrun --nproc-per-node 2 -m benchmarks.speed.calibrate \
-            --layers 2 --across --out "$out" >>"$out/across.log" 2>&1
-        echo "$((SECONDS - begin)) s: calibration on two GPUs" >>"$out/steps.log"
-    fi
+    step "$first" 60 model_bf16 python -m benchmarks.speed.model --shape "$shape" --provider bf16 --run graph
+    step "$first" 150 model_bf16 python -m benchmarks.speed.model --shape "$shape" --provider bf16 --run compile
+    step "$first" 120 calibrate python -m benchmarks.speed.calibrate --shape "$shape" --layers "$blocks"
+    ;;
+across)
+    step "$first,$second" 110 across torchrun --nproc-per-node 2 -m benchmarks.speed.calibrate --shape "$shape" \
+        --layers "$blocks" --across
     ;;
 esac
 python -c "import json; from benchmarks._results import machine_name; print(json.dumps(machine_name()))" >"$out/machine.json"

@@ -22,7 +22,7 @@ from optimum_freeact.models.llada import LladaConfig, LladaForMaskedLM
 RATIOS = (0.15, 0.50, 0.85)
 MASK_ID = 16  # of SmolLM2: "<empty_output>", reserved for notebooks and absent from the texts
 # characters: training and calibration read the text before the cut, evaluation what follows it
-CUTS = {"handbook": 600_000, "brown": 4_000_000}
+CUTS = {"handbook": 850_000, "brown": 5_600_000}
 
 
 # ---------------------------------------------------------------- making it

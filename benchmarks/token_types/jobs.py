@@ -1,24 +1,20 @@
-"""One job: one model of this benchmark, quantized one way, and everything that is scored on it.
-
-    python -m benchmarks.token_types.jobs RESULT.json < JOB.json
-
-A job runs in a process of its own; `perform` does the same in this one.
-"""
+"""One job: one model of this benchmark, quantized one way, and everything that is scored on it."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.token_types.methods import bits
+from benchmarks.token_types.methods import LEARNED, bits
 
 
+SHORT_EPOCHS = 6  # of learned methods where a GPU cannot record steps: they would not end in time
+SHIFTS = ("type_shift", "type_shift_scale")  # tables of the types beyond the first
 PLACES = ("source", "texts", "pictures")  # entries of `measure` that say where something lies
 
 
@@ -30,7 +26,7 @@ class Job:
         model: `diffusion`, `vlm` or `three_types`.
         method: Name in the rows; `fp` is full precision, `train` makes the model.
         settings: The first is quantized; a second differs only in the cache's bits and shares its weights.
-        quantize: Fields of `FreeActConfig` beside the bits.
+        quantize: Fields of `FreeActConfig` beside the bits; `times_samples` multiplies the calibration samples.
         measure: Sizes of calibration and scoring, of the world.
         folder: Where the model and its data lie.
     """
@@ -84,10 +80,13 @@ def perform(job: Job) -> list[dict]:
 
     if job.threads:
         torch.set_num_threads(job.threads)
-    if job.group == "time":
+    if job.group in ("time", "warm"):
         from benchmarks.token_types.timing import measure
 
-        return [row(job, job.settings[0], **told) for told in measure(job.device, **job.measure)]
+        return [
+            {**row(job, job.settings[0], told["metric"], told["value"]), **told}
+            for told in measure(job.device, **job.measure)
+        ]
     home = world(job.model)
     if job.method == "train":
         start = time.perf_counter()
@@ -111,16 +110,23 @@ def _quantize(job: Job, home: Any, data: dict):
     import torch
 
     from optimum_freeact import FreeActConfig
+    from optimum_freeact.calibration.step_graph import can_record
 
     calibration = {k: job.measure[k] for k in ("n_samples", "seq_len", "batch_size") if k in job.measure}
+    fields = dict(job.quantize)
+    calibration["n_samples"] *= fields.pop("times_samples", 1)
+    if job.device == "cuda" and job.method in LEARNED and not can_record():
+        fields["epochs"] = SHORT_EPOCHS
     config = FreeActConfig(
-        **{**calibration, **job.quantize},
+        **{**calibration, **fields},
         **bits(job.settings[0]),
         seed=job.seed,
         dataset=data["calibration"],
         calibration_device=job.device,
         progress=False,
     )
+    if job.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     model = home.load(
         Path(job.folder), quantization_config=config, device_map=None if job.device == "cpu" else {"": job.device}
@@ -129,6 +135,8 @@ def _quantize(job: Job, home: Any, data: dict):
     model = model.to(job.device)
     told = model.hf_quantizer.quantization_config
     note = f"{', '.join(told.token_types)}"
+    if told.calibration == "learned":
+        note += f"; {told.epochs} epochs"
     rows = [row(job, job.settings[0], "calibration_seconds", round(seconds, 2), note)]
     if job.device == "cuda":
         rows.append(row(job, job.settings[0], "peak_gb", torch.cuda.max_memory_allocated() / 1e9))
@@ -149,6 +157,7 @@ def sizes(model: Any) -> dict[str, float]:
     from optimum_freeact.modules.linear import FreeActLinear
 
     packed = plain = typed = 0
+    own_columns: dict[int, int] = {}
     inner: set[int] = set()
     for module in model.modules():
         if isinstance(module, (FreeActInput, FreeActLinear)):
@@ -157,11 +166,17 @@ def sizes(model: Any) -> dict[str, float]:
             inner |= {id(t) for t in tensors}
         if isinstance(module, FreeActLinear):
             plain += 2 * module.in_features * module.out_features
-        for name in ("mean", "clip", "keep", "type_shift"):
+        for name in ("mean", "clip", "keep", *SHIFTS):
             table = module._buffers.get(name) if isinstance(module, (FreeActInput, FreeActLinear)) else None
             if table is not None:
-                further = table if name == "type_shift" else table[1:]
+                further = table if name in SHIFTS else table[1:]
                 typed += further.numel() * further.element_size()
+        if isinstance(module, FreeActInput) and module.uses is not None:  # columns that single types use, a byte each
+            columns = int((~module.uses[1:].all(0)).sum()) if len(module.uses) > 1 else 0
+            own_columns[id(module)] = columns
+            typed += columns * module.in_features
+        if isinstance(module, FreeActLinear):
+            typed += own_columns.get(id(module.source), 0) * module.out_features
     others = {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in inner}
     whole = packed + sum(2 * t.numel() for t in others.values())
     return {"size_ratio": packed / plain, "per_type_parameter_share": typed / whole}
@@ -174,21 +189,3 @@ def _change_cache(model: Any, kv_bits: int) -> None:
     config = model.hf_quantizer.quantization_config
     config.kv_bits = kv_bits
     activate(model, config)
-
-
-def main(result: str) -> int:
-    """Read a job from standard input and write its rows or its error."""
-    job = Job.from_json(sys.stdin.read())
-    try:
-        told = {"rows": perform(job)}
-    except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        told = {"error": f"{type(error).__name__}: {error}"}
-    Path(result).write_text(json.dumps(told), encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What is compared, as fields of `FreeActConfig`; an ablation is our method with one field changed."""
+"""What is compared, as fields of `FreeActConfig`; an ablation is a method with one field changed."""
 
 from __future__ import annotations
 
@@ -21,25 +21,57 @@ PUBLISHED: dict[str, dict] = {
         "attention_compensation": True,
     },
 }
-OURS: dict[str, dict] = {"freeact": {"preset": "freeact"}}
+# ours with one grid per weight row and token, as everything above has; and the default, with grids of few numbers
+OURS: dict[str, dict] = {"freeact-fast": {"preset": "freeact-fast"}, "freeact": {"preset": "freeact"}}
+GROUPS = {"weight_group_size": 32, "activation_group_size": 16}
+# what the published methods gain from the same grids
+CONTROLS: dict[str, dict] = {
+    "flatquant groups": {"preset": "flatquant", **GROUPS},
+    "freeact-paper groups": {"preset": "freeact-paper", **GROUPS},
+}
+_FAST = {"preset": "freeact-fast"}
+_FITTED = {"transform": "kronecker", "channel_scale": "closed_form"}
 ABLATIONS: dict[str, dict] = {
-    "freeact calibration=learned": {"preset": "freeact", "calibration": "learned"},
-    "freeact types=text+sink": {"preset": "freeact", "token_types": ["text", "sink"]},
-    "freeact types=text": {"preset": "freeact", "token_types": ["text"]},
-    "freeact centring=shared": {"preset": "freeact", "centring": "shared"},
-    "freeact centring=none": {"preset": "freeact", "centring": "none"},
+    "freeact-fast calibration=learned": {**_FAST, "calibration": "learned"},
+    "freeact-fast transform=kronecker": {**_FAST, **_FITTED},
+    "freeact-fast types=text+sink": {**_FAST, "token_types": ["text", "sink"]},
+    "freeact-fast types=text": {**_FAST, "token_types": ["text"]},
+    "freeact-fast centring=shared": {**_FAST, "centring": "shared"},
+    "freeact-fast centring=none": {**_FAST, "centring": "none"},
+    "freeact-fast low_rank=0": {**_FAST, "low_rank": 0},
+    "freeact-fast low_rank=48": {**_FAST, "low_rank": 48},
+    "freeact-fast type_rank=4": {**_FAST, "type_rank": 4},
+    "freeact-fast low_rank=12 type_rank=4": {**_FAST, "low_rank": 12, "type_rank": 4},
+    "freeact-fast samples=x3": {**_FAST, "times_samples": 3},
+    "freeact-fast exclusive=fixed": {**_FAST, "exclusive": "fixed"},
+    "freeact-fast exclusive=closed_form": {**_FAST, "exclusive": "closed_form"},
+    "freeact-fast attention_compensation=True": {**_FAST, "attention_compensation": True},
+    "freeact-fast error_correction=True": {**_FAST, "error_correction": True},
+    "freeact-fast discovered_types=16": {**_FAST, "discovered_types": 16},
+    "freeact-fast low_rank=0 discovered_types=16": {**_FAST, "low_rank": 0, "discovered_types": 16},
     "freeact low_rank=0": {"preset": "freeact", "low_rank": 0},
-    "freeact low_rank=0 discovered_types=16": {"preset": "freeact", "low_rank": 0, "discovered_types": 16},
-    "freeact discovered_types=16": {"preset": "freeact", "discovered_types": 16},
-    "freeact exclusive=fixed": {"preset": "freeact", "exclusive": "fixed"},
-    "freeact exclusive=closed_form": {"preset": "freeact", "exclusive": "closed_form"},
-    "freeact attention_compensation=True": {"preset": "freeact", "attention_compensation": True},
+    "freeact centring=none": {"preset": "freeact", "centring": "none"},
     "quarot attention_compensation=True": {"preset": "quarot", "attention_compensation": True},
     "freeact-paper exclusive=none": {"preset": "freeact-paper", "exclusive": "none"},
+    "freeact-fast transform=kronecker calibration=learned": {
+        **_FAST,
+        **_FITTED,
+        **{"calibration": "learned", "learned_part": "maps"},
+    },
 }
-METHODS = {**PUBLISHED, **OURS, **ABLATIONS}
-LEARNED = ("flatquant", "freeact-paper", "freeact calibration=learned", "freeact-paper exclusive=none")
+METHODS = {**PUBLISHED, **OURS, **CONTROLS, **ABLATIONS}
+CLAIMED = ("flatquant", "freeact-paper", *OURS)
+LEARNED = tuple(
+    name
+    for name, fields in METHODS.items()
+    if fields.get("calibration") == "learned" or fields["preset"] in ("flatquant", "freeact-paper")
+)
 DRAWS_NOTHING = ("rtn", "smoothquant")  # one seed is all there is, but for the calibration samples
+
+
+def group_of(method: str) -> str:
+    """`method`, `control` or `ablation`."""
+    return "ablation" if method in ABLATIONS else "control" if method in CONTROLS else "method"
 
 
 def bits(setting: str) -> dict[str, int]:

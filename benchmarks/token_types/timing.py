@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from statistics import median
 
@@ -15,6 +16,7 @@ from optimum_freeact.type_state import TypeState
 
 # name -> (d, key/value width, intermediate): SmolLM2-135M, Llama-3.2-1B, Llama-3-8B
 SHAPES = {"135m": (576, 192, 1536), "1b": (2048, 512, 8192), "8b": (4096, 1024, 14336)}
+SECONDS = 1.0  # about as long for each size
 NAMES = {1: ["text"], 3: ["text", "sink", "mask"]}
 
 
@@ -38,9 +40,10 @@ class _Linears(nn.Module):
         return total + self.down_proj(wide).flatten()[0]
 
 
-def build(shape: tuple[int, int, int], n_types: int, device: str) -> tuple[nn.Module, TypeState]:
-    """Random quantized layers of the default preset, ready to run."""
-    config = FreeActConfig(token_types=NAMES[n_types], type_rules={"mask": [0]} if n_types == 3 else None)
+def build(shape: tuple[int, int, int], n_types: int, device: str, preset: str) -> tuple[nn.Module, TypeState]:
+    """Random quantized layers, ready to run."""
+    rules = {"mask": [0]} if n_types == 3 else None
+    config = FreeActConfig(preset=preset, token_types=NAMES[n_types], type_rules=rules)
     state, layers = TypeState(), _Linears(*shape)
     generator = torch.Generator(device=device).manual_seed(0)
     for group in (["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]):
@@ -49,20 +52,23 @@ def build(shape: tuple[int, int, int], n_types: int, device: str) -> tuple[nn.Mo
         for target in targets:
             target.weight.data.random_(0, 256, generator=generator)
             target.qscale.fill_(0.01)
+            if target.weight_group_scale is not None:
+                target.weight_group_scale.fill_(100)
             target.prepare()
         getattr(source, "prepare", lambda: None)()
     return layers.to(device), state
 
 
 @torch.no_grad()
-def measure(device: str, tokens: list[int], shapes: list[str], repeats: int = 30) -> list[dict]:
+def measure(device: str, tokens: list[int], shapes: list[str], presets: list[str], repeats: int = 100) -> list[dict]:
     """Rows with the median seconds for one and for three types, timed alternately, and their ratio."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows = []
-    for name in shapes:
+    for preset, name in itertools.product(presets, shapes):
         d, _, inner = SHAPES[name]
-        made = {n: build(SHAPES[name], n, device) for n in NAMES}
+        made = {n: build(SHAPES[name], n, device, preset) for n in NAMES}
         for n_tokens in tokens:
+            torch.manual_seed(0)
             x = torch.randn(1, n_tokens, d, device=device, dtype=dtype)
             wide = torch.randn(1, n_tokens, inner, device=device, dtype=dtype)
             types = torch.arange(n_tokens, device=device).remainder(2).mul(2).unsqueeze(0)
@@ -71,16 +77,42 @@ def measure(device: str, tokens: list[int], shapes: list[str], repeats: int = 30
                 state.types = types if n > 1 else None
                 calls[n], mode = _call(layers, state, x, wide)
             seconds: dict[int, list[float]] = {n: [] for n in NAMES}
-            for turn in range(repeats + 3):
+            one = max(_once(call, device) for call in calls.values())
+            turns = max(min(repeats, 5), min(repeats, int(SECONDS / (20 * one))))
+            for turn in range(turns + 3):
                 for n, call in calls.items():
                     spent = _once(call, device)
                     if turn >= 3:
                         seconds[n].append(spent)
             middle = {n: median(values) for n, values in seconds.items()}
-            head = {"shape": name, "tokens": n_tokens, "mode": mode}
+            head = {"method": preset, "shape": name, "tokens": n_tokens, "mode": mode}
             rows += [{"metric": f"seconds_{n}_types", "value": value, **head} for n, value in middle.items()]
             rows.append({"metric": "three_types_time_ratio", "value": middle[3] / middle[1], **head})
+            if n_tokens > 1:
+                rows += [{**row, **head} for row in differences(*made[3], x, wide, types)]
     return rows
+
+
+def differences(
+    layers: nn.Module, state: TypeState, x: torch.Tensor, wide: torch.Tensor, types: torch.Tensor
+) -> list[dict]:
+    """Outputs of a mixed batch that differ in any bit from those of batches of one type: of the same shape, and of the
+    type's own tokens alone (which may be so few that another kernel runs them).
+    """
+    same = own = 0
+    for name, linear in layers.named_children():
+        if not isinstance(linear, nn.Linear):
+            continue
+        given = wide if name == "down_proj" else x
+        state.types = types
+        mixed = linear(given.clone())
+        for kind in types.unique().tolist():
+            chosen = types == kind
+            state.types = torch.full_like(types, kind)
+            same += int((linear(given.clone())[chosen] != mixed[chosen]).sum())
+            state.types = types[chosen].unsqueeze(0)
+            own += int((linear(given[chosen].unsqueeze(0))[0] != mixed[chosen]).sum())
+    return [{"metric": f"mixed_batch_differences_{name}", "value": n} for name, n in (("same", same), ("own", own))]
 
 
 def _call(layers: nn.Module, state: TypeState, x: torch.Tensor, wide: torch.Tensor):

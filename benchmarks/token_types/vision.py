@@ -153,15 +153,17 @@ def score_captions(model: nn.Module, scenes: Scenes, cells: torch.Tensor, batch:
 
 
 @torch.no_grad()
-def score_retrieval(model: nn.Module, scenes: Scenes, cells: torch.Tensor, n: int, use_cache: bool) -> dict:
+def score_retrieval(
+    model: nn.Module, scenes: Scenes, cells: torch.Tensor, n: int, batch: int, use_cache: bool
+) -> dict[str, float]:
     """Share of pictures whose own caption is the likeliest a token of `n`: its own and those of the next scenes."""
     captions = [scenes.caption(row) for row in cells.tolist()]
     right = 0
-    for i in range(len(cells)):
-        others = [captions[(i + j) % len(cells)] for j in range(n)]
-        nll = caption_nll(model, scenes.inputs(cells[i : i + 1].expand(n, 4), others), use_cache)
+    for part in torch.arange(len(cells)).split(max(1, batch // n)):
+        others = [captions[(i + j) % len(cells)] for i in part.tolist() for j in range(n)]
+        nll = caption_nll(model, scenes.inputs(cells[part].repeat_interleave(n, 0), others), use_cache)
         lengths = torch.tensor([len(other) for other in others])
-        right += int((nll / lengths).argmin() == 0)
+        right += int(((nll / lengths).view(-1, n).argmin(1) == 0).sum())
     return {"retrieval_accuracy": right / len(cells)}
 
 

@@ -13,6 +13,7 @@ from benchmarks.token_types.diffusion import MASK_ID, RATIOS
 from benchmarks.token_types.scenes import Scenes
 
 
+N_NAMES = 128  # as many as can be learned by heart in two minutes
 IMAGE_ID = 15  # of SmolLM2: "<jupyter_script>", reserved and absent from captions
 
 
@@ -22,7 +23,7 @@ def scenes_of(measure: dict) -> Scenes:
 
     tokenizer = AutoTokenizer.from_pretrained(measure["source"])
     ids = measure.get("ids", {"image_id": IMAGE_ID, "start_id": 1, "end_id": 2})
-    return Scenes(measure["pictures"], tokenizer, **ids)
+    return Scenes(measure["pictures"], tokenizer, **ids, n_names=N_NAMES)
 
 
 def make(name: str, folder: Path, measure: dict, device: str, seed: int) -> dict:
@@ -81,7 +82,7 @@ def score(model, data: dict, measure: dict, setting: str, folder: str) -> list[d
             scores.append((vision.score_exact(model, scenes, cells[: measure["exact"]], batch, True), {}))
         if measure["candidates"]:
             few = cells[: measure["exact"]]
-            scores.append((vision.score_retrieval(model, scenes, few, measure["candidates"], use_cache), {}))
+            scores.append((vision.score_retrieval(model, scenes, few, measure["candidates"], batch, use_cache), {}))
         for told, more in scores:
             rows += [{"metric": metric, "value": value, "mode": mode, **more} for metric, value in told.items()]
     return rows

@@ -44,8 +44,9 @@ from optimum_freeact.type_state import TypeState
 logger = logging.getLogger(__name__)
 # model_type -> why its blocks cannot be calibrated one by one
 UNSUPPORTED = {
-    "diffusion_gemma": "its encoder and decoder share every weight, and its decoder's blocks read the encoder's cache. Both "
-    "would have to be calibrated together (types: prompt and canvas), which is not built yet.",
+    "diffusion_gemma": "its encoder's and decoder's blocks are two trees of modules tied to the same tensors, and each of the "
+    "decoder's reads the keys and values that the encoder's has just written: they would have to be calibrated in pairs (types: "
+    "prompt and canvas) and to stay tied when saved, which is not built.",
 }
 
 
@@ -234,6 +235,7 @@ def refine_block(block, groups, linears, fits, records, stream, index, reference
         with torch.no_grad():
             return float(targets[-1].loss(stream.run(block, index, len(targets) - 1)))
 
+    stream.stage(index)
     before = error()
     kept = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     run = functools.partial(stream.run, block, index)

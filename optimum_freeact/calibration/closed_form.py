@@ -12,6 +12,7 @@ from optimum_freeact.calibration.records import InputRecord
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.modules.surgery import type_rank_of
 from optimum_freeact.moments import Moments
 from optimum_freeact.numerics.affine import fake_quantize
 from optimum_freeact.rounding.gptq import gptq
@@ -30,11 +31,17 @@ CORRECTION_STRENGTH = 0.5
 MIN_ROWS_PER_TYPE = 16  # fewer sample rows of a type do not decide its own clip ratio or mean error
 
 
-def map_spec(config: FreeActConfig, rank: int) -> MapSpec:
+def map_spec(config: FreeActConfig, rank: int, type_rank: int = 0) -> MapSpec:
     """The part of the config that says what to fit."""
     fixed = config.calibration == "learned" and config.learned_start == "random"
     return MapSpec(
-        config.transform, config.channel_scale, config.centring, rank, not fixed, smooth_alpha=config.smooth_alpha
+        config.transform,
+        config.channel_scale,
+        config.centring,
+        rank,
+        not fixed,
+        smooth_alpha=config.smooth_alpha,
+        type_rank=type_rank,
     )
 
 
@@ -148,8 +155,9 @@ class GroupFit:
             )
         self.names, self.linears, self.source, self.targets = names, linears, source, targets
         self.moments, self.config = moments, config
-        rank = 0 if source.basis is None else source.basis.shape[1]
-        self.spec = map_spec(config, rank)
+        own = type_rank_of(config, source.in_features)
+        rank = 0 if source.basis is None else source.basis.shape[1] - config.n_types * own
+        self.spec = map_spec(config, rank, own)
         self.original = torch.cat([linear.weight.detach().to(source.clip.device).double() for linear in linears])
         self.compensation = compensation
         self.weight = self.original if compensation is None else compensation.of_weight(self.original)
@@ -159,7 +167,7 @@ class GroupFit:
     @torch.no_grad()
     def closed_form(self, generator: torch.Generator) -> InputRecord:
         """Fit the input's map, round the weights and fill the modules; `generator` draws the rotations (CPU)."""
-        found = fit_map(self.stats, self.spec, generator)
+        found = fit_map(self.stats, self.spec, generator, self.config.n_types)
         if self.source.keep is not None:
             share = share_of(self.config.exclusive_share, self.names)
             found.keep = fixed_blocks(
@@ -190,7 +198,10 @@ class GroupFit:
         source.clip.copy_(torch.tensor(clip))
         ratios = pick(source.clip.double().unsqueeze(-1), types)
         noise = _fake(z, config, ratios) - z
-        moments_z = stored.transform_moments(self.stats.c)
+        if self.stats.parts is None:
+            moments_z = stored.transform_moments(self.stats.c)
+        else:
+            moments_z = sum(stored.transform_moments(part, kind) for kind, part in self.stats.parts.items())
         eye = torch.eye(len(moments_z), dtype=moments_z.dtype, device=moments_z.device)
         moments_z = (moments_z + moments_z.mT) / 2
         if config.rounding_noise:  # of z itself: it reaches the weights too

@@ -13,12 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from optimum_freeact.calibration.step_graph import record
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.numerics.affine import choose_qparams, fake_quantize_ste, symmetric_qparams
 from optimum_freeact.transforms.affine_map import InputMap, pick
 
 
+NEWTON_STEPS = 4
 CLIP_RATE = 10.0  # clips learn ten times as fast as transforms, as in FlatQuant
 # Start of the weights' clip ratios: near the 4-bit optimum of a Gaussian row, or FlatQuant's sigmoid(4)
 WEIGHT_CLIP_START = {"closed_form": 0.86, "random": 0.982}
@@ -26,6 +28,20 @@ WEIGHT_CLIP_START = {"closed_form": 0.86, "random": 0.982}
 
 def _logit(ratio: torch.Tensor) -> torch.Tensor:
     return torch.logit(ratio.clamp(0.05, 0.982))  # 0.982: FlatQuant's own start for "no clipping"
+
+
+def followed_inverse(matrix: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    """Inverse of a matrix by Newton's iteration from a nearby one, which is brought up to date; differentiable.
+
+    Each iteration squares the error |I - matrix near|: from a quarter, four leave 5e-10. The last carries the gradient,
+    which is exact at the inverse.
+    """
+    twice = 2 * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    with torch.no_grad():
+        for _ in range(NEWTON_STEPS - 1):
+            near.copy_(near @ (twice - matrix @ near))
+    found = near.clone()
+    return found @ (twice - matrix @ found)
 
 
 class LearnedInput(nn.Module):
@@ -36,18 +52,30 @@ class LearnedInput(nn.Module):
         fixed = source.input_map(torch.float32)
         self.fixed, self.bits, self.symmetric, self.state = fixed, source.bits, source.symmetric, source.state
         self.group = source.group_size or source.in_features
-        self._typed = {name: getattr(fixed, name) for name in ("keep", "left_out", "leaves_out")}
+        self._typed = {name: getattr(fixed, name) for name in ("keep", "left_out", "leaves_out", "uses")}
         self.left = nn.Parameter(fixed.left.clone())
         self.right = nn.Parameter(fixed.right.clone())
         scale = fixed.channel_scale
         self.log_scale = nn.Parameter(scale.log()) if scale is not None else None
         self.clip = nn.Parameter(_logit(source.clip.float()))
+        self._near: dict[str, torch.Tensor] = {}  # inverses before the last step
         self._last: tuple[torch.Tensor, tuple] | None = None
         self.inverses: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forget(self) -> None:
         """Drop what was computed from the parameters before a step."""
         self._last = self.inverses = None
+
+    def _inverse(self, name: str) -> torch.Tensor:
+        """Inverse of a factor. A step changes it little, so on a GPU a few products find it from the one before: a
+        decomposition would take more kernels, and cannot be recorded.
+        """
+        factor = getattr(self, name)
+        if not factor.is_cuda:
+            return torch.linalg.inv_ex(factor)[0]  # a singular factor yields NaN loss
+        if name not in self._near:
+            self._near[name] = torch.linalg.inv(factor.detach())
+        return followed_inverse(factor, self._near[name])
 
     def current(self) -> InputMap:
         """The map with the parameters as they are now."""
@@ -58,8 +86,7 @@ class LearnedInput(nn.Module):
         """Rounded z, p and types of rows `x`; computed once for the linears that share `x`."""
         if self._last is not None and self._last[0] is x:
             return self._last[1]
-        # inv_ex does not check for singularity, hence does not wait for the device; a singular factor yields NaN loss
-        self.inverses = (torch.linalg.inv_ex(self.left)[0], torch.linalg.inv_ex(self.right)[0])
+        self.inverses = (self._inverse("left"), self._inverse("right"))
         types = self.state.of(x) if len(self.clip) > 1 else None
         z, low_rank = self.current().apply(x.float(), types)
         if self.bits < 16:
@@ -174,8 +201,10 @@ def learn(
     for name, twin in twins.items():
         block.set_submodule(name, twin)
     rate = config.learning_rate
-    optimizer = torch.optim.AdamW(parameters)
-    learned = {id(p) for group in parameters for p in group["params"]}
+    device = targets[0].output.device
+    optimizer = torch.optim.AdamW(parameters, fused=device.type == "cuda")
+    changed = [p for group in parameters for p in group["params"]]
+    learned = {id(p) for p in changed}
     train = list(range(max(1, len(targets) - 1)))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * len(train), eta_min=rate * 1e-3)
     generator = torch.Generator().manual_seed(config.seed)
@@ -183,18 +212,25 @@ def learn(
     frozen = [p for p in block.parameters() if p.requires_grad and id(p) not in learned]
     for parameter in frozen:
         parameter.requires_grad_(False)
+
+    def step(i: int) -> torch.Tensor:
+        forget()
+        loss = targets[i].loss(run(i))
+        (loss / loss.detach().clamp_min(1e-20)).backward()
+        return loss.detach()
+
     try:
         with torch.enable_grad():
+            recorded = record(step, changed, train, device)
             for _ in range(config.epochs):
-                total = torch.zeros((), device=targets[0].output.device)
+                total = torch.zeros((), device=device)
                 for i in torch.randperm(len(train), generator=generator).tolist():
-                    forget()
-                    loss = targets[i].loss(run(i))
-                    optimizer.zero_grad(set_to_none=True)
-                    (loss / loss.detach().clamp_min(1e-20)).backward()
+                    if recorded is None:
+                        optimizer.zero_grad(set_to_none=True)
+                    loss = step(i) if recorded is None else recorded(i)
                     optimizer.step()
                     schedule.step()
-                    total += loss.detach()
+                    total += loss
                 history.append(total / len(train))
     finally:
         for parameter in frozen:

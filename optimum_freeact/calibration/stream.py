@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
-from optimum_freeact.calibration.capture import Batch, run_block
+from optimum_freeact.calibration.capture import Batch, run_block, to_device
 from optimum_freeact.calibration.ranks import Ranks
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.moments import Moments
 from optimum_freeact.numerics.metrics import relative_error
 from optimum_freeact.type_state import TypeState
@@ -90,6 +91,13 @@ class Stream:
         finally:
             seen.enough = None
 
+    def stage(self, index: int) -> None:
+        """Bring what block `index` is called with to the device, so that [`run`] copies nothing."""
+        for i, batch in enumerate(self.batches):
+            self.actual[i] = self.actual[i].to(self.device)
+            batch.types = None if batch.types is None else batch.types.to(self.device)
+            batch.calls[index] = to_device(batch.calls[index], self.device)
+
     def run(self, block: nn.Module, index: int, i: int) -> torch.Tensor:
         """Output of the block on batch `i` as the quantized model feeds it."""
         batch = self.batches[i]
@@ -116,6 +124,13 @@ class Stream:
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int, reference: list[torch.Tensor]) -> float:
         """Run the quantized block to get the next inputs; returns the relative error on the last batch."""
+        with ExitStack() as stack:
+            for module in block.modules():
+                if isinstance(module, FreeActLinear) and module.weight_group_scale is not None:
+                    stack.enter_context(module.values_at_hand())
+            return self._advance(block, index, reference)
+
+    def _advance(self, block: nn.Module, index: int, reference: list[torch.Tensor]) -> float:
         error = 0.0
         for i in range(len(self.batches)):
             last = i == len(self.batches) - 1

@@ -12,7 +12,7 @@ from optimum_freeact.kernels import native_ops, ops
 from optimum_freeact.kernels.dispatch import plan
 from optimum_freeact.kernels.native import NativeSide
 from optimum_freeact.kernels.tables import InputTables, make_native_tables, make_tables
-from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, round_codes
+from optimum_freeact.numerics.affine import QParams, choose_qparams, dequantize, fake_quantize_ste, round_codes
 from optimum_freeact.numerics.kronecker import factor_pair
 from optimum_freeact.transforms.affine_map import InputMap, pick
 from optimum_freeact.type_state import TypeState
@@ -42,6 +42,7 @@ class KernelRows(NamedTuple):
             there.
         types (`torch.Tensor` of shape `(n,)`, *optional*): Token types.
         shape (`torch.Size`): Leading shape of the input, whose product is n.
+        native (`bool`): Whether they are for the kernel in C (an offloaded layer's, which cannot be one call).
     """
 
     codes: torch.Tensor
@@ -49,6 +50,7 @@ class KernelRows(NamedTuple):
     branch: torch.Tensor
     types: torch.Tensor | None
     shape: torch.Size
+    native: bool = False
 
 
 class FreeActInput(nn.Module):
@@ -71,6 +73,7 @@ class FreeActInput(nn.Module):
         group_size (`int`, *optional*): Entries per grid; one grid per token by default.
         masked (`bool`, *optional*, defaults to `False`): Whether some coordinates belong to single types.
         n_left_out (`int`, *optional*, defaults to 0): Directions that single types leave out.
+        type_rank (`int`, *optional*, defaults to 0): Further columns of the basis for each type alone.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class FreeActInput(nn.Module):
         group_size: int | None = None,
         masked: bool = False,
         n_left_out: int = 0,
+        type_rank: int = 0,
     ):
         super().__init__()
         self.in_features, self.bits, self.symmetric, self.n_readers = in_features, bits, symmetric, n_readers
@@ -106,6 +110,8 @@ class FreeActInput(nn.Module):
         self.register_buffer("mean", torch.zeros(n_means, in_features, dtype=torch.bfloat16) if n_means else None)
         self.register_buffer("channel_scale", torch.ones(in_features) if channel_scale else None)
         # one byte a number: z and L are computed from the stored basis, so rounding it costs no exactness
+        rank += n_types * type_rank
+        self.register_buffer("uses", torch.ones(n_types, rank, dtype=torch.bool) if type_rank else None)
         self.register_buffer("basis", torch.zeros(in_features, rank, dtype=torch.int8) if rank else None)
         self.register_buffer("basis_scale", torch.ones(rank) if rank else None)
         a, b = factor_pair(in_features)
@@ -118,7 +124,7 @@ class FreeActInput(nn.Module):
 
     def input_map(self, dtype: torch.dtype = torch.float32) -> InputMap:
         """The stored map as an [`InputMap`] in `dtype`."""
-        names = ("mean", "channel_scale", "left", "right", "dense", "keep", "left_out", "leaves_out")
+        names = ("mean", "channel_scale", "left", "right", "dense", "keep", "left_out", "leaves_out", "uses")
         found = InputMap(**{n: None if getattr(self, n) is None else getattr(self, n).to(dtype) for n in names})
         if self.basis is not None:
             found.basis = self.basis.to(dtype) * self.basis_scale.to(dtype)
@@ -147,7 +153,7 @@ class FreeActInput(nn.Module):
     @property
     def masked(self) -> bool:
         """Whether token types differ in more than means and clips."""
-        return self.keep is not None or self.left_out is not None
+        return self.keep is not None or self.left_out is not None or self.uses is not None
 
     def prepare(self) -> None:
         """Choose what runs on the device where the tensors are, and make the tables that a kernel reads."""
@@ -176,24 +182,35 @@ class FreeActInput(nn.Module):
 
     def forward(self, x: torch.Tensor) -> RoundedInput | KernelRows:
         """Round rows `x` of shape `(..., in_features)`; the linears of one group get the same object."""
-        reuse = not (
-            torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad) or x.is_inference()
-        )
-        if not reuse or self.n_readers == 1:
+        versioned = torch.compiler.is_compiling() or not x.is_inference()  # else a change of x would not be seen
+        if self.n_readers == 1 or not versioned or (torch.is_grad_enabled() and x.requires_grad):
             return self._round(x)
         last, self._last = self._last, None
-        if last is not None and last[0]() is x and last[1] == x._version:
+        if last is not None and self._same(last, x):
             result, left = last[2], last[3] - 1
         else:
             result, left = self._round(x), self.n_readers - 1
         if left:
-            self._last = (weakref.ref(x), x._version, result, left)
+            tracing = torch.compiler.is_compiling()
+            self._last = (x, 0, result, left) if tracing else (weakref.ref(x), x._version, result, left)
         return result
+
+    @staticmethod
+    def _same(last: tuple, x: torch.Tensor) -> bool:
+        """Whether the kept codes are those of `x`. A traced tensor has no weak references; its trace ends with the call."""
+        if torch.compiler.is_compiling():
+            return last[0] is x
+        return isinstance(last[0], weakref.ref) and last[0]() is x and last[1] == x._version
 
     def _round(self, x: torch.Tensor) -> RoundedInput | KernelRows:
         if self._offloaded and self.clip.device.type != "meta":  # here for this call only
             self.prepare()
             try:
+                if self._native is not None and self._kernel_serves(x):  # the linear is alone with what it gets here
+                    types = self.state.of(x) if len(self.clip) > 1 else None
+                    types = None if types is None else types.reshape(-1)
+                    flat = x.reshape(-1, self.in_features).contiguous()
+                    return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1], True)
                 return self._round(x)
             finally:
                 self._tables, self._native, self._offloaded = None, None, True
@@ -216,7 +233,9 @@ class FreeActInput(nn.Module):
         """Values of the codes: a product over groups with grids of their own is one in floating point."""
         groups, clip = z.unflatten(-1, (-1, self.group_size)), clip.unsqueeze(-2) if clip.dim() > 1 else clip
         qparams = choose_qparams(groups, self.bits, self.symmetric, clip)
-        return fake_quantize_ste(groups, qparams, self.bits).flatten(-2)
+        if torch.is_grad_enabled() and z.requires_grad:
+            return fake_quantize_ste(groups, qparams, self.bits).flatten(-2)
+        return dequantize(round_codes(groups, qparams, self.bits), qparams).flatten(-2)
 
     def _kernel_serves(self, x: torch.Tensor) -> bool:
         """Whether a kernel takes these rows: of the device's types, and no gradient wanted."""

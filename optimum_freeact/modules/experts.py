@@ -18,7 +18,7 @@ from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.type_state import TypeState
 
 
-PARTS = ("qscale", "weight_group_scale", "type_bias", "type_shift", "low_rank", "low_rank_scale")
+PARTS = ("qscale", "weight_group_scale", "type_bias", "type_shift", "type_shift_scale", "low_rank", "low_rank_scale")
 SECOND = "down_proj"
 
 
@@ -74,7 +74,7 @@ class FreeActExperts(nn.Module):
 
     - under the product's own name the packed codes, `uint8`, `(experts, out, groups, bytes)`: with four dimensions and of
       this type no program without this package takes them for weights;
-    - `<name>_qscale`, `<name>_weight_group_scale`, `<name>_type_bias`, `<name>_type_shift`, `<name>_low_rank`,
+    - `<name>_qscale`, `<name>_weight_group_scale`, `<name>_type_bias`, `<name>_type_shift`, `<name>_type_shift_scale`, `<name>_low_rank`,
       `<name>_low_rank_scale`: as [`FreeActLinear`] has them, stacked over experts;
     - `<name>_input`: the shared [`FreeActInput`].
 
@@ -82,7 +82,7 @@ class FreeActExperts(nn.Module):
         plain (`nn.Module`): The module of transformers. Its parameters are taken away; its gate is still used.
         config ([`FreeActConfig`]): Settings.
         state ([`TypeState`]): Where the current types are found.
-        rank (callable): Rank of the branch for a width.
+        rank (callable): Rank of the branch for a width and the heights of the weights that read it.
     """
 
     def __init__(self, plain: nn.Module, config: FreeActConfig, state: TypeState, rank):
@@ -101,7 +101,7 @@ class FreeActExperts(nn.Module):
         means = {"none": 0, "shared": 1, "per_type": config.n_types}[config.centring]
         for name, (m, d), group in zip(self.names, self.shapes, self.groups):
             source = FreeActInput(
-                d, n_types=config.n_types, n_means=means, channel_scale=config.channel_scale != "none", rank=rank(d),
+                d, n_types=config.n_types, n_means=means, channel_scale=config.channel_scale != "none", rank=rank(d, [m] * self.num_experts),
                 transform=config.transform, bits=config.activation_bits, symmetric=config.activation_symmetric,
                 group_size=config.activation_group_size, n_readers=1, state=state,
             )  # fmt: skip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import int_linear, plan
 from optimum_freeact.kernels.native import NativeWeight
-from optimum_freeact.kernels.reference import Weight
+from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.modules.activation import (
     PICKLE_REFUSED,
     FreeActInput,
@@ -18,6 +21,8 @@ from optimum_freeact.modules.activation import (
     keep_dtypes,
 )
 from optimum_freeact.numerics.affine import dequantize
+from optimum_freeact.numerics.byte_rows import from_bytes, to_bytes
+from optimum_freeact.numerics.byte_rows import group_size as group_size_of
 from optimum_freeact.numerics.packing import bytes_per_group, pack, unpack
 from optimum_freeact.transforms.affine_map import pick
 
@@ -32,9 +37,9 @@ class FreeActLinear(nn.Linear):
     - `qscale` (`float32`, shape `(out, 1)`): scale of each row's codes; absent at 16 bits.
     - `weight_group_scale` (`int8`, shape `(out, groups)`): -127 to 127, by which a group's codes are multiplied before
       `qscale`; absent where a row is one group.
-    - `type_bias` (`float32`, shape `(1, out)`): output bias of token type 0, and `type_shift` (`bfloat16`, at 16 bits
-      `float32`, shape `(n_means - 1, out)`): how much more the other types have; absent without bias and
-      centring.
+    - `type_bias` (`float32`, shape `(1, out)`): output bias of token type 0, and `type_shift` (`int8`, at 16 bits
+      `float32`, shape `(n_means - 1, out)`) with `type_shift_scale` (`bfloat16`, a number for each group of a row, see
+      `optimum_freeact.numerics.byte_rows`): how much more the other types have; absent without bias and centring.
     - `low_rank` (`int8`, shape `(out, r)`) and `low_rank_scale` (`float32`, shape `(r,)`): L; absent at rank 0.
 
     Args:
@@ -75,12 +80,15 @@ class FreeActLinear(nn.Linear):
         self.register_buffer("weight_group_scale", ones)
         rows = 1 if source.mean is None else len(source.mean)
         self.register_buffer("type_bias", torch.zeros(1, out_features) if bias or source.mean is not None else None)
-        kind = torch.float32 if bits == 16 else torch.bfloat16
+        kind = torch.float32 if bits == 16 else torch.int8
         self.register_buffer("type_shift", torch.zeros(rows - 1, out_features, dtype=kind) if rows > 1 else None)
+        shared = torch.zeros(rows - 1, out_features // group_size_of(out_features), dtype=torch.bfloat16)
+        self.register_buffer("type_shift_scale", shared if rows > 1 and bits < 16 else None)
         rank = 0 if source.basis is None else source.basis.shape[1]
         self.register_buffer("low_rank", torch.zeros(out_features, rank, dtype=torch.int8) if rank else None)
         self.register_buffer("low_rank_scale", torch.ones(rank) if rank else None)
         self._codes: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
         self._row_sum: torch.Tensor | None = None
         self._native: NativeWeight | None = None
         self._bias_rows: torch.Tensor | None = None
@@ -90,7 +98,7 @@ class FreeActLinear(nn.Linear):
         self, codes: torch.Tensor, scale: torch.Tensor | None, group_scale: torch.Tensor | None = None
     ) -> None:
         """Store codes `(out, groups, group_size)`, scales `(out, 1, 1)` and of groups `(out, groups, 1)`, as in
-        [`RoundedWeight`][optimum_freeact.rounding.rtn.RoundedWeight]; at 16 bits values, `None`.
+        `rounding.rtn.RoundedWeight`; at 16 bits values, `None`.
         """
         values = codes.to(self.weight_dtype) if self.bits == 16 else codes
         self.weight.data.copy_(pack(values, self.bits))
@@ -112,7 +120,11 @@ class FreeActLinear(nn.Linear):
         """Store output biases of all token types, shape `(n_means or 1, out)`."""
         self.type_bias.copy_(bias[:1])
         if self.type_shift is not None:
-            self.type_shift.copy_(bias[1:] - self.type_bias.to(bias.dtype))
+            shift = bias[1:] - self.type_bias.to(bias.dtype)
+            if self.type_shift_scale is not None:
+                shift, scale = to_bytes(shift)
+                self.type_shift_scale.copy_(scale)
+            self.type_shift.copy_(shift)
         self._bias_rows = None
 
     def bias_rows(self) -> torch.Tensor | None:
@@ -121,7 +133,9 @@ class FreeActLinear(nn.Linear):
             return self._bias_rows
         if self.type_shift is None:
             return self.type_bias
-        return torch.cat((self.type_bias, self.type_bias + self.type_shift))
+        scale = self.type_shift_scale
+        shift = self.type_shift if scale is None else from_bytes(self.type_shift, scale)
+        return torch.cat((self.type_bias, self.type_bias + shift))
 
     def codes(self) -> torch.Tensor:
         """`int8` codes of shape `(out, in)` (at 16 bits the values of V in their own dtype)."""
@@ -133,6 +147,15 @@ class FreeActLinear(nn.Linear):
             return self.codes().to(dtype)
         grouped = self.codes().unflatten(-1, (-1, self.group_size)).to(dtype)
         return (grouped * self.group_steps(dtype).unsqueeze(-1)).flatten(1)
+
+    @contextmanager
+    def values_at_hand(self) -> Iterator[None]:
+        """While it lasts the dequantized weight is kept, for a run of many batches."""
+        self._values = self.transformed_weight()
+        try:
+            yield
+        finally:
+            self._values = None
 
     def group_steps(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Effective scale of each group, shape `(out, groups)`."""
@@ -195,7 +218,8 @@ class FreeActLinear(nn.Linear):
         if rounded.qparams is None or self.bits == 16 or self.group_size != self.in_features:
             values = rounded.values
             values = values if rounded.qparams is None else dequantize(values, rounded.qparams)
-            y = nn.functional.linear(values.to(dtype), self.transformed_weight(dtype))
+            weight = self.transformed_weight(dtype) if self._values is None else self._values.to(dtype)
+            y = nn.functional.linear(values.to(dtype), weight)
         else:
             y = self._integer_product(rounded, dtype)
         if rounded.low_rank is not None:
@@ -205,7 +229,11 @@ class FreeActLinear(nn.Linear):
         return y.to(x.dtype)
 
     def _kernel_product(self, rows: KernelRows, dtype: torch.dtype) -> torch.Tensor:
-        y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, False)
+        if rows.native:
+            weight = NativeWeight(self.kernel_weight(), self.weight_group_scale)
+            y = weight.linear(Rows(rows.codes, rows.stats, rows.branch), rows.types, dtype, self.source.group_size)
+        else:
+            y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, False)
         return y.view(*rows.shape, self.out_features)
 
     def _integer_product(self, rounded, dtype: torch.dtype) -> torch.Tensor:
@@ -229,8 +257,9 @@ class FreeActLinear(nn.Linear):
         weight = self.transformed_weight(torch.float64)
         scaled = source.restore_weight(weight) / (1 if source.channel_scale is None else source.channel_scale)
         if source.basis is not None:
-            branch = self.low_rank.double() * self.low_rank_scale.double()
-            scaled = scaled - scaled @ source.basis @ source.basis.mT + branch @ source.basis.mT
+            own = slice(None) if source.uses is None else source.uses[0].bool()  # columns that type 0 uses
+            basis, branch = source.basis[:, own], self.low_rank.double() * self.low_rank_scale.double()
+            scaled = scaled - scaled @ basis @ basis.mT + branch[:, own] @ basis.mT
         weight = scaled if source.channel_scale is None else scaled * source.channel_scale
         bias = None if self.type_bias is None else self.type_bias[0].double()
         if source.mean is not None:

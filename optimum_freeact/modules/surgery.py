@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,10 +57,17 @@ def rank_of(config: FreeActConfig, in_features: int, out_features: list[int]) ->
     stored += 4 * n if config.channel_scale != "none" else 0
     if config.weight_bits < 16:
         stored += m * (4 + (n // config.weight_group_size if config.weight_group_size else 0))
-    stored += m * (4 + 2 * max(0, means - 1)) if means else 0
+    stored += m * (4 + 2 * max(0, means - 1)) if means else 0  # two bytes bound what a type's shift takes
     each = n + m + 4 * (1 + len(out_features))
     fits = int(config.low_rank_budget * 2 * n * m - stored) // each
     return min(rank, max(fits, LEAST_RANK))
+
+
+def type_rank_of(config: FreeActConfig, in_features: int) -> int:
+    """Further columns of the branch for each type alone; 0 where nothing is rounded."""
+    if config.weight_bits == config.activation_bits == 16:
+        return 0
+    return min(config.type_rank, in_features // (8 * config.n_types))
 
 
 def is_masked(config: FreeActConfig, group: list[str]) -> bool:
@@ -170,6 +178,7 @@ def replace_group(
             state=state,
             masked=is_masked(config, group),
             n_left_out=n_left_out,
+            type_rank=type_rank_of(config, n),
         )
         replaced = []
         for name in group:
@@ -196,7 +205,7 @@ def replace_experts(
     """Replace the named experts of a block by empty quantized ones on `device`."""
     plain = block.get_submodule(name)
     with torch.device(device), float32_default():
-        made = FreeActExperts(plain, config, state, lambda width: rank_of(config, width))
+        made = FreeActExperts(plain, config, state, functools.partial(rank_of, config))
     block.set_submodule(name, made.train(plain.training))
     return made
 

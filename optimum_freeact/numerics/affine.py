@@ -123,4 +123,5 @@ def fake_quantize_ste(values: torch.Tensor, qparams: QParams, bits: int) -> torc
     qmin, qmax = code_range(bits)
     shifted = values if qparams.offset is None else values - qparams.offset
     codes = torch.clamp(_Round.apply(shifted / qparams.scale), qmin, qmax)
-    return dequantize(torch.where(shifted.isfinite(), codes, torch.nan), qparams)
+    # filled, not chosen from a number: that would be copied to a GPU, which no recorded graph allows
+    return dequantize(codes.masked_fill(~shifted.isfinite(), torch.nan), qparams)

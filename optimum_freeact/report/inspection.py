@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.kernels.dispatch import plan
-from optimum_freeact.modules.layout import block_linears, find_blocks
+from optimum_freeact.modules.experts import FreeActExperts, find_experts, stand_ins
+from optimum_freeact.modules.layout import block_linears, find_blocks, is_excluded
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.surgery import build_empty
 from optimum_freeact.report.sizes import QuantizedSize, Rest, quantized_size, tensor_bytes, unquantized
@@ -125,6 +126,15 @@ def _kinds(prefix: str, blocks: nn.ModuleList) -> list[Kind]:
             if isinstance(module, FreeActLinear):
                 key, weights = (name, f"{module.out_features} x {module.in_features}"), module
                 sizes = (tensor_bytes(module.state_dict().values()), 2 * weights.in_features * weights.out_features)
+            elif isinstance(module, FreeActExperts):
+                for product, (m, d) in zip(module.names, module.shapes, strict=True):
+                    own = [t for key, t in module.own_tensors().items() if key.startswith(product)]
+                    shape, weights = f"{module.num_experts} x {m} x {d}", module.num_experts * m * d
+                    total = found.setdefault((f"{name}.{product}", shape), [0, 0, 0])
+                    found[f"{name}.{product}", shape] = [
+                        total[0] + 1, total[1] + tensor_bytes(own), total[2] + 2 * weights
+                    ]  # fmt: skip
+                continue
             elif name.endswith("_input") and hasattr(module, "input_map"):
                 key, sizes = (name, str(module.in_features)), (tensor_bytes(module.state_dict().values()), 0)
             else:
@@ -142,10 +152,19 @@ def _planned(prefix: str, blocks: nn.ModuleList, config: FreeActConfig) -> tuple
         for name, module in block_linears(block, f"{prefix}.{index}", config.modules_to_not_convert).items():
             key = (name, f"{module.out_features} x {module.in_features}")
             found[key] = found.get(key, 0) + 1
-            names.append((f"{prefix}.{index}.{name}", module.in_features * module.out_features))
-    kinds = []
+            names.append(f"{prefix}.{index}.{name}")
+        for name, module in find_experts(block).items():
+            if is_excluded(f"{prefix}.{index}.{name}", config.modules_to_not_convert):
+                continue
+            names.append(f"{prefix}.{index}.{name}")
+            for product, linear in stand_ins(name, module).items():
+                key = (product, f"{module.num_experts} x {linear.out_features} x {linear.in_features}")
+                found[key] = found.get(key, 0) + 1
+    kinds, weights, n_linears = [], 0, 0
     for (name, shape), count in found.items():
-        out, _, inner = shape.partition(" x ")
-        kinds.append(Kind(f"{prefix}.*.{name}", count, shape, 0, 2 * count * int(out) * int(inner)))
-    weights = sum(count for _, count in names)
-    return kinds, QuantizedSize(len(names), 0, weights, 0, 2 * weights), [name for name, _ in names]
+        *several, out, inner = map(int, shape.split(" x "))
+        n_experts = several[0] if several else 1
+        n_linears += count * n_experts
+        weights += count * n_experts * out * inner
+        kinds.append(Kind(f"{prefix}.*.{name}", count, shape, 0, 2 * count * n_experts * out * inner))
+    return kinds, QuantizedSize(n_linears, 0, weights, 0, 2 * weights), names

@@ -82,7 +82,7 @@ def unquantized(model: nn.Module, planned: Iterable[str] = ()) -> list[Rest]:
     quantized = {
         id(tensor)
         for module in model.modules()
-        if isinstance(module, (FreeActLinear, FreeActInput))
+        if isinstance(module, (FreeActLinear, FreeActInput, FreeActExperts))
         for tensor in module.parameters(recurse=False)
     }
     for name, parameter in model.named_parameters():

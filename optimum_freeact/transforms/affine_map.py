@@ -11,8 +11,10 @@ and with V = (W / s) A^{-T}, L = (W / s) U, b_k = W mu_k + b, for every x and ev
 
     y = z V^T + p L^T + b_k = W x + b.
 
-This is exact for any mu, s, U and invertible A (tested in float64): the calibration may choose them freely. Masks (`keep`)
-set some coordinates of z to zero for some types; they are an approximation (transforms/exclusive.py).
+This is exact for any mu, s, U and invertible A (tested in float64): the calibration may choose them freely. So it stays if
+types use columns of U of their own (`uses`): with U_k those of type k, P_k = [(I - U_k U_k^T) A, U_k, 0] and one weight side
+for all, [A^{-1}; U^T], have the product I for every type. Masks (`keep`) set some coordinates of z to zero for some types;
+they are an approximation (transforms/exclusive.py).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class InputMap:
         mean (`torch.Tensor` of shape `(n_types or 1, d)`, *optional*): Per-type means mu.
         channel_scale (`torch.Tensor` of shape `(d,)`, *optional*): s, positive.
         basis (`torch.Tensor` of shape `(d, r)`, *optional*): U.
+        uses (`torch.Tensor` of shape `(n_types, r)`, *optional*): 1 for the columns of U that a type uses; all by default.
         left, right (`torch.Tensor` of shapes `(a, a)`, `(b, b)`, *optional*): A = left (x) right, a * b = d.
         dense (`torch.Tensor` of shape `(d, d)`, *optional*): A itself. Not together with `left`.
         left_out (`torch.Tensor` of shape `(d, R)`, *optional*): Directions that single types leave out of x - mu_k.
@@ -48,6 +51,7 @@ class InputMap:
     keep: torch.Tensor | None = None
     left_out: torch.Tensor | None = None
     leaves_out: torch.Tensor | None = None
+    uses: torch.Tensor | None = None
 
     def to(self, *args, **kwargs) -> InputMap:
         """All tensors moved or cast as by `torch.Tensor.to`."""
@@ -62,10 +66,12 @@ class InputMap:
         u = self.centre(x, types)
         if self.left_out is not None:
             u = u - ((u @ self.left_out) * pick(self.leaves_out, types).to(u.dtype)) @ self.left_out.mT
-        z, p = self.apply_centred(u)
+        z, p = self.apply_centred(u, types)
         return z if self.keep is None else z * pick(self.keep, types).to(z.dtype), p
 
-    def apply_centred(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def apply_centred(
+        self, u: torch.Tensor, types: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Coordinates z and p of rows that are centred already."""
         if self.channel_scale is not None:
             u = u * self.channel_scale
@@ -73,6 +79,9 @@ class InputMap:
         if self.basis is not None:
             flat = u.flatten(0, -2)
             p = flat @ self.basis
+            if self.uses is not None:
+                whose = None if types is None else types.flatten()
+                p = p * pick(self.uses, whose).to(p.dtype)
             u = torch.addmm(flat, p, self.basis.mT, alpha=-1).view(u.shape)
             p = p.view(*u.shape[:-1], -1)
         return self._rotate(u), p
@@ -104,10 +113,11 @@ class InputMap:
         w = kron_apply(v, self.left.mT, self.right.mT) if self.left is not None else w
         return w if self.channel_scale is None else w * self.channel_scale
 
-    def transform_moments(self, moments: torch.Tensor) -> torch.Tensor:
-        """Second moments of z from those of the centred x (also of a cross moment), shape `(d, d)`."""
-        half, _ = self.apply_centred(moments)  # M J, where z = x J
-        return self.apply_centred(half.mT)[0].mT
+    def transform_moments(self, moments: torch.Tensor, kind: int = 0) -> torch.Tensor:
+        """Second moments of z from those of the centred x of a type (also of a cross moment), shape `(d, d)`."""
+        types = torch.full((len(moments),), kind, device=moments.device)
+        half, _ = self.apply_centred(moments, types)  # M J, where z = x J
+        return self.apply_centred(half.mT, types)[0].mT
 
 
 def pick(table: torch.Tensor, types: torch.Tensor | None) -> torch.Tensor:

@@ -31,6 +31,7 @@ class MapSpec:
         closed_form (`bool`): Fit Kronecker factors to the moments; otherwise they only rotate.
         smooth_alpha (`float`): Migration strength of SmoothQuant scales.
         damping (`float`): Share of the mean diagonal added to second moments.
+        type_rank (`int`): Further columns of the branch for each type.
     """
 
     transform: str
@@ -40,6 +41,7 @@ class MapSpec:
     closed_form: bool
     smooth_alpha: float = 0.5
     damping: float = 1e-3
+    type_rank: int = 0
 
 
 @dataclass
@@ -54,6 +56,7 @@ class InputStatistics:
         paired (`tuple` of two `torch.Tensor` of shape `(d, d)`, *optional*): Second moments of the actual inputs, and of
             full-precision ones with actual ones. Types at their own energy: a correction that is fitted with the sink
             made as small as the other types ruins the sink, and with it the model.
+        parts (`dict[int, torch.Tensor]`, *optional*): What each type that was seen contributes to `c`.
     """
 
     c: torch.Tensor
@@ -62,6 +65,7 @@ class InputStatistics:
     paired: tuple[torch.Tensor, torch.Tensor] | None
     peak: torch.Tensor | None
     weight_peak: torch.Tensor
+    parts: dict[int, torch.Tensor] | None = None
 
 
 def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSpec) -> InputStatistics:
@@ -82,7 +86,7 @@ def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSp
         mean = None
     zero = torch.zeros_like(moments.shift[0])
     c, actual, cross, total = torch.zeros_like(h), torch.zeros_like(h), torch.zeros_like(h), moments.count.sum()
-    energies = []
+    energies, parts = [], {}
     for k in kinds:
         centre = zero if mean is None else mean[min(k, len(mean) - 1)]
         covariance = moments.covariance(k, centre)
@@ -90,6 +94,8 @@ def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSp
         share = moments.count[k] / total / energy
         energies.append((moments.count[k] / total, energy))
         c += share * covariance
+        if spec.type_rank:
+            parts[k] = share * covariance
         if moments.paired:
             centre_y = zero if mean is None else moments.mean_of_pair(k if len(mean) > 1 else None)
             actual += moments.count[k] / total * covariance
@@ -101,7 +107,8 @@ def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSp
     weight_peak = torch.stack([w.abs().amax(0) for w in weights]).amax(0).double()
     paired = (actual, cross) if moments.paired else None
     peak = None if moments.peak is None else moments.peak.double()
-    return InputStatistics(c * scale, h, mean, paired, peak, weight_peak)
+    parts = {k: part * scale for k, part in parts.items()} if spec.type_rank else None
+    return InputStatistics(c * scale, h, mean, paired, peak, weight_peak, parts)
 
 
 def balanced_channel_scale(c: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -176,17 +183,46 @@ def kronecker_factors(c: torch.Tensor, h: torch.Tensor, damping: float) -> tuple
     return left, right
 
 
-def fit_map(stats: InputStatistics, spec: MapSpec, generator: torch.Generator) -> InputMap:
+def own_directions(
+    stats: InputStatistics, scale: torch.Tensor | None, basis: torch.Tensor | None, rank: int, n_types: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The shared basis with `rank` columns more for each type: the strongest directions of what the basis leaves of it.
+
+    Returns:
+        The basis `(d, r + n_types * rank)`, and which columns each type uses, `(n_types, ...)`. A type that was not seen
+        uses the shared ones only.
+    """
+    n = len(stats.c)
+    shared = torch.zeros(n, 0, dtype=stats.c.dtype, device=stats.c.device) if basis is None else basis
+    columns, uses = [shared], torch.zeros(n_types, shared.shape[1] + n_types * rank, dtype=torch.bool)
+    uses[:, : shared.shape[1]] = True
+    for kind in range(n_types):
+        own = torch.zeros(n, rank, dtype=shared.dtype, device=shared.device)
+        if kind in stats.parts:
+            c = stats.parts[kind] if scale is None else stats.parts[kind] * scale[:, None] * scale
+            left = c - shared @ (shared.mT @ c)
+            own = top_directions(left - (left @ shared) @ shared.mT, rank)
+            start = shared.shape[1] + kind * rank
+            uses[kind, start : start + rank] = True
+        columns.append(own)
+    return torch.cat(columns, 1), uses.to(shared.device)
+
+
+def fit_map(stats: InputStatistics, spec: MapSpec, generator: torch.Generator, n_types: int = 1) -> InputMap:
     """The map of one input.
 
     Args:
         stats ([`InputStatistics`]): Moments.
         spec ([`MapSpec`]): What to fit.
         generator (`torch.Generator`): CPU generator of the rotations.
+        n_types (`int`, *optional*, defaults to 1): Token types.
     """
     n, device = len(stats.c), stats.c.device
     scale, basis = low_rank_and_scale(stats, spec)
-    found = InputMap(mean=stats.mean, channel_scale=scale, basis=basis)
+    uses = None
+    if spec.type_rank:
+        basis, uses = own_directions(stats, scale, basis, spec.type_rank, n_types)
+    found = InputMap(mean=stats.mean, channel_scale=scale, basis=basis, uses=uses)
     if spec.transform == "orthogonal":
         found.dense = random_orthogonal(n, generator).to(device)
     elif spec.transform in ("hadamard", "kronecker"):

@@ -20,6 +20,7 @@ from optimum_freeact.config import DEFAULTS, RUNTIME
 from optimum_freeact.modules.surgery import quantized_linears
 from optimum_freeact.presets import PRESETS
 from optimum_freeact.report.evaluate import score_text, tokenize_windows
+from tests.helpers.quantized import quantized
 from tests.helpers.tiny_models import plant_outliers, plant_sink, tiny, tiny_tokenizer
 
 
@@ -435,7 +436,16 @@ def test_inspect_of_a_full_precision_model_says_what_would_be_quantized(home, ca
 def test_inspect_reports_experts(tmp_path, capsys):
     tiny("qwen3_moe").save_pretrained(tmp_path / "moe")
     assert main(["inspect", str(tmp_path / "moe")]) == 0
-    assert "mixture-of-experts weights are 3-D parameters" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "mlp.experts.gate_up_proj" in shown
+    assert "4 x 64 x 64" in shown  # experts, outputs of gate and up, inputs
+    assert "3-D parameters" not in shown
+    quantized("qwen3_moe").save_pretrained(tmp_path / "quantized")
+    assert main(["inspect", str(tmp_path / "quantized")]) == 0
+    shown = capsys.readouterr().out
+    assert "mlp.experts.gate_up_proj" in shown
+    assert "mlp.experts.gate_up_proj_input" in shown
+    assert "3-D parameters" not in shown
 
 
 # --- compare -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Quantized experts of mixture models: identities, calibration, files, and what is refused."""
 
 import copy
+import functools
 import logging
 
 import pytest
@@ -84,7 +85,7 @@ def fitted(plain, skewed=False, **changes):
         for e in range(N)
     ]
     state = TypeState()
-    target = FreeActExperts(copy.deepcopy(plain), config, state, lambda width: rank_of(config, width))
+    target = FreeActExperts(copy.deepcopy(plain), config, state, functools.partial(rank_of, config))
     fit = ExpertsFit("experts", target, [list(p) for p in zip(*pairs)], Routed(hidden, types, index), config)
     records = fit.closed_form(torch.Generator().manual_seed(2))
     target.prepare()
@@ -195,7 +196,7 @@ def test_memory_at_real_widths():
         plain.gate_up_proj = nn.Parameter(torch.empty(32, 1536, 2048))
         plain.down_proj = nn.Parameter(torch.empty(32, 2048, 768))
         config = FreeActConfig(token_types=["text", "sink"])
-        model = nn.ModuleList([FreeActExperts(plain, config, TypeState(), lambda width: rank_of(config, width))])
+        model = nn.ModuleList([FreeActExperts(plain, config, TypeState(), functools.partial(rank_of, config))])
     size = quantized_size(model)
     assert size.n_linears == 64
     assert size.n_weights == 32 * (1536 * 2048 + 2048 * 768)
@@ -293,6 +294,7 @@ def test_auto_device_maps_find_them(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("preset", ["freeact", "freeact-fast"])
 def test_experts_compute_the_same_on_a_gpu(preset):
     model = quantized("mixtral", preset=preset)

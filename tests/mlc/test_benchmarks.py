@@ -83,10 +83,10 @@ NUMBERS = {  # variance seen, on validation languages, English accuracy, perplex
     "both-move.rows@full-1e-5": (0.1, 0.1, 0.99, 15.0, 0.80),
     "contrast@full-1e-5": (0.1, 0.1, 0.80, 10.0, 0.99),
     "contrast.rows@full-1e-5": (0.1, 0.1, 0.80, 10.0, 0.80),
-    "aligned@full-2e-5": (3.0, 1.0, 0.99, 30.0, 0.8),
-    "tied@full-2e-5": (0.1, 0.1, 0.99, 30.0, 0.99),
-    "aligned@full-3e-6": (3.0, 1.0, 0.70, 9.6, 0.7),
-    "tied@full-3e-6": (0.1, 0.1, 0.70, 9.6, 0.99),
+    "aligned@lora32-5e-4": (3.0, 1.0, 0.99, 30.0, 0.8),
+    "tied@lora32-5e-4": (0.1, 0.1, 0.99, 30.0, 0.99),
+    "aligned@lora32-1e-4": (3.0, 1.0, 0.70, 9.6, 0.7),
+    "tied@lora32-1e-4": (0.1, 0.1, 0.70, 9.6, 0.99),
 }
 
 
@@ -110,7 +110,7 @@ def test_a_regime_that_ruins_english_or_does_not_learn_is_not_chosen():
 
     rows = map_rows(NUMBERS)
     assert choose_regime(rows) == "full-1e-5"
-    assert choose_regime([r for r in rows if not r["method"].endswith("full-1e-5")]) == "full-3e-6"
+    assert choose_regime([r for r in rows if not r["method"].endswith("full-1e-5")]) == "lora32-1e-4"
 
 
 def test_every_method_of_the_table_and_point_of_the_map_is_a_trainer_config(tmp_path):

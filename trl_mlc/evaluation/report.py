@@ -151,13 +151,16 @@ def _preferences(model, tokenizer, rows, groups, names, found, batch_size: int) 
 
 def _geometry(decoder, ids, names, anchor: str, layer: int, pooling: str, found, batch_size: int) -> None:
     """Fill in retrieval and cosines, each language on the rows it shares with the anchor."""
+
+    def states_of(name: str, rows: list[int]) -> torch.Tensor:
+        return prompt_states(decoder, [[ids[i][name]] for i in rows], [layer], pooling, batch_size)[0, 0]
+
+    anchors = states_of(anchor, list(range(len(ids))))
     for name in names:
-        shared = [group for group in ids if name in group]
+        shared = [i for i, group in enumerate(ids) if name in group]
         if len(shared) >= 2:
-            pair = [anchor] if name == anchor else [anchor, name]
-            groups = [[group[n] for n in pair] for group in shared]
-            states = prompt_states(decoder, groups, [layer], pooling, batch_size)[0]
-            found[name] |= language_geometry(dict(zip(pair, states, strict=True)), anchor)[name]
+            states = {anchor: anchors[shared]} | ({} if name == anchor else {name: states_of(name, shared)})
+            found[name] |= language_geometry(states, anchor)[name]
 
 
 def tokenized_pair(tokenizer, prompt, completion, row: Mapping) -> tuple[list[int], list[int]]:
