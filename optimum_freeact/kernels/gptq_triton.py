@@ -11,11 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from optimum_freeact.kernels.rounding_triton import _round_half_even
-
 
 BLOCK = 64  # columns a launch
 OUTPUTS = 16  # a program
+
+
+@triton.jit
+def _round_half_even(x):
+    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: |x| < 2^22
 
 
 @triton.jit
