@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from optimum_freeact.calibration.capture import Batch, run_block, to_device
 from optimum_freeact.calibration.ranks import Ranks
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.moments import Moments
 from optimum_freeact.numerics.metrics import relative_error
 from optimum_freeact.type_state import TypeState
@@ -123,6 +124,13 @@ class Stream:
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int, reference: list[torch.Tensor]) -> float:
         """Run the quantized block to get the next inputs; returns the relative error on the last batch."""
+        with ExitStack() as stack:
+            for module in block.modules():
+                if isinstance(module, FreeActLinear) and module.weight_group_scale is not None:
+                    stack.enter_context(module.values_at_hand())
+            return self._advance(block, index, reference)
+
+    def _advance(self, block: nn.Module, index: int, reference: list[torch.Tensor]) -> float:
         error = 0.0
         for i in range(len(self.batches)):
             last = i == len(self.batches) - 1

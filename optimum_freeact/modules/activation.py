@@ -12,7 +12,7 @@ from optimum_freeact.kernels import native_ops, ops
 from optimum_freeact.kernels.dispatch import plan
 from optimum_freeact.kernels.native import NativeSide
 from optimum_freeact.kernels.tables import InputTables, make_native_tables, make_tables
-from optimum_freeact.numerics.affine import QParams, choose_qparams, fake_quantize_ste, round_codes
+from optimum_freeact.numerics.affine import QParams, choose_qparams, dequantize, fake_quantize_ste, round_codes
 from optimum_freeact.numerics.kronecker import factor_pair
 from optimum_freeact.transforms.affine_map import InputMap, pick
 from optimum_freeact.type_state import TypeState
@@ -42,6 +42,7 @@ class KernelRows(NamedTuple):
             there.
         types (`torch.Tensor` of shape `(n,)`, *optional*): Token types.
         shape (`torch.Size`): Leading shape of the input, whose product is n.
+        native (`bool`): Whether they are for the kernel in C (an offloaded layer's, which cannot be one call).
     """
 
     codes: torch.Tensor
@@ -49,6 +50,7 @@ class KernelRows(NamedTuple):
     branch: torch.Tensor
     types: torch.Tensor | None
     shape: torch.Size
+    native: bool = False
 
 
 class FreeActInput(nn.Module):
@@ -204,6 +206,11 @@ class FreeActInput(nn.Module):
         if self._offloaded and self.clip.device.type != "meta":  # here for this call only
             self.prepare()
             try:
+                if self._native is not None and self._kernel_serves(x):  # the linear is alone with what it gets here
+                    types = self.state.of(x) if len(self.clip) > 1 else None
+                    types = None if types is None else types.reshape(-1)
+                    flat = x.reshape(-1, self.in_features).contiguous()
+                    return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1], True)
                 return self._round(x)
             finally:
                 self._tables, self._native, self._offloaded = None, None, True
@@ -226,7 +233,9 @@ class FreeActInput(nn.Module):
         """Values of the codes: a product over groups with grids of their own is one in floating point."""
         groups, clip = z.unflatten(-1, (-1, self.group_size)), clip.unsqueeze(-2) if clip.dim() > 1 else clip
         qparams = choose_qparams(groups, self.bits, self.symmetric, clip)
-        return fake_quantize_ste(groups, qparams, self.bits).flatten(-2)
+        if torch.is_grad_enabled() and z.requires_grad:
+            return fake_quantize_ste(groups, qparams, self.bits).flatten(-2)
+        return dequantize(round_codes(groups, qparams, self.bits), qparams).flatten(-2)
 
     def _kernel_serves(self, x: torch.Tensor) -> bool:
         """Whether a kernel takes these rows: of the device's types, and no gradient wanted."""

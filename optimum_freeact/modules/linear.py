@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import int_linear, plan
 from optimum_freeact.kernels.native import NativeWeight
-from optimum_freeact.kernels.reference import Weight
+from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.modules.activation import (
     PICKLE_REFUSED,
     FreeActInput,
@@ -85,6 +88,7 @@ class FreeActLinear(nn.Linear):
         self.register_buffer("low_rank", torch.zeros(out_features, rank, dtype=torch.int8) if rank else None)
         self.register_buffer("low_rank_scale", torch.ones(rank) if rank else None)
         self._codes: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
         self._row_sum: torch.Tensor | None = None
         self._native: NativeWeight | None = None
         self._bias_rows: torch.Tensor | None = None
@@ -143,6 +147,15 @@ class FreeActLinear(nn.Linear):
             return self.codes().to(dtype)
         grouped = self.codes().unflatten(-1, (-1, self.group_size)).to(dtype)
         return (grouped * self.group_steps(dtype).unsqueeze(-1)).flatten(1)
+
+    @contextmanager
+    def values_at_hand(self) -> Iterator[None]:
+        """While it lasts the dequantized weight is kept, for a run of many batches."""
+        self._values = self.transformed_weight()
+        try:
+            yield
+        finally:
+            self._values = None
 
     def group_steps(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Effective scale of each group, shape `(out, groups)`."""
@@ -205,7 +218,8 @@ class FreeActLinear(nn.Linear):
         if rounded.qparams is None or self.bits == 16 or self.group_size != self.in_features:
             values = rounded.values
             values = values if rounded.qparams is None else dequantize(values, rounded.qparams)
-            y = nn.functional.linear(values.to(dtype), self.transformed_weight(dtype))
+            weight = self.transformed_weight(dtype) if self._values is None else self._values.to(dtype)
+            y = nn.functional.linear(values.to(dtype), weight)
         else:
             y = self._integer_product(rounded, dtype)
         if rounded.low_rank is not None:
@@ -215,7 +229,11 @@ class FreeActLinear(nn.Linear):
         return y.to(x.dtype)
 
     def _kernel_product(self, rows: KernelRows, dtype: torch.dtype) -> torch.Tensor:
-        y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, False)
+        if rows.native:
+            weight = NativeWeight(self.kernel_weight(), self.weight_group_scale)
+            y = weight.linear(Rows(rows.codes, rows.stats, rows.branch), rows.types, dtype, self.source.group_size)
+        else:
+            y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, False)
         return y.view(*rows.shape, self.out_features)
 
     def _integer_product(self, rounded, dtype: torch.dtype) -> torch.Tensor:

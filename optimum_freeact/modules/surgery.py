@@ -57,7 +57,7 @@ def rank_of(config: FreeActConfig, in_features: int, out_features: list[int]) ->
     stored += 4 * n if config.channel_scale != "none" else 0
     if config.weight_bits < 16:
         stored += m * (4 + (n // config.weight_group_size if config.weight_group_size else 0))
-    stored += m * (4 + 2 * max(0, means - 1)) if means else 0
+    stored += m * (4 + 2 * max(0, means - 1)) if means else 0  # two bytes bound what a type's shift takes
     each = n + m + 4 * (1 + len(out_features))
     fits = int(config.low_rank_budget * 2 * n * m - stored) // each
     return min(rank, max(fits, LEAST_RANK))

@@ -122,15 +122,15 @@ def _codes(original, steps, factor, moments, limits: tuple[int, int], passes: in
             descend(codes, original, steps, moments, limits)
         return codes
 
-    loops = column_loops(original.device)
-    if loops[0] is not _round_columns:
-        try:
-            return run(*loops)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a compiler raises
-            _failed.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}")
-            logger.warning("GPTQ's kernel failed (%s): plain torch takes its place, at a loss of speed.", _failed[0])
+    try:  # the import too: a kernel that is not there is no reason to end a calibration
+        return run(*column_loops(original.device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler raises
+        if original.device.type == "cpu" and column_loops(original.device)[0] is _round_columns:
+            raise  # there is no other way
+        _failed.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}")
+        logger.warning("GPTQ's kernel failed (%s): plain torch takes its place, at a loss of speed.", _failed[0])
     return run(_round_columns, _descend)
 
 

@@ -65,3 +65,23 @@ def test_it_stands_in_where_tensors_are_on_a_gpu_and_torch_where_it_fails(monkey
     monkeypatch.undo()
     expected = plain.gptq(weight, moments, 4, 32, passes=1)
     assert torch.equal(got.codes, expected.codes)
+
+
+def test_a_kernel_that_cannot_be_imported_is_replaced_too(monkeypatch):
+    def missing(device):  # noqa: ARG001
+        raise ImportError("cannot import name")
+
+    monkeypatch.setattr(plain, "_failed", [])
+    weight, moments = case(96, 5)
+    expected = plain.gptq(weight, moments, 4, 32, passes=1)
+    with monkeypatch.context() as changed:
+        calls = []
+
+        def first_missing(device):
+            calls.append(device)
+            return missing(device) if len(calls) == 1 else (None, None)
+
+        changed.setattr(plain, "column_loops", first_missing)
+        got = plain.gptq(weight, moments, 4, 32, passes=1)
+    assert "ImportError" in plain._failed[0]
+    assert torch.equal(got.codes, expected.codes)
