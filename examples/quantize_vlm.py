@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     folder = options.model or make_model(options, device, scenes)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     rows = {"full precision": vision.score_captions(model, scenes, cells, 8, True)}
-    rows["full precision"] |= vision.score_retrieval(model, scenes, cells[:8], 4, True)
+    rows["full precision"] |= vision.score_retrieval(model, scenes, cells[:8], 4, 16, True)
     told = {"full precision": captions(model, tokenizer, scenes, cells[:2])}
     config = FreeActConfig(kv_bits=4, dataset=calibration, n_samples=options.samples)
     types = measure_types(model, calibration, config)
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
         LlavaForConditionalGeneration.from_pretrained(options.out / "w4a4kv4", dtype=torch.float32).eval().to(device)
     )
     rows["W4A4KV4"] = vision.score_captions(model, scenes, cells, 8, True)
-    rows["W4A4KV4"] |= vision.score_retrieval(model, scenes, cells[:8], 4, True)
+    rows["W4A4KV4"] |= vision.score_retrieval(model, scenes, cells[:8], 4, 16, True)
     told["W4A4KV4"] = captions(model, tokenizer, scenes, cells[:2])
     page = write_report(types, options.out / "page", f"a small vision-language model on {Path(where).name}", records)
 

@@ -240,3 +240,16 @@ def test_texts_are_long_and_clean(handbook, brown):
         assert len(text.split()) > words
         assert "<p" not in text
         assert "/nn" not in text
+
+
+def test_a_tokenizer_that_lost_its_words_is_refused():
+    class Tokenizer:
+        def __init__(self, split):
+            self.split = split
+
+        def __call__(self, text):
+            return {"input_ids": self.split(text)}
+
+    assets.check_tokenizer(Tokenizer(str.split), "good.gguf")
+    with pytest.raises(Unavailable, match=r"from bad\.gguf that needs 46 tokens for 46 characters"):
+        assets.check_tokenizer(Tokenizer(list), "bad.gguf")

@@ -132,6 +132,23 @@ def _gguf_to_folder(gguf: Path, folder: Path) -> None:
     model.config.name_or_path = folder.name
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    check_tokenizer(AutoTokenizer.from_pretrained(folder), gguf.name)
+
+
+def check_tokenizer(tokenizer, name: str) -> None:
+    """Refuse a tokenizer that splits text into characters, as transformers 5.17 makes it from Gemma's file.
+
+    The model loads and runs with it, and knows no word: nothing else would say so.
+    """
+    import transformers
+
+    text = "The weather in the city was good that evening."
+    found = len(tokenizer(text=text)["input_ids"])
+    if found > len(text) // 2:
+        raise Unavailable(
+            f"transformers {transformers.__version__} makes a tokenizer from {name} that needs {found} tokens for "
+            f"{len(text)} characters: it has lost its words. Use a newer transformers."
+        )
 
 
 def _smollm2(archives: list[Path], folder: Path) -> None:

@@ -9,6 +9,7 @@ One block of experts with the sizes of Qwen3-30B-A3B (2048 wide, 768 inside, 8 o
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -53,7 +54,7 @@ def quantized(module: nn.Module) -> FreeActExperts:
     config, state = FreeActConfig(token_types=["text", "sink"]), TypeState()
     config.weight_dtype = "bfloat16"
     with float32_default():
-        made = FreeActExperts(module, config, state, lambda width: rank_of(config, width))
+        made = FreeActExperts(module, config, state, functools.partial(rank_of, config))
     for name, tensor in made.own_tensors().items():
         if tensor.dtype == torch.uint8:
             tensor.random_(0, 256)

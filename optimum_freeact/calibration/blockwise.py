@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 UNSUPPORTED = {
     "diffusion_gemma": "its encoder's and decoder's blocks are two trees of modules tied to the same tensors, and each of the "
     "decoder's reads the keys and values that the encoder's has just written: they would have to be calibrated in pairs (types: "
-    "prompt and canvas), which is not built. Most weights of its blocks are experts, which are no nn.Linear in any case.",
+    "prompt and canvas) and to stay tied when saved, which is not built.",
 }
 
 

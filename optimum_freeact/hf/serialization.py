@@ -46,6 +46,7 @@ TYPES = {
 }  # fmt: skip
 
 
+PUBLISHED = {".block_sparse_moe.": ".mlp."}  # what transformers renames when it loads, in families with experts
 FLOATING = ("F64", "F32", "F16", "BF16")
 
 
@@ -78,6 +79,8 @@ def check_names(model: nn.Module, names: dict[str, str]) -> None:
                     )
     stray, wrong = [], []
     for name, found in names.items():
+        for published, own in PUBLISHED.items():
+            name = name.replace(published, own)
         parent, _, leaf = name.rpartition(".")
         parent = parent.rpartition(".")[2]
         ours = leaf in known.get(parent, ()) or parent == CACHE_NAME

@@ -119,8 +119,9 @@ def layer_obstacle(
     for name, size in (("weight_group_size", group_size), ("activation_group_size", activation_group_size)):
         if size is not None and kernel == "triton":
             return f"{name}={size}: the kernels for GPUs have one scale per output channel and one grid per token"
-        if size is not None and size % GROUP:
-            return f"{name}={size}: the kernel in C adds up {GROUP} columns at a time"
+        least = GROUP if name == "weight_group_size" else GROUP // 2
+        if size is not None and size % least:
+            return f"{name}={size}: the kernel in C adds up {least} columns at a time"
     if transform not in ("hadamard", "kronecker"):
         return f"transform={transform!r}: the kernels rotate by two factors"
     if masked:

@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include "native_vectors.h"
 
-#define GROUP 32    /* columns whose codes lie together; grids of a group are multiples of it */
+#define GROUP 32    /* columns whose codes lie together, and that share a scale of the weight where it has several */
 #define CHUNK 512   /* columns of a panel that are transposed at a time */
 #define TOKENS 8    /* rows of the input whose sums stay in registers */
 #define KEPT 4194304 /* bytes of scratch that a thread keeps for its next call */
@@ -47,7 +47,7 @@ static void product(const float *in, const float *right, float *out, long rows, 
 }
 
 /* Constants of one input, reference.InputTables; absent parts are NULL. `left` is transposed, the columns of `right` padded to
- * `b_padded`, a multiple of 16. `group` columns share a grid: a multiple of GROUP, or all. */
+ * `b_padded`, a multiple of 16. `group` columns share a grid: a multiple of GROUP or of half of it, or all. */
 typedef struct {
     const uint16_t *mean;
     const float *channel;
@@ -70,15 +70,26 @@ typedef struct {
 } Weight;
 
 /* Rounded rows: codes (n, padded d), the grids of each (n, grids), the branch (n, width), and what products need of the grids,
- * three numbers for every GROUP columns (n, groups, 3), or for the whole row (n, 1, 3): see `spread_grids`. */
+ * `wide` numbers for every GROUP columns, which have grids for `halves` parts, or three for the whole row: `spread_grids`. */
 typedef struct {
     int8_t *codes;
     float *scale, *offset, *branch, *spread;
     long n, stride, grids;
-    int grouped;
+    int grouped, halves;
+    long wide;
 } Rows;
 
-static long padded(long d) { return (d + GROUP - 1) / GROUP * GROUP; }
+static void plan_rows(Rows *rows, long d, long group, int grouped) {
+    rows->stride = (d + GROUP - 1) / GROUP * GROUP;
+    rows->grids = (d + group - 1) / group;
+    rows->grouped = grouped || rows->grids > 1;
+    rows->halves = rows->grids > 1 && group % GROUP ? 2 : 1;
+    rows->wide = rows->grouped ? 2 * rows->halves + 1 : 3;
+}
+
+static size_t spread_floats(const Rows *rows) {
+    return (size_t)rows->n * rows->wide * (rows->grouped ? rows->stride / GROUP : 1);
+}
 
 /* Grid and codes of `size` values, a multiple of 16; `q` takes them in their natural order. */
 static void round_values(
@@ -151,21 +162,28 @@ static void split_branch(const Side *side, float *u, float *p) {
     }
 }
 
-/* What products need of a row's grids. With groups: scale s, offset o and constant c of each, such that the group's share of
- * a product is s * (sum of nibbles * codes) + o * (sum of nibbles) + c. Else: scale, offset, 8 * sum of codes. */
+/* What products need of a row's grids. With groups: for each half (or all) of GROUP columns a scale s and an offset o, and one
+ * constant c, such that the share of these columns is c + sum over halves of s * (sum of nibbles * codes) + o * (sum of
+ * nibbles). Else: scale, offset, 8 * sum of codes. */
 static void spread_grids(const Rows *rows, long d, long group, long row) {
-    const long groups = rows->stride / GROUP, wide = rows->grouped ? groups : 1;
-    float *out = rows->spread + 3 * row * wide;
+    const long groups = rows->stride / GROUP, size = GROUP / rows->halves;
+    float *out = rows->spread + row * rows->wide * (rows->grouped ? groups : 1);
     int32_t whole = 0;
     for (long g = 0; g < groups; g++) {
-        const long at = row * rows->grids + g * GROUP / group, real = d - g * GROUP < GROUP ? d - g * GROUP : GROUP;
         const int8_t *q = rows->codes + row * rows->stride + g * GROUP;
-        int32_t total = 0;
-        for (long i = 0; i < GROUP; i++) total += q[i];
-        whole += total;
-        if (!rows->grouped) continue;
-        out[3 * g] = rows->scale[at], out[3 * g + 1] = rows->offset[at];
-        out[3 * g + 2] = -8.0f * ((float)total * rows->scale[at] + (float)real * rows->offset[at]);
+        float constant = 0.0f;
+        for (long h = 0; h < rows->halves; h++) {
+            const long first = g * GROUP + h * size, left = d - first, real = left < 0 ? 0 : left < size ? left : size;
+            int32_t total = 0;
+            for (long i = h * size / 2; i < (h + 1) * size / 2; i++) total += q[i] + q[GROUP / 2 + i];
+            whole += total;
+            if (!rows->grouped) continue;
+            const long at = row * rows->grids + first / group;
+            const float scale = real ? rows->scale[at] : 0.0f, offset = real ? rows->offset[at] : 0.0f;
+            out[rows->wide * g + 2 * h] = scale, out[rows->wide * g + 2 * h + 1] = offset;
+            constant -= 8.0f * ((float)total * scale + (float)real * offset);
+        }
+        if (rows->grouped) out[rows->wide * (g + 1) - 1] = constant;
     }
     if (!rows->grouped) out[0] = rows->scale[row], out[1] = rows->offset[row], out[2] = 8.0f * (float)whole;
 }
@@ -215,14 +233,15 @@ static void round_row(const Side *side, const void *x, int x_bf16, long kind, co
     if (rows->spread) spread_grids(rows, d, side->group, row);
 }
 
-/* Sums of `tokens` rows (a constant) with the `words` words of a chunk at `panel`. With `grouped` (a constant) each GROUP
- * columns are scaled at once: codes as scale * (sum of nibbles * code) + offset * (sum of nibbles) + constant, times the
- * weight's own scale of the group. Without, integers are added up. */
+/* Sums of `tokens` rows with the `words` words of a chunk at `panel`; tokens, grouped and halves are constants. With `grouped`
+ * each GROUP columns are scaled at once, by the row's grids of its `halves` and the weight's own scale. Without, integers are
+ * added up. */
 INLINE void chunk_sums(
     const Ints *panel, long words, const float *group_scale, const float *nibbles, const int8_t *codes, long stride,
-    const float *grids, long grid_stride, void *sums, int tokens, int grouped) {
+    const float *grids, long grid_stride, void *sums, int tokens, int grouped, int halves) {
     Floats reals[TOKENS];
     Ints wholes[TOKENS];
+    const int wide = 2 * halves + 1;
     for (int t = 0; t < tokens; t++) {
         if (grouped)
             reals[t] = load_floats((float *)sums + t * LANES);
@@ -230,24 +249,32 @@ INLINE void chunk_sums(
             wholes[t] = load_ints((int32_t *)sums + t * LANES);
     }
     for (long word = 0, group = 0; word < words; word += 4, group++) {
-        Ints now[TOKENS];
-        for (int t = 0; t < tokens; t++) now[t] = grouped ? zeros() : wholes[t];
-        for (int q = 0; q < 4; q++) {
-            const Ints both = panel[word + q], even = low_nibbles(both), odd = high_nibbles(both);
-            for (int t = 0; t < tokens; t++) {
-                const int8_t *x = codes + t * stride + group * GROUP + 4 * q;
-                now[t] = dots(dots(now[t], even, every_int(x)), odd, every_int(x + GROUP / 2));
+        Floats shares[TOKENS];
+        for (int h = 0; h < halves; h++) {
+            Ints now[TOKENS];
+            for (int t = 0; t < tokens; t++) now[t] = grouped ? zeros() : wholes[t];
+            for (int q = h * 4 / halves; q < (h + 1) * 4 / halves; q++) {
+                const Ints both = panel[word + q], even = low_nibbles(both), odd = high_nibbles(both);
+                for (int t = 0; t < tokens; t++) {
+                    const int8_t *x = codes + t * stride + group * GROUP + 4 * q;
+                    now[t] = dots(dots(now[t], even, every_int(x)), odd, every_int(x + GROUP / 2));
+                }
+            }
+            if (grouped) {
+                const Floats total = load_floats(nibbles + (group * halves + h) * LANES);
+                for (int t = 0; t < tokens; t++) {
+                    const float *grid = grids + t * grid_stride + wide * group;
+                    const Floats before = h ? shares[t] : every_float(grid[wide - 1]);
+                    const Floats shift = multiply_add(total, every_float(grid[2 * h + 1]), before);
+                    shares[t] = multiply_add(to_floats(now[t]), every_float(grid[2 * h]), shift);
+                }
+            } else {
+                for (int t = 0; t < tokens; t++) wholes[t] = now[t];
             }
         }
         if (grouped) {
-            const Floats scale = load_floats(group_scale + group * LANES), total = load_floats(nibbles + group * LANES);
-            for (int t = 0; t < tokens; t++) {
-                const float *grid = grids + t * grid_stride + 3 * group;
-                const Floats shift = multiply_add(total, every_float(grid[1]), every_float(grid[2]));
-                reals[t] = multiply_add(scale, multiply_add(to_floats(now[t]), every_float(grid[0]), shift), reals[t]);
-            }
-        } else {
-            for (int t = 0; t < tokens; t++) wholes[t] = now[t];
+            const Floats scale = load_floats(group_scale + group * LANES);
+            for (int t = 0; t < tokens; t++) reals[t] = multiply_add(scale, shares[t], reals[t]);
         }
     }
     for (int t = 0; t < tokens; t++) {
@@ -286,12 +313,12 @@ static void panel(
     const long count = weight->m - first < LANES ? weight->m - first : LANES, words = rows->stride / 8;
     const uint8_t *starts[LANES];
     for (long i = 0; i < LANES; i++) starts[i] = weight->packed + (first + (i < count ? i : count - 1)) * half;
-    const int more = first + 2 * LANES <= weight->m;
+    const int halves = rows->halves, more = first + 2 * LANES <= weight->m;
     memset(sums, 0, n * LANES * sizeof(float));
     for (long from = 0; from < words; from += CHUNK / 8) {
         const long now = words - from < CHUNK / 8 ? words - from : CHUNK / 8;
         Ints block[CHUNK / 8];
-        float group_scale[CHUNK / GROUP * LANES], nibbles[CHUNK / GROUP * LANES];
+        float group_scale[CHUNK / GROUP * LANES], nibbles[2 * CHUNK / GROUP * LANES];
         for (long word = 0; word < now; word += WORDS) {
             const long at = 4 * (from + word);
             if (at + 4 * WORDS <= half) {
@@ -312,12 +339,14 @@ static void panel(
         if (rows->grouped) {
             const int8_t one[4] = {1, 1, 1, 1};
             for (long g = 0; g < now / 4; g++) {
-                Ints total = zeros();
-                for (int q = 0; q < 4; q++) {
-                    const Ints both = block[4 * g + q], ones = every_int(one);
-                    total = dots(dots(total, low_nibbles(both), ones), high_nibbles(both), ones);
+                for (int h = 0; h < halves; h++) {
+                    Ints total = zeros();
+                    for (int q = h * 4 / halves; q < (h + 1) * 4 / halves; q++) {
+                        const Ints both = block[4 * g + q], ones = every_int(one);
+                        total = dots(dots(total, low_nibbles(both), ones), high_nibbles(both), ones);
+                    }
+                    store_floats(nibbles + (g * halves + h) * LANES, to_floats(total));
                 }
-                store_floats(nibbles + g * LANES, to_floats(total));
                 const int8_t *scales = weight->group_scale;
                 store_floats(
                     group_scale + g * LANES,
@@ -326,20 +355,25 @@ static void panel(
         }
         long token = 0;
         const int8_t *codes = rows->codes + 8 * from;
-        const float *grid = rows->spread + 3 * (from / 4);
-#define RUN(count, grouped)                                                                                               \
+        const long grid_stride = rows->wide * groups;
+        const float *grid = rows->spread + rows->wide * (from / 4);
+#define RUN(count, grouped, halves)                                                                                       \
+    for (; token + count <= n; token += count)                                                                            \
     chunk_sums(                                                                                                           \
-        block, now, group_scale, nibbles, codes + token * rows->stride, rows->stride, grid + token * 3 * groups,          \
-        3 * groups, sums + token * LANES, count, grouped)
-        if (rows->grouped) {
-            for (; token + TOKENS <= n; token += TOKENS) RUN(TOKENS, 1);
-            for (; token + 2 <= n; token += 2) RUN(2, 1);
-            for (; token < n; token++) RUN(1, 1);
+        block, now, group_scale, nibbles, codes + token * rows->stride, rows->stride, grid + token * grid_stride,         \
+        grid_stride, sums + token * LANES, count, grouped, halves)
+#define RUN_ALL(grouped, halves) \
+    RUN(TOKENS, grouped, halves); \
+    RUN(2, grouped, halves);      \
+    RUN(1, grouped, halves)
+        if (!rows->grouped) {
+            RUN_ALL(0, 1);
+        } else if (halves == 1) {
+            RUN_ALL(1, 1);
         } else {
-            for (; token + TOKENS <= n; token += TOKENS) RUN(TOKENS, 0);
-            for (; token + 2 <= n; token += 2) RUN(2, 0);
-            for (; token < n; token++) RUN(1, 0);
+            RUN_ALL(1, 2);
         }
+#undef RUN_ALL
 #undef RUN
     }
     float *constants = sums + n * LANES;
@@ -362,15 +396,16 @@ static void panel(
         }
         const long at = row * weight->m + first;
         float lanes[LANES];
-        if (!y_bf16 && count == LANES) {
-            store_floats((float *)y + at, value);
+        if (count == LANES) {
+            if (y_bf16)
+                store_bf16((uint16_t *)y + at, value);
+            else
+                store_floats((float *)y + at, value);
             continue;
         }
         store_floats(lanes, value);
         if (!y_bf16)
             memcpy((float *)y + at, lanes, count * sizeof(float));
-        else if (count == LANES)
-            for (int i = 0; i < LANES; i++) ((uint16_t *)y)[at + i] = float_to_bf16(lanes[i]);
         else
             for (long i = 0; i < count; i++) ((uint16_t *)y)[at + i] = float_to_bf16(lanes[i]);
     }
@@ -393,15 +428,18 @@ static void *scratch(size_t bytes) {
 int freeact_linears(
     const Side *side, const Weight *const *weights, void *const *ys, long count, const void *x, int x_bf16,
     const int64_t *types, int y_bf16, long n, int threads) {
-    const long d = side->a * side->b, stride = padded(d), grids = (d + side->group - 1) / side->group;
-    Rows rows = {.n = n, .stride = stride, .grids = grids, .grouped = grids > 1};
+    const long d = side->a * side->b;
+    Rows rows = {.n = n};
     size_t most = 0;
+    int grouped = 0;
     for (long i = 0; i < count; i++) {
-        rows.grouped |= weights[i]->group_scale != NULL;
+        grouped |= weights[i]->group_scale != NULL;
         if (panel_floats(weights[i], n) > most) most = panel_floats(weights[i], n);
     }
-    const size_t floats = (size_t)n * (2 * grids + side->width + 3 * (rows.grouped ? stride / GROUP : 1));
-    float *base = scratch(floats * sizeof(float) + (size_t)n * stride + 64);
+    plan_rows(&rows, d, side->group, grouped);
+    const long grids = rows.grids;
+    const size_t floats = (size_t)n * (2 * grids + side->width) + spread_floats(&rows);
+    float *base = scratch(floats * sizeof(float) + (size_t)n * rows.stride + 64);
     if (!base) return 1;
     rows.scale = base, rows.offset = base + n * grids, rows.branch = base + 2 * n * grids;
     rows.spread = rows.branch + n * side->width, rows.codes = (int8_t *)(base + floats);
@@ -435,8 +473,10 @@ int freeact_linears(
 int freeact_round_rows(
     const Side *side, const void *x, int x_bf16, const int64_t *types, int8_t *codes, float *stats, float *branch, long n,
     int threads) {
-    const long d = side->a * side->b, stride = padded(d), grids = (d + side->group - 1) / side->group, half = d / 2;
-    Rows rows = {.n = n, .stride = stride, .grids = grids, .branch = branch};
+    const long d = side->a * side->b, half = d / 2;
+    Rows rows = {.n = n, .branch = branch};
+    plan_rows(&rows, d, side->group, 0);
+    const long stride = rows.stride, grids = rows.grids;
     rows.scale = stats, rows.offset = stats + n * grids;
     float *total = stats + 2 * n * grids;
     rows.codes = malloc(n * stride + 1);
@@ -468,11 +508,13 @@ int freeact_round_rows(
 int freeact_w4_linear(
     const Weight *weight, const int8_t *codes, const float *stats, const float *branch, const int64_t *types, void *y,
     int y_bf16, long n, long width, long group, int threads) {
-    const long half = weight->half, d = 2 * half, stride = padded(d), grids = (d + group - 1) / group;
-    Rows rows = {.n = n, .stride = stride, .grids = grids, .grouped = grids > 1 || weight->group_scale != NULL};
+    const long half = weight->half, d = 2 * half;
+    Rows rows = {.n = n};
+    plan_rows(&rows, d, group, weight->group_scale != NULL);
+    const long stride = rows.stride, grids = rows.grids;
     rows.scale = (float *)stats, rows.offset = rows.scale + n * grids, rows.branch = (float *)branch;
     rows.codes = calloc(n * stride + 1, 1);
-    rows.spread = malloc(n * (rows.grouped ? stride / GROUP : 1) * 3 * sizeof(float) + 1);
+    rows.spread = malloc(spread_floats(&rows) * sizeof(float) + 1);
     int failed = !rows.codes || !rows.spread;
     if (!failed) {
         for (long row = 0; row < n; row++) {

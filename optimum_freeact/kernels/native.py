@@ -196,7 +196,7 @@ class NativeSide:
 
     Args:
         tables ([`InputTables`]): Of the stored map.
-        group (`int`, *optional*): Columns that share a grid, a multiple of 32; all of them by default.
+        group (`int`, *optional*): Columns that share a grid, a multiple of 16; all of them by default.
     """
 
     def __init__(self, tables: InputTables, group: int | None = None):

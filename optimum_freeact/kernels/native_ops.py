@@ -10,6 +10,9 @@ from optimum_freeact.kernels.reference import Weight
 from optimum_freeact.kernels.tables import TENSORS, InputTables
 
 
+READ = ("mean", "channel_scale", "basis", "basis_scale", "left", "right", "clip")  # tables that C reads
+
+
 def _linear(
     x: Tensor,
     types: Tensor | None,
@@ -20,7 +23,6 @@ def _linear(
     left: Tensor,
     right: Tensor,
     clip: Tensor,
-    factor: Tensor,
     a: int,
     b: int,
     bits: int,
@@ -37,8 +39,8 @@ def _linear(
     panels: Tensor | None,
 ) -> Tensor:
     """Output `(..., m)` of `x` `(..., d)`; `turned` and `panels` are the weight's copies in C's own order."""
-    tensors = (mean, channel_scale, basis, basis_scale, left, right, clip, factor)
-    tables = InputTables(**dict(zip(TENSORS, tensors, strict=True)), a=a, b=b, bits=bits, symmetric=symmetric)
+    read = dict(zip(READ, (mean, channel_scale, basis, basis_scale, left, right, clip), strict=True))
+    tables = InputTables(**dict.fromkeys(TENSORS) | read, a=a, b=b, bits=bits, symmetric=symmetric)
     weight = Weight(packed, qscale, row_sum, low_rank, low_rank_scale, type_bias)
     return NativeSide(tables, group).linears(x, types, [NativeWeight(weight, group_scale, (turned, panels))])[0]
 
@@ -48,11 +50,12 @@ linear_op = torch.library.custom_op("freeact::native_linear", _linear, mutates_a
 
 @linear_op.register_fake
 def _(x, types, *rest):  # noqa: ARG001
-    return x.new_empty((*x.shape[:-1], rest[13].shape[0]))
+    return x.new_empty((*x.shape[:-1], rest[12].shape[0]))
 
 
 def linear(x: Tensor, types: Tensor | None, side: NativeSide, weight: NativeWeight) -> Tensor:
     """A linear in a traced graph."""
     tables = side.tables
     grid = (tables.a, tables.b, tables.bits, tables.symmetric, side.group)
-    return linear_op(x, types, *tables.tensors(), *grid, *weight.weight, weight.group_scale, *weight.copies)
+    read = [getattr(tables, name) for name in READ]
+    return linear_op(x, types, *read, *grid, *weight.weight, weight.group_scale, *weight.copies)

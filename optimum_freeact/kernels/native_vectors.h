@@ -283,4 +283,20 @@ INLINE uint16_t float_to_bf16(float value) {
     return (bits & 0x7fffffff) > 0x7f800000 ? nan : near;
 }
 
+/* A vector as bfloat16, half to even; NaN stays NaN */
+INLINE void store_bf16(uint16_t *to, Floats v) {
+#if LANES == 16
+    const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i near = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __m512i nan = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    const __m512i found = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), near, nan);
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(found));
+#else
+    float lanes[LANES];
+    store_floats(lanes, v);
+    for (int i = 0; i < LANES; i++) to[i] = float_to_bf16(lanes[i]);
+#endif
+}
+
 #endif

@@ -42,6 +42,7 @@ class KernelRows(NamedTuple):
             there.
         types (`torch.Tensor` of shape `(n,)`, *optional*): Token types.
         shape (`torch.Size`): Leading shape of the input, whose product is n.
+        native (`bool`): Whether they are for the kernel in C (an offloaded layer's, which cannot be one call).
     """
 
     codes: torch.Tensor
@@ -49,6 +50,7 @@ class KernelRows(NamedTuple):
     branch: torch.Tensor
     types: torch.Tensor | None
     shape: torch.Size
+    native: bool = False
 
 
 class FreeActInput(nn.Module):
@@ -204,6 +206,11 @@ class FreeActInput(nn.Module):
         if self._offloaded and self.clip.device.type != "meta":  # here for this call only
             self.prepare()
             try:
+                if self._native is not None and self._kernel_serves(x):  # the linear is alone with what it gets here
+                    types = self.state.of(x) if len(self.clip) > 1 else None
+                    types = None if types is None else types.reshape(-1)
+                    flat = x.reshape(-1, self.in_features).contiguous()
+                    return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1], True)
                 return self._round(x)
             finally:
                 self._tables, self._native, self._offloaded = None, None, True

@@ -11,7 +11,7 @@ from torch import nn
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import int_linear, plan
 from optimum_freeact.kernels.native import NativeWeight
-from optimum_freeact.kernels.reference import Weight
+from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.modules.activation import (
     PICKLE_REFUSED,
     FreeActInput,
@@ -229,7 +229,11 @@ class FreeActLinear(nn.Linear):
         return y.to(x.dtype)
 
     def _kernel_product(self, rows: KernelRows, dtype: torch.dtype) -> torch.Tensor:
-        y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, False)
+        if rows.native:
+            weight = NativeWeight(self.kernel_weight(), self.weight_group_scale)
+            y = weight.linear(Rows(rows.codes, rows.stats, rows.branch), rows.types, dtype, self.source.group_size)
+        else:
+            y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, False)
         return y.view(*rows.shape, self.out_features)
 
     def _integer_product(self, rounded, dtype: torch.dtype) -> torch.Tensor:

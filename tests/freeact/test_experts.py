@@ -294,6 +294,7 @@ def test_auto_device_maps_find_them(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("preset", ["freeact", "freeact-fast"])
 def test_experts_compute_the_same_on_a_gpu(preset):
     model = quantized("mixtral", preset=preset)

@@ -101,7 +101,7 @@ def test_what_is_on_disk(folder):
     tensors = load_file(folder / "model.safetensors")
     packed = tensors["model.layers.0.mlp.up_proj.weight"]
     assert packed.dtype == torch.uint8
-    assert packed.shape == (96, 1, 32)
+    assert packed.shape == (96, 2, 16)  # groups of 32
     assert not any("lm_head" in name for name in tensors)  # tied
 
 

@@ -102,7 +102,9 @@ def values_of(rows, d, group):
 
 @needs_compiler
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("d", "group"), [(576, 32), (192, 64), (96, 32), (4864, 32), (80, 32)])
+@pytest.mark.parametrize(
+    ("d", "group"), [(576, 32), (576, 16), (192, 64), (96, 32), (96, 48), (4864, 16), (80, 32), (80, 16)]
+)
 def test_groups_are_rounded_on_grids_of_their_own(d, group, symmetric):
     side, tables = native_side(d, symmetric=symmetric)
     x, types = rows_of(5, d)
@@ -129,7 +131,7 @@ def test_groups_are_rounded_on_grids_of_their_own(d, group, symmetric):
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("n", "m", "d", "group", "weight_group"),
-    [(1, 40, 96, 32, 32), (9, 130, 576, 32, 32), (13, 50, 192, None, 64), (3, 33, 192, 64, None), (2, 16, 80, 32, None),
+    [(1, 40, 96, 32, 32), (11, 70, 576, 16, 32), (1, 33, 80, 16, None), (2, 64, 4864, 16, 32), (3, 40, 96, 48, None), (9, 130, 576, 32, 32), (13, 50, 192, None, 64), (3, 33, 192, 64, None), (2, 16, 80, 32, None),
      (3, 64, 4864, 32, 32), (1, 40, 80, None, None)],
 )  # fmt: skip
 def test_whole_linears_are_what_their_codes_stand_for(n, m, d, group, weight_group, out_dtype, bits):

@@ -117,3 +117,14 @@ def test_what_it_does_not_go_with_is_refused():
         FreeActConfig(type_rank=2, exclusive="closed_form")
     with pytest.raises(ValueError, match="type_rank must be an integer"):
         FreeActConfig(type_rank=-1)
+
+
+def test_dequantizing_takes_the_columns_of_text_alone():
+    """Weights of 8 bits: what is left is their rounding and the branch's, nothing of other types' columns."""
+    model = quantize(
+        masked_llama(), settings("freeact-fast", weight_bits=8, activation_bits=8, low_rank=2, type_rank=2)
+    )
+    quantized, plain = model.model.layers[0].self_attn.q_proj, masked_llama().model.layers[0].self_attn.q_proj
+    weight, _ = quantized.dequantized()
+    error = (weight - plain.weight).square().sum() / plain.weight.square().sum()
+    assert error < 1e-3
