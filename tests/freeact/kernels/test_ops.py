@@ -88,8 +88,13 @@ def with_triton(monkeypatch, no_failures, device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="covered on the GPU by the kernels' own tests")
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"activation_bits": 8}, {"preset": "quarot"}, {"low_rank": 0, "centring": "none"}],
-    ids=["freeact", "a8", "quarot", "bare"],
+    [
+        {"preset": "freeact-fast"},
+        {"preset": "freeact-fast", "activation_bits": 8},
+        {"preset": "quarot"},
+        {"preset": "freeact-fast", "low_rank": 0, "centring": "none"},
+    ],
+    ids=["fast", "a8", "quarot", "bare"],
 )
 def test_modules_compute_the_same_with_kernels(settings, monkeypatch, request):
     monkeypatch.setenv("FREEACT_KERNELS", "torch")
@@ -124,8 +129,8 @@ def test_the_environment_decides(monkeypatch):
     [
         ({"weight_bits": 8}, "weight_bits=8"),
         ({"activation_bits": 16}, "activation_bits=16"),
-        ({"group_size": 32}, "weight_group_size=32"),
-        ({"activation_group_size": 32}, "activation_group_size=32"),
+        ({"group_size": 16}, "weight_group_size=16"),
+        ({"activation_group_size": 8}, "activation_group_size=8"),
         ({"transform": "orthogonal"}, "transform='orthogonal'"),
         ({"width": 72}, "in_features=72"),
         ({"width": 1184}, "32 x 37"),
