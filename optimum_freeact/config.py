@@ -130,7 +130,7 @@ class FreeActConfig(QuantizationConfigMixin):
         calibration (`str`, *optional*): `"closed_form"` (seconds) or `"learned"` (gradient steps on block outputs).
         learned_start (`str`, *optional*, defaults to `"closed_form"`): Where learning starts: `"closed_form"` or
             `"random"`. From the closed form it is kept only where the held-out block error falls.
-        learned_part (`str`, *optional*, defaults to `"maps"`): What is learned: the transforms, channel scales and clips, after
+        learned_part (`str`, *optional*): What is learned: the transforms, channel scales and clips, after
             which weights are rounded again (`"maps"`), or the rows' scales, branches and biases behind the rounded weights
             (`"outputs"`).
         learning_rate (`float`, *optional*, defaults to 2e-3): Of AdamW on transforms and scales; clips use ten times it.

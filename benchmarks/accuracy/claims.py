@@ -17,6 +17,7 @@ SETTING = "w4a4"
 CPU_COST = "cpu_cost"  # group of the rows of `run.py --cpu-cost`
 PER_ROW = ("quarot", "quarot-search", "quarot-asym", "quarot-asym-search")
 PUBLISHED = ("quarot-published", "quarot-published-asym")
+REQUIRED = ("quarot", "quarot-asym", "quarot-asym-search", "flatquant")
 QUALITY = (
     # suffix of the id, ours, theirs (the best of them counts), target
     ("excess_over_quarot", "freeact", (*PER_ROW, *PUBLISHED), 0.30),
@@ -80,8 +81,11 @@ def _nll(rows: list[dict], model: str, method: str, setting: str) -> list[dict]:
 
 def _ratio(rows, model: str, name: str, ours: str, theirs: tuple[str, ...], target: float) -> dict | None:
     mine = excess(rows, model, ours, SETTING)
+    # one that failed is a row without a value, and no claim is made; files from before a rival was tried do not name it
+    named = {row["method"] for row in rows if row["model"] == model}
+    theirs = tuple(method for method in theirs if method in named or method in REQUIRED)
     rivals = {method: excess(rows, model, method, SETTING) for method in theirs}
-    if not mine or not all(rivals.values()):
+    if not mine or not rivals or not all(rivals.values()):
         return None
     best = min(rivals, key=lambda method: statistics.fmean(rivals[method].values()))
     theirs_mean = statistics.fmean(rivals[best].values())

@@ -15,6 +15,8 @@ SHUFFLED = ("ours.shuffled-each", "ours.shuffled-rows")
 CONTROLS = {"": {}, ".rows": {"shuffled": "rows"}, ".each": {"shuffled": "each"}}
 
 REGIMES = {
+    "full-1e-5-40": {"learning_rate": 1e-5, "steps": 40},
+    "full-3e-6": {"learning_rate": 3e-6},
     "lora32-2e-4": {"learning_rate": 2e-4, "lora": 32},
     "lora32-5e-4": {"learning_rate": 5e-4, "lora": 32},
     "lora32-1e-4": {"learning_rate": 1e-4, "lora": 32},

@@ -114,7 +114,8 @@ def test_the_description_is_what_the_dispatch_does(monkeypatch, vnni):
 
 def test_settings_that_need_float_products_say_why(monkeypatch):
     assert "activation_bits=16" in kernel_of(FreeActConfig(activation_bits=16), torch.device("cpu"))[1]
-    assert "weight_group_size=16" in kernel_of(FreeActConfig(weight_group_size=16), torch.device("cpu"))[1]
+    odd = FreeActConfig("freeact-fast", weight_group_size=20)
+    assert "weight_group_size=20" in kernel_of(odd, torch.device("cpu"))[1]
     monkeypatch.setenv("FREEACT_KERNELS", "torch")
     assert kernel_of(FreeActConfig("freeact-fast"), torch.device("cpu"))[0] == dispatch.describe("cpu")[0]
     assert "dequantized" in kernel_of(FreeActConfig(), torch.device("cpu"))[0]
