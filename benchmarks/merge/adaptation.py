@@ -426,7 +426,10 @@ def budget(options: argparse.Namespace) -> list[dict]:
             for inside in taught:
                 taught[inside] += len(kit.spelling.taught_rows(text, inside))
         positions = sum(len(text.target_ids) - 1 for text in kit.train)
-        sizes |= {"taught positions": taught[True] / positions, "taught positions, shared": taught[False] / positions}
+        sizes |= {
+            "taught positions": taught[True] / positions,
+            "positions taught where shared": taught[False] / positions,
+        }
         rows += [{"metric": f"{task}: {name}", "value": value, "kit": digest(kit)} for name, value in sizes.items()]
     return rows
 

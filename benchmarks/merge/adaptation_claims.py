@@ -20,10 +20,19 @@ def is_control(arm: str) -> bool:
     return arm in CONTROLS or arm.endswith("random donor")
 
 
+def common_seeds(found: dict[tuple, dict[int, dict[str, float]]]) -> set[int]:
+    """Seeds that have both a control and an arm with a donor, of what is found by arm and setting."""
+    sides = {True: set(), False: set()}
+    for (arm, *_), values in found.items():
+        sides[is_control(arm)] |= set(values)
+    return set.intersection(*sides.values())
+
+
 def table(rows: list[dict], task: str, metric: str, texts: int | None = None) -> dict[str, float]:
     """Mean over seeds of every arm's loss after adaptation, at its setting with the best mean on validation text.
 
-    Of one task and number of given texts. A setting that some seed lacks (its process was cut off) is left out: means over unlike seeds don't compare.
+    Of one task and number of given texts, over the seeds that have both controls and donor arms. A setting that some such
+    seed lacks (its process was cut off) is left out: means over unlike seeds don't compare.
     """
     found: dict[tuple, dict[int, dict[str, float]]] = {}
     for row in rows:
@@ -31,11 +40,11 @@ def table(rows: list[dict], task: str, metric: str, texts: int | None = None) ->
         if here and row.get("when") == "after" and row["metric"] in MEASURED:
             place = row["arm"], *(row.get(name) for name in SETTING)
             found.setdefault(place, {}).setdefault(row["seed"], {})[row["metric"]] = row["value"]
-    seeds = {row["seed"] for row in rows if "seed" in row}
+    seeds = common_seeds(found)
     best: dict[str, dict[str, float]] = {}
     for (arm, *_), values in sorted(found.items(), key=lambda item: str(item[0])):
-        if set(values) == seeds:
-            mean = {name: statistics.fmean(value[name] for value in values.values()) for name in MEASURED}
+        if seeds and seeds <= set(values):
+            mean = {name: statistics.fmean(values[seed][name] for seed in seeds) for name in MEASURED}
             if arm not in best or mean["valid"] < best[arm]["valid"]:
                 best[arm] = mean
     return {arm: values[metric] for arm, values in best.items()}
@@ -50,6 +59,15 @@ def budgets(rows: list[dict]) -> dict[str, list[int | None]]:
     return {task: sorted(texts, key=lambda n: n or 0) for task, texts in sorted(found.items())}
 
 
+def seeds_of(rows: list[dict], task: str, texts: int | None) -> set[int]:
+    """Seeds over which the table of a task and number of texts is the mean."""
+    found: dict[tuple, dict[int, dict[str, float]]] = {}
+    for row in rows:
+        if "seed" in row and (row.get("task"), row.get("texts"), row.get("when")) == (task, texts, "after"):
+            found.setdefault((row["arm"],), {})[row["seed"]] = {}
+    return common_seeds(found)
+
+
 def summary(rows: list[dict]) -> list[dict]:
     """Rows for the table in the docs: mean held-out loss over seeds of every arm, before adaptation and after it."""
     found = []
@@ -61,7 +79,10 @@ def summary(rows: list[dict]) -> list[dict]:
                 if place == (task, texts, "before", "nll"):
                     before.setdefault(row["arm"], {})[row["seed"]] = row["value"]
             for arm, after in table(rows, task, "nll", texts).items():
-                values = {"before": statistics.fmean(before[arm].values()), "after": after}
+                values = {
+                    "before": statistics.fmean(before[arm][seed] for seed in seeds_of(rows, task, texts)),
+                    "after": after,
+                }
                 place = {"task": task, "texts": texts, "arm": arm, "metric": "mean nll"}
                 found += [place | {"when": when, "value": value} for when, value in values.items()]
             gain = gain_of(rows, task, texts)
@@ -85,7 +106,8 @@ def claims(rows: list[dict]) -> list[dict]:
     gains = {task: gain for task, gain in gains.items() if gain}
     if not gains:
         return []
-    seeds = len({row["seed"] for row in rows if "seed" in row})
+    places = [(task, texts[-1]) for task, texts in budgets(rows).items() if task in gains]
+    seeds = min(len(seeds_of(rows, *place)) for place in places)
     parts = "; ".join(
         f"{task}: {gain:.3f}, '{arm}' against '{control}'" for task, (gain, arm, control) in gains.items()
     )

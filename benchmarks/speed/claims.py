@@ -46,8 +46,11 @@ def linear_claims(rows: list[dict]) -> list[dict]:
         if row["provider"] == "freeact product" and (row["k"], row["m"], row["n"]) == (4096, 14336, 1) and row["value"]
     ]
     if bandwidth and times:
-        share = 4096 * 14336 / 2 / (bandwidth[-1] * times[-1] * 1e-6)
-        how = "bytes of the packed weight / (bytes a second of a copy x time of the product), 1 token, 4096 x 14336"
+        share = 4096 * 14336 / 2 / (max(bandwidth) * times[-1] * 1e-6)
+        how = (
+            "bytes of the packed weight / (bytes a second x time of the product), 1 token, 4096 x 14336; bytes a second "
+            "of a copy or of the datasheet, the greater"
+        )
         found.append(claim("speed.decode_roof_share", share, ">=", 0.60, how))
     return found
 

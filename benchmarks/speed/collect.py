@@ -13,6 +13,7 @@ from benchmarks._results import write
 
 
 FILES = ("linear.jsonl", "model.jsonl", "calibrate.jsonl")
+DATASHEET = {"H100": 3.35e12, "H200": 4.8e12}  # bytes a second that the vendor states, SXM
 COMMAND = "bash benchmarks/speed/run.sh kernels OUT && bash benchmarks/speed/run.sh models OUT"
 
 
@@ -36,6 +37,11 @@ def main() -> None:
     machine = args.folder / "machine.json"
     rows = read_rows(args.folder)
     name = json.loads(machine.read_text()) if machine.is_file() else None
+    rows += [
+        {"what": "roof", "provider": f"datasheet {gpu}", "metric": "bytes_per_second", "value": value}
+        for gpu, value in DATASHEET.items()
+        if gpu in str(name)
+    ]
     print(write("speed", rows, "benchmarks.speed.claims", COMMAND, [0], machine=name))
 
 

@@ -31,7 +31,7 @@ from tests.freeact.kernels.cases import input_side, random_weight, rows_of, to
 SHAPES = ((4096, 14336), (14336, 4096), (4096, 4096))
 # kernel, rows at most, rows measured, changes to the settings of launches.py
 CANDIDATES: tuple[tuple[str, int | None, int, tuple[dict, ...]], ...] = (
-    ("round", 64, 1, (
+    ("round", 4, 1, (
         {}, {"chunk": 128}, {"chunk": 512}, {"elements": 128}, {"finish_warps": 8}, {"correct_warps": 8},
         {"chunk": 128, "project_warps": 2, "correct_warps": 2}, {"chunk": 512, "project_warps": 8},
     )),
@@ -43,7 +43,7 @@ CANDIDATES: tuple[tuple[str, int | None, int, tuple[dict, ...]], ...] = (
     ("round", None, 2048, (
         {}, {"rows": 16}, {"rows": 64}, {"parts": 2}, {"fill": 528}, {"chunk": 256}, {"project_warps": 8},
         {"elements": 128}, {"elements": 512}, {"correct_warps": 8}, {"correct_rows": 32}, {"programs": 396},
-        {"programs": 1584}, {"finish_warps": 8}, {"finish_warps": 2}, {"finish_stages": 1}, {"chunk": 64},
+        {"programs": 1584}, {"finish_warps": 8}, {"finish_warps": 2}, {"chunk": 64},
     )),
     ("w4", 16, 16, (
         {}, {"BN": 32, "BK": 256}, {"BN": 32, "warps": 2, "stages": 5}, {"BK": 256, "stages": 3},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import threading
 import time
 
@@ -140,7 +141,10 @@ class Runner:
     def _keep(self, job: Job, told: dict, begun: float) -> None:
         seconds, now = time.perf_counter() - begun, time.perf_counter() - self.start
         if "error" in told:
-            self.failures[job.key] = " ".join(told["error"].split())[:400]
+            told["error"] = re.sub(r" ?\(/[^)]*\)?", "", told["error"]).partition(
+                "out of memory."
+            )  # no paths, no process ids
+            self.failures[job.key] = " ".join("".join(told["error"][:2]).split())[:400]
             print(f"{now:6.1f} {seconds:6.1f} s  {job.name}: {self.failures[job.key][:300]}", flush=True)
             if job.group == "train":  # nothing can follow
                 self._waiting = [other for other in self._waiting if other.model != job.model]

@@ -27,7 +27,11 @@ MIN_ROWS = 32
 def exclusive_directions(c_own: torch.Tensor, c_others: torch.Tensor, rank: int) -> torch.Tensor:
     """Orthonormal directions `(d, rank)` with the largest ratio of the others' energy to a type's own, strongest first."""
     eye = torch.eye(len(c_own), dtype=c_own.dtype, device=c_own.device)
-    factor = torch.linalg.cholesky(c_own + DAMPING * c_own.diagonal().mean() * eye)
+    damping = DAMPING * c_own.diagonal().mean()
+    factor, failed = torch.linalg.cholesky_ex(c_own + damping * eye)
+    while failed:  # sums of float32 products may be a little less than positive
+        damping = damping * 10
+        factor, failed = torch.linalg.cholesky_ex(c_own + damping * eye)
     half = torch.linalg.solve_triangular(factor, c_others, upper=False)
     ratio = torch.linalg.solve_triangular(factor, half.mT, upper=False)
     vectors = torch.linalg.eigh((ratio + ratio.mT) / 2)[1][:, -rank:].flip(1)

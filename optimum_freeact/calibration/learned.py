@@ -219,6 +219,7 @@ def learn(
         (loss / loss.detach().clamp_min(1e-20)).backward()
         return loss.detach()
 
+    recorded = None
     try:
         with torch.enable_grad():
             recorded = record(step, changed, train, device)
@@ -236,6 +237,8 @@ def learn(
         for parameter in frozen:
             parameter.requires_grad_(True)
         forget()
+        if recorded is not None:
+            recorded.close()
         for name, module in replaced.items():
             block.set_submodule(name, module)
     return {"first_loss": float(history[0]), "last_loss": float(history[-1])}

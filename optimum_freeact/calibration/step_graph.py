@@ -61,6 +61,12 @@ class StepGraphs:
         self._graphs[i].replay()
         return self._losses[i]
 
+    def close(self) -> None:
+        """Give the recorded steps' memory back: a pool of its own, which no later tensor would take from."""
+        self._graphs.clear()
+        self._losses.clear()
+        torch.cuda.empty_cache()
+
 
 def record(
     step: Callable[[int], torch.Tensor], parameters: list[torch.nn.Parameter], batches: list[int], device: torch.device

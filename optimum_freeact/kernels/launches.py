@@ -16,19 +16,17 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 
 
 # Per kernel: (rows at most, settings). Rounding: `rows` x `chunk` numbers at a time of a program of the projection, at most
-# `parts` programs for the same rows and about `fill` in all, `correct_rows`
-# x `elements` of a program that corrects, `programs` that finish. Products: BM rows of codes, BN outputs, BK bytes, GROUP
+# `parts` programs for the same rows and about `fill` in all; `correct_rows` x `elements` of a program that corrects;
+# `programs` that finish, `finish_rows` at a time. Products: BM rows of codes, BN outputs, BK bytes, GROUP
 # blocks of outputs in a row. `pdl`: programmatic dependent launch.
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
         (4, {"rows": 16, "chunk": 512, "parts": 64, "fill": 264, "project_warps": 8, "correct_rows": 16, "elements": 1,
-             "correct_warps": 4, "programs": 132, "summed": True, "finish_rows": 1, "finish_warps": 4, "finish_stages": 2,
-             "tokens": None, "pdl": True}),
+             "correct_warps": 4, "programs": 132, "finish_rows": 1, "finish_warps": 4, "pdl": True}),
         (64, {"rows": 16, "chunk": 256, "parts": 64, "fill": 264, "project_warps": 4, "correct_rows": 16, "elements": 1,
-              "correct_warps": 4, "programs": 132, "summed": True, "finish_rows": 1, "finish_warps": 4, "finish_stages": 2,
-              "tokens": None, "pdl": True}),
+              "correct_warps": 4, "programs": 132, "finish_rows": 1, "finish_warps": 4, "pdl": True}),
         (None, {"rows": 64, "chunk": 128, "parts": 4, "fill": 128, "project_warps": 4, "correct_rows": 64, "elements": 256,
-                "correct_warps": 4, "programs": 792, "summed": True, "finish_rows": 2, "finish_warps": 4, "finish_stages": 2, "tokens": None, "pdl": False}),
+                "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False}),
     ],
     "dp4a": [
         (1, {"words": 4096, "warps": 4, "pdl": True}),

@@ -19,7 +19,6 @@ before it waits; nothing is written before the wait.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import triton
@@ -129,11 +128,11 @@ def _project(
     branch_ptr, factors_ptr, undo_ptr, count_ptr, n, n_means,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    SUMMED: tl.constexpr, LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Codes of the basis times some columns of some rows as they come, and the largest magnitude there.
 
-    With `SUMMED` the last program of some rows also makes of the parts what `_correct` needs.
+    The last program of some rows to arrive makes of the parts what `_correct` needs.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -169,24 +168,27 @@ def _project(
     tl.store(peak_ptr + part * n + rows, tl.max(peak, 1), mask=alive)
     if RANK > 0:
         tl.store(part_ptr + (part * n + rows)[:, None] * PR + r[None, :], p, mask=alive[:, None])
-    if SUMMED:
+    if PARTS > 1:
         tl.debug_barrier()
         arrived = tl.atomic_add(count_ptr + tl.program_id(0), 1, sem="acq_rel")
-        if arrived == PARTS - 1:
-            tl.store(count_ptr + tl.program_id(0), 0)  # ready for the next launch
-            safe = tl.minimum(rows, n - 1)
-            kind = tl.zeros((ROWS,), tl.int64)
-            if HAS_TYPES:
-                kind = tl.minimum(tl.load(types_ptr + safe), n_means - 1)
-            p, upper, lower, bound = _taken_off(
-                part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means, HAS_MEAN,
-                HAS_CHANNEL, RANK, PR, ROWS, PARTS,
-            )  # fmt: skip
-            if RANK > 0:
-                tl.store(branch_ptr + rows[:, None] * PR + r[None, :], p, mask=alive[:, None])
-            tl.store(factors_ptr + rows[:, None] * (2 * PR) + r[None, :], upper, mask=alive[:, None])
-            tl.store(factors_ptr + rows[:, None] * (2 * PR) + PR + r[None, :], lower, mask=alive[:, None])
-            tl.store(undo_ptr + rows, bound / LIMIT, mask=alive)
+        if arrived != PARTS - 1:
+            return
+        tl.store(count_ptr + tl.program_id(0), 0)  # ready for the next launch
+    else:
+        tl.debug_barrier()
+    safe = tl.minimum(rows, n - 1)
+    kind = tl.zeros((ROWS,), tl.int64)
+    if HAS_TYPES:
+        kind = tl.minimum(tl.load(types_ptr + safe), n_means - 1)
+    p, upper, lower, bound = _taken_off(
+        part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means, HAS_MEAN, HAS_CHANNEL,
+        RANK, PR, ROWS, PARTS,
+    )  # fmt: skip
+    if RANK > 0:
+        tl.store(branch_ptr + rows[:, None] * PR + r[None, :], p, mask=alive[:, None])
+    tl.store(factors_ptr + rows[:, None] * (2 * PR) + r[None, :], upper, mask=alive[:, None])
+    tl.store(factors_ptr + rows[:, None] * (2 * PR) + PR + r[None, :], lower, mask=alive[:, None])
+    tl.store(undo_ptr + rows, bound / LIMIT, mask=alive)
 
 
 @triton.jit
@@ -209,11 +211,10 @@ def _row_of_tiles(
 
 @triton.jit
 def _correct(
-    x_ptr, types_ptr, mean_ptr, mean_branch_ptr, reach_ptr, channel_ptr, basis_ptr, basis_scale_ptr, right_ptr,
-    part_ptr, peak_ptr, turned_ptr, branch_ptr, factors_ptr, undo_ptr, n, n_means,
+    x_ptr, types_ptr, mean_ptr, channel_ptr, basis_ptr, right_ptr, factors_ptr, undo_ptr, turned_ptr, n, n_means,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, PARTS: tl.constexpr,
-    SUMMED: tl.constexpr, LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """NB rows of the tiles of some tokens: less mean and branch, in float16, times the right factor."""
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -230,26 +231,15 @@ def _correct(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     kind = tl.zeros((ROWS,), tl.int64)
-    if HAS_TYPES and (GATHERED or not SUMMED):
+    if HAS_TYPES and GATHERED:
         kind = tl.minimum(tl.load(types_ptr + safe), n_means - 1)
     if NB == 1:
         x, mean, lines = _row_of_tiles(first, x_ptr, mean_ptr, basis_ptr, safe, kind, j, r, GATHERED, LINES, B, PB, D)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    if SUMMED:
-        undo = tl.load(undo_ptr + safe)
-        upper = tl.load(factors_ptr + safe[:, None] * (2 * PR) + r[None, :]).to(DOT)
-        lower = tl.load(factors_ptr + safe[:, None] * (2 * PR) + PR + r[None, :]).to(DOT)
-    else:
-        p, upper, lower, peak = _taken_off(
-            part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means, HAS_MEAN,
-            HAS_CHANNEL, RANK, PR, ROWS, PARTS,
-        )  # fmt: skip
-        undo, upper, lower = peak / LIMIT, upper.to(DOT), lower.to(DOT)
-        if tl.program_id(1) == 0:
-            tl.store(undo_ptr + tokens, undo, mask=alive)
-            if RANK > 0:
-                tl.store(branch_ptr + tokens[:, None] * PR + r[None, :], p, mask=alive[:, None])
+    undo = tl.load(undo_ptr + safe)
+    upper = tl.load(factors_ptr + safe[:, None] * (2 * PR) + r[None, :]).to(DOT)
+    lower = tl.load(factors_ptr + safe[:, None] * (2 * PR) + PR + r[None, :]).to(DOT)
     shrink = (1.0 / undo)[:, None]
     for i in range(first, tl.minimum(first + NB, A)):
         if NB > 1:
@@ -274,7 +264,7 @@ def _correct(
 
 @triton.jit
 def _finish(
-    turned_ptr, undo_ptr, types_ptr, left_ptr, clip_ptr, factor_ptr, codes_ptr, stats_ptr, n, total, n_clips,
+    turned_ptr, undo_ptr, types_ptr, left_ptr, clip_ptr, factor_ptr, codes_ptr, stats_ptr, n, n_clips,
     HAS_TYPES: tl.constexpr, A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr,
     TOKENS: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -300,7 +290,7 @@ def _finish(
         clip = tl.load(clip_ptr + (tl.minimum(tl.load(types_ptr + safe), n_clips - 1) if HAS_TYPES else safe * 0))
         undo = tl.load(undo_ptr + safe) * factor
         _store_rounded(
-            z, rows, rows < n, clip, undo, codes_ptr, stats_ptr, total, i, j, A, B, PA, PB, QMIN, QMAX, SYMMETRIC
+            z, rows, rows < n, clip, undo, codes_ptr, stats_ptr, n, i, j, A, B, PA, PB, QMIN, QMAX, SYMMETRIC
         )
 
 
@@ -319,69 +309,37 @@ def round_rows(
         return Rows(codes, stats, branch)
     if len(tables.clip) == 1 and (tables.mean is None or len(tables.mean) == 1):
         types = None
-    launch = round_launch(min(n, (options or {}).get("tokens") or n), d, options or {})
-    chunk = launch["tokens"] or n
-    scratch = _scratch(min(chunk, n), d, tables, launch, x.device)
-    for start in range(0, n, chunk):  # what one launch writes is still in the cache when the next one reads it
-        end = min(start + chunk, n)
-        own = None if types is None else types[start:end]
-        mine = None if branch is None else branch[start:end]
-        _launch(x[start:end], own, tables, launch, scratch, codes[start:end], stats, start, mine)
-    return Rows(codes, stats, branch)
-
-
-class _Scratch(NamedTuple):
-    parts: int
-    steps: int
-    part: torch.Tensor | None
-    peak: torch.Tensor
-    undo: torch.Tensor
-    factors: torch.Tensor | None
-    turned: torch.Tensor
-
-
-def _scratch(n: int, d: int, tables: InputTables, launch: dict, device: torch.device) -> _Scratch:
-    steps = min(launch["steps"], triton.cdiv(d, launch["chunk"]))
-    parts = triton.cdiv(d, launch["chunk"] * steps)
-    floats = partial(torch.empty, dtype=torch.float32, device=device)
-    turned = torch.empty(n, d, dtype=torch.float16, device=device)
-    part = floats(parts, n, tables.branch) if tables.rank else None
-    factors = torch.empty(n, 2 * tables.branch, dtype=torch.bfloat16, device=device) if launch["summed"] else None
-    return _Scratch(parts, steps, part, floats(parts, n), floats(n), factors, turned)
-
-
-def _launch(
-    x: torch.Tensor, types: torch.Tensor | None, tables: InputTables, launch: dict, scratch: _Scratch,
-    codes: torch.Tensor, stats: torch.Tensor, start: int, branch: torch.Tensor | None,
-) -> None:  # fmt: skip
-    n, d = x.shape
     pa, pb = padded(tables.a), padded(tables.b)
     qmax = (1 << (tables.bits - 1)) - 1
+    launch = round_launch(n, d, options or {})
+    parts = triton.cdiv(d, launch["chunk"] * launch["steps"])
+    floats = partial(torch.empty, dtype=torch.float32, device=x.device)
+    part = floats(parts, n, tables.branch) if tables.rank else None
+    peak, undo = floats(parts, n), floats(n)
+    factors = torch.empty(n, 2 * tables.branch, dtype=torch.bfloat16, device=x.device)
+    turned = torch.empty(n, d, dtype=torch.float16, device=x.device)
     n_means = 1 if tables.mean is None else len(tables.mean)
     pdl = launch_pdl(launch["pdl"])
-    summed = launch["summed"]
     has = {"HAS_TYPES": types is not None, "HAS_MEAN": tables.mean is not None}
     has |= {"HAS_CHANNEL": tables.channel_scale is not None, "RANK": tables.rank, "PR": tables.branch}
-    common = {"PARTS": scratch.parts, "SUMMED": summed, "LIMIT": HEADROOM, "DOT": DOT_TYPE, "PDL": bool(pdl)}
-    _project[(triton.cdiv(n, launch["rows"]), scratch.parts)](
-        x, types, tables.channel_scale, tables.basis, scratch.part, scratch.peak, tables.mean_branch, tables.reach,
-        tables.basis_scale, branch, scratch.factors, scratch.undo, counters(x.device) if summed else None, n, n_means,
-        **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"], STEPS=scratch.steps, **common,
-        num_warps=launch["project_warps"], num_stages=4, **pdl,
+    has |= {"DOT": DOT_TYPE, "PDL": bool(pdl)}
+    _project[(triton.cdiv(n, launch["rows"]), parts)](
+        x, types, tables.channel_scale, tables.basis, part, peak, tables.mean_branch, tables.reach, tables.basis_scale,
+        branch, factors, undo, counters(x.device), n, n_means, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
+        STEPS=launch["steps"], PARTS=parts, LIMIT=HEADROOM, num_warps=launch["project_warps"], num_stages=4, **pdl,
     )  # fmt: skip
     nb = max(1, min(launch["elements"] // pb, pa))
     block = launch["correct_rows"]
     _correct[(triton.cdiv(n, block), triton.cdiv(tables.a, nb))](
-        x, types, tables.mean, tables.mean_branch, tables.reach, tables.channel_scale, tables.basis,
-        tables.basis_scale, tables.right, scratch.part, scratch.peak, scratch.turned, branch, scratch.factors,
-        scratch.undo, n, n_means, **has, A=tables.a, B=tables.b, PB=pb, ROWS=block, NB=nb, **common,
-        num_warps=launch["correct_warps"], num_stages=3, **pdl,
+        x, types, tables.mean, tables.channel_scale, tables.basis, tables.right, factors, undo, turned, n, n_means, **has,
+        A=tables.a, B=tables.b, PB=pb, ROWS=block, NB=nb, num_warps=launch["correct_warps"], num_stages=3, **pdl,
     )  # fmt: skip
     big = pa * pb > 8192
     tokens = 1 if big else min(launch["finish_rows"], padded(n))
     _finish[(min(triton.cdiv(n, tokens), launch["programs"] // (3 if big else 1)),)](
-        scratch.turned, scratch.undo, types, tables.left, tables.clip, tables.factor, codes, stats[:, start:], n,
-        stats.shape[1], len(tables.clip), HAS_TYPES=types is not None, A=tables.a, B=tables.b, PA=pa, PB=pb, TOKENS=tokens,
-        QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, PDL=bool(pdl),
-        num_warps=launch["finish_warps"] * (2 if big else 1), num_stages=launch["finish_stages"], **pdl,
+        turned, undo, types, tables.left, tables.clip, tables.factor, codes, stats, n, len(tables.clip),
+        HAS_TYPES=types is not None, A=tables.a, B=tables.b, PA=pa, PB=pb, TOKENS=tokens, QMIN=-qmax - 1, QMAX=qmax,
+        SYMMETRIC=tables.symmetric, PDL=bool(pdl), num_warps=launch["finish_warps"] * (2 if big else 1), num_stages=2,
+        **pdl,
     )  # fmt: skip
+    return Rows(codes, stats, branch)

@@ -206,15 +206,10 @@ class FreeActInput(nn.Module):
         if self._offloaded and self.clip.device.type != "meta":  # here for this call only
             self.prepare()
             try:
-                if self._native is not None and self._kernel_serves(x):  # the linear is alone with what it gets here
-                    types = self.state.of(x) if len(self.clip) > 1 else None
-                    types = None if types is None else types.reshape(-1)
-                    flat = x.reshape(-1, self.in_features).contiguous()
-                    return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1], True)
                 return self._round(x)
             finally:
                 self._tables, self._native, self._offloaded = None, None, True
-        if self._tables is not None and self._kernel_serves(x):
+        if (self._tables is not None or self._native is not None) and self._kernel_serves(x):
             return self._kernel_rows(x)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         types = self.state.of(x) if len(self.clip) > 1 else None
@@ -247,8 +242,10 @@ class FreeActInput(nn.Module):
     def _kernel_rows(self, x: torch.Tensor) -> KernelRows:
         types = self.state.of(x) if len(self.clip) > 1 else None
         types = None if types is None else types.reshape(-1)
-        tables = self._tables
         flat = x.reshape(-1, self.in_features).contiguous()
+        if self._native is not None:
+            return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1], True)
+        tables = self._tables
         found = ops.round_rows(flat, types, *tables.tensors(), tables.a, tables.b, self.bits, self.symmetric)
         return KernelRows(*found, types, x.shape[:-1])
 

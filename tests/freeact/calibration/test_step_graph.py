@@ -36,9 +36,14 @@ def test_its_gradient_is_the_inverses():
 class Replayed:
     """Stands for recorded steps on a CPU: the same gradients, zeroed in place."""
 
+    closed: list = []
+
     def __init__(self, step, parameters, batches):
         step(batches[0])
         self.step, self.parameters = step, parameters
+
+    def close(self):
+        self.closed.append(self)
 
     def __call__(self, i):
         for parameter in self.parameters:
@@ -48,12 +53,14 @@ class Replayed:
 
 @pytest.mark.parametrize("preset", ["flatquant", "freeact-paper"])
 def test_replayed_steps_learn_what_single_ones_do(preset, monkeypatch):
+    monkeypatch.setattr(Replayed, "closed", [])
     plain = quantize(masked_llama(), settings(preset, epochs=2))
     monkeypatch.setattr(
         learned, "record", lambda step, parameters, batches, device: Replayed(step, parameters, batches)
     )
     replayed = quantize(masked_llama(), settings(preset, epochs=2))
     assert torch.equal(logits(replayed, IDS), logits(plain, IDS))
+    assert len(Replayed.closed) == 2  # blocks
 
 
 def test_where_recording_fails_it_is_said_once_and_steps_run_singly(monkeypatch, caplog):

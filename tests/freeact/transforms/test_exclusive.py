@@ -114,6 +114,16 @@ def test_directions_are_those_that_only_the_others_use():
     assert float((x[types == 0].double() @ found).square().mean()) < 1e-5
 
 
+def test_moments_that_are_a_little_less_than_positive_are_damped_further():
+    x, types, _ = two_types()
+    c = [(x[types == k].double().mT @ x[types == k].double()) / 1500 for k in (0, 1)]
+    values, vectors = torch.linalg.eigh(c[0])
+    values[0] = -0.01 * values.mean()
+    found = exclusive_directions(vectors @ torch.diag(values) @ vectors.mT, c[1], 4)
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found.mT @ found, torch.eye(4, dtype=torch.float64))
+
+
 class Asked:
     token_types = ("text", "mask")
     activation_bits, activation_symmetric = 4, False
