@@ -118,6 +118,7 @@ def test_settings_that_need_float_products_say_why(monkeypatch):
     assert "weight_group_size=20" in kernel_of(odd, torch.device("cpu"))[1]
     monkeypatch.setenv("FREEACT_KERNELS", "torch")
     assert kernel_of(FreeActConfig("freeact-fast"), torch.device("cpu"))[0] == dispatch.describe("cpu")[0]
+    assert "dequantized" in kernel_of(FreeActConfig(), torch.device("cpu"))[0]
 
 
 # --- comparisons -------------------------------------------------------------------------------------------------
