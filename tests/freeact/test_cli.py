@@ -146,7 +146,7 @@ def test_help_of_every_command(capsys):
         (["--transform", "fourier"], "transform must be one of"),
         (["--activation-clip", "wide"], "activation_clip must be 'search' or a number"),
         (["--weight-group-size", "48"], "weight_group_size=48 does not divide in_features=64"),
-        (["--calibration", "learned", "--transform", "none"], "learns Kronecker factors"),
+        (["--preset", "flatquant", "--transform", "none"], "learns Kronecker factors"),
         (["--token-types", "text,nonsense"], "token_types must be"),
         (["--n-samples", "100000"], "Calibration needs n_samples * seq_len"),
         (["--n-samples", "0"], "n_samples must be an integer of at least 1"),

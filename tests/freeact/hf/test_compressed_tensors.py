@@ -104,7 +104,11 @@ def test_words_unpack_to_the_codes(bits, columns):
     [
         (
             {"preset": "freeact"},
-            "activation_clip=1.0, activation_group_size=None, activation_symmetric=True, .*centring='none', .*low_rank=0",
+            "activation_group_size=None, activation_symmetric=True, .*centring='none', .*low_rank=0",
+        ),
+        (
+            {"preset": "freeact-fast"},
+            "activation_clip=1.0, activation_symmetric=True, .*centring='none', .*low_rank=0",
         ),
         ({"preset": "quarot"}, "activation_clip=1.0, transform='none'"),
         ({"preset": "smoothquant"}, "channel_scale='none'"),
