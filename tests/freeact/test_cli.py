@@ -179,13 +179,15 @@ def test_quantize_refuses_in_one_line_and_leaves_nothing(home, tmp_path, capsys,
         ("nothing", "holds no config.json"),
         ("nan", "holds NaN or inf"),
         ("cut", "truncated or damaged"),
+        ("index", "model.safetensors.index.json' is truncated or damaged"),
+        ("shards", "names ['model-00002-of-"),
         ("narrow", "has other shapes in 6 of the weights"),
         ("renamed", "lacks 1 of the weights that its config.json announces, the first are ['model.norm.weight']"),
     ],
 )
 def test_models_that_cannot_be_quantized(home, tmp_path, capsys, model, message):
     (home / "nothing").mkdir(exist_ok=True)
-    if model in ("nan", "cut", "renamed", "narrow"):
+    if model in ("nan", "cut", "renamed", "narrow", "index", "shards"):
         shutil.copytree(home / "model", tmp_path / model)
         home = tmp_path
     if model == "nan":
@@ -196,6 +198,15 @@ def test_models_that_cannot_be_quantized(home, tmp_path, capsys, model, message)
     if model == "cut":
         file = home / model / "model.safetensors"
         file.write_bytes(file.read_bytes()[:5000])
+    if model in ("index", "shards"):
+        whole = AutoModelForCausalLM.from_pretrained(home / model)
+        (home / model / "model.safetensors").unlink()
+        whole.save_pretrained(home / model, max_shard_size="20KB")
+        index = home / model / "model.safetensors.index.json"
+        if model == "index":
+            index.write_text(index.read_text()[:200])
+        else:
+            next((home / model).glob("model-00002-of-*")).unlink()
     if model == "renamed":  # one flipped bit in the header
         file = home / model / "model.safetensors"
         file.write_bytes(file.read_bytes().replace(b'"model.norm.weight"', b'"model.norm.weighu"'))
