@@ -11,6 +11,7 @@ from optimum_freeact.modules import layout
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.layout import find_blocks, unquantized_parameters
 from optimum_freeact.modules.surgery import quantized_linears
+from optimum_freeact.presets import PRESETS
 from tests.helpers.quantized import distance, logits, quantized, reload, settings
 from tests.helpers.tiny_models import DECODERS, EXPERTS, FALLBACK, KNOWN, plant_sink, sample_ids, tiny
 
@@ -121,6 +122,35 @@ def test_presets_run_on_a_tiny_model():
     found["freeact"] = distance(logits(quantized()), wanted)
     assert all(value < 1 for value in found.values())
     assert found["freeact"] == min(found.values())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("bits", [(4, 4, 8), (4, 16, 4), (8, 8, 16), (16, 4, 16), (16, 16, 4)], ids=str)
+def test_every_preset_runs_with_any_bits_and_survives_the_disk(preset, bits, tmp_path):
+    changes = dict(zip(("weight_bits", "activation_bits", "kv_bits"), bits))
+    model = quantized("llama", {"num_hidden_layers": 1}, preset=preset, epochs=1, **changes)
+    plain = tiny("llama", num_hidden_layers=1)
+    assert distance(logits(model, use_cache=False), logits(plain)) < (0.05 if min(bits[:2]) > 4 else 1)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(tmp_path), use_cache=True), logits(model, use_cache=True))
+
+
+@pytest.mark.parametrize("transform", ["none", "hadamard", "kronecker", "orthogonal"])
+@pytest.mark.parametrize(("hidden", "inner"), [(74, 62), (106, 254), (58, 97)])  # 2 x primes, and an odd width
+def test_awkward_widths(transform, hidden, inner, tmp_path):
+    size = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 1, "head_dim": 16}
+    size |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    exact = quantized("llama", size, transform=transform, **EXACT)
+    assert distance(logits(exact), logits(tiny("llama", **size))) < 1e-5
+    for bits in (4, 8):
+        if bits == 4 and inner % 2:
+            with pytest.raises(ValueError, match=f"'model.layers.0.mlp.down_proj' has an odd in_features={inner}"):
+                quantized("llama", size, transform=transform)
+            continue
+        model = quantized("llama", size, transform=transform, weight_bits=bits, activation_bits=bits)
+        assert distance(logits(model), logits(exact)) < (0.05 if bits == 8 else 0.8)
+        model.save_pretrained(tmp_path / str(bits))
+        assert torch.equal(logits(reload(tmp_path / str(bits))), logits(model))
 
 
 @pytest.mark.parametrize("group", [16, 32])
