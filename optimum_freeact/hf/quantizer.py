@@ -73,6 +73,7 @@ class FreeActHfQuantizer(HfQuantizer):
 
     # ---------------------------------------------------------------- after loading
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ARG002
+        from optimum_freeact.hf.saving import install
         from optimum_freeact.hf.serialization import check_loaded
         from optimum_freeact.modules.runtime import activate
 
@@ -85,11 +86,13 @@ class FreeActHfQuantizer(HfQuantizer):
             self._data = None
             self.pre_quantized = True
         activate(model, self.quantization_config)
+        install(model)
         if self._user_device_map is not None:
             _dispatch(model, self._user_device_map)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        from optimum_freeact.hf.saving import remove
         from optimum_freeact.modules.runtime import dequantize_
 
         if isinstance(dtype, str):  # save_pretrained leaves config.dtype as a string
@@ -99,7 +102,9 @@ class FreeActHfQuantizer(HfQuantizer):
                     f"dtype must be a floating-point type such as 'float32', 'bfloat16' or 'float16', got {dtype!r}."
                 )
             dtype = found
-        return dequantize_(model, dtype)
+        dequantize_(model, dtype)
+        remove(model)
+        return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
         """Asked when saving: packed experts keep the names they have in the model, whatever the original format had."""
