@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
+from optimum_freeact.calibration.prepared import is_prepared
 from optimum_freeact.config import FreeActConfig
 
 
@@ -42,6 +43,7 @@ class FreeActHfQuantizer(HfQuantizer):
             return
         config = self.quantization_config
         check_places(config, kwargs.get("device_map"))
+        check_held_out(config)
         if self._data is None:  # transformers asks twice
             from optimum_freeact.calibration.data import read_data
 
@@ -153,6 +155,18 @@ def check_places(config: FreeActConfig, device_map: Any) -> None:
         )
     if config.resume_dir is not None and os.path.isfile(config.resume_dir):
         raise ValueError(f"resume_dir={config.resume_dir!r} is a file; name a folder.")
+
+
+def check_held_out(config: FreeActConfig) -> None:
+    """Refuse to learn from the closed form without a batch to judge by: what was learned on it says nothing."""
+    prepared = isinstance(config.dataset, (list, tuple)) and is_prepared(config.dataset)  # each a batch of its own
+    one = config.n_samples <= (1 if prepared else config.batch_size)
+    if config.calibration == "learned" and config.learned_start == "closed_form" and one:
+        raise ValueError(
+            "calibration='learned' holds out the last batch and keeps what it learns only where that batch's error falls: "
+            f"n_samples={config.n_samples} with batch_size={config.batch_size} is one batch. Take more samples, or smaller "
+            "batches."
+        )
 
 
 def is_there(device: Any) -> bool:

@@ -89,6 +89,14 @@ def test_unusable_places_before_loading(folder, unloadable, changes, arguments, 
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings(**changes), **arguments)
 
 
+@pytest.mark.parametrize("part", ["maps", "outputs"])
+def test_learning_without_a_batch_to_judge_by(folder, unloadable, part):
+    with pytest.raises(ValueError, match="holds out the last batch.*n_samples=6 with batch_size=6 is one batch"):
+        AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=settings(calibration="learned", learned_part=part, batch_size=6)
+        )
+
+
 def test_a_file_as_resume_dir(folder, tmp_path, unloadable):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="resume_dir=.*is a file"):

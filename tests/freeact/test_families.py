@@ -273,6 +273,38 @@ def test_learned_outputs_keep_codes_and_are_kept_only_if_better(tmp_path):
     assert torch.equal(logits(reload(tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("part", ["maps", "outputs"])
+def test_what_is_learned_never_sees_the_held_out_batch_and_harm_is_taken_back(part, monkeypatch):
+    """With a learning rate that ruins everything, the result is the closed form's, bit for bit."""
+    from optimum_freeact.calibration import learned as module
+
+    seen, run = [], module.learn
+
+    def watched(block, twins, parameters, forget, run_batch, targets, config):
+        return run(
+            block,
+            twins,
+            parameters,
+            forget,
+            lambda i: (seen.append((i, len(targets))), run_batch(i))[1],
+            targets,
+            config,
+        )
+
+    monkeypatch.setattr("optimum_freeact.calibration.blockwise.learn", watched)
+    changes = {"n_samples": 6, "batch_size": 2}
+    model = quantized(calibration="learned", learned_part=part, epochs=2, learning_rate=50.0, **changes)
+    assert {i for i, _ in seen} == {0, 1}
+    assert {n for _, n in seen} == {3}
+    assert not any(record.learned["accepted"] for record in model._freeact_records)
+    judged = [
+        (record.learned["held_out_before"], record.learned["held_out_after"]) for record in model._freeact_records
+    ]
+    assert not any(after <= 2 * before for before, after in judged)  # much worse, or not finite
+    start = quantized(**changes)
+    assert torch.equal(logits(model), logits(start))
+
+
 def test_a_type_with_a_thousand_times_the_energy_does_not_decide_the_loss():
     from optimum_freeact.calibration.learned import Target
 
