@@ -288,12 +288,19 @@ def block_groups(
     watcher = SharedInputs(linears)
     batch = stream.batches[0]
     stream.state.types = None if batch.types is None else batch.types.to(stream.device)
-    run_block(block, stream.actual[0], batch.calls[index], stream.device)
+    try:
+        run_block(block, stream.actual[0], batch.calls[index], stream.device)
+    except BaseException:
+        watcher.end()
+        raise
     groups = watcher.groups()
     unused = set(linears) - {name for group in groups for name in group}
     if unused:
         logger.warning(
-            "Linears %s of block %d did not run in calibration and stay as they are.", sorted(unused), index
+            "Linears %s of block %d did not run in calibration, or the model reads their weights itself: they stay as they "
+            "are.",
+            sorted(unused),
+            index,
         )
     return groups
 

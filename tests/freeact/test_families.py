@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from optimum_freeact.api import quantize
@@ -122,6 +123,64 @@ def test_presets_run_on_a_tiny_model():
     found["freeact"] = distance(logits(quantized()), wanted)
     assert all(value < 1 for value in found.values())
     assert found["freeact"] == min(found.values())
+
+
+_SMALL = {"vocab_size": 104, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+_STATES = {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_state": 16}
+RECURRENT = {  # blocks of recurrent states between or instead of attention, each in its own way unlike a Llama's
+    "bamba": ("Bamba", {**_SMALL, **_HEADS, **_STATES, "attn_layer_indices": [1]}),  # blocks return tuples
+    "jamba": (  # reads the bias of a linear, and gives it another for a moment
+        "Jamba",
+        {**_SMALL, **_HEADS, "attn_layer_offset": 1, "attn_layer_period": 2, "mamba_dt_rank": 4, "num_experts": 2},
+    ),
+    "recurrent_gemma": (  # initialises linears from the module around them
+        "RecurrentGemma",
+        {**_SMALL, **_HEADS, "head_dim": 16, "lru_width": 64, "block_types": ["recurrent", "attention"]},
+    ),
+    "mamba": ("Mamba", {**_SMALL, "state_size": 16, "time_step_rank": 4}),  # a cache without a length
+}
+
+
+def recurrent(family):
+    name, fields = RECURRENT[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**fields)).eval()
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_recurrent_blocks(family, tmp_path, caplog):
+    exact = quantize(recurrent(family), settings(**EXACT))
+    assert distance(logits(exact, use_cache=False), logits(recurrent(family), use_cache=False)) < 1e-4
+    model = quantize(recurrent(family), settings())
+    assert distance(logits(model, use_cache=False), logits(recurrent(family), use_cache=False)) < 0.6
+    read = {name for name, module in model.named_modules() if type(module) is nn.Linear and "dt_proj" in name}
+    assert bool(read) == (family in ("jamba", "mamba"))
+    if read:
+        assert "the model reads their weights itself" in caplog.text
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, use_cache=False), logits(model, use_cache=False))
+    ids = sample_ids(2, 6)
+    text = again.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert text.shape == (2, 10)
+    for length in range(6, 10):  # step by step as at once: the second step knows that it is not the first
+        following = again(input_ids=text[:, :length], use_cache=False).logits[:, -1].argmax(-1)
+        assert torch.equal(following, text[:, length])
+    reasons = unquantized_parameters(model, *find_blocks(model))
+    convolutions = [name for name in reasons if "conv" in name]
+    assert convolutions
+    assert all(reasons[name] == "of a Conv1d, not of an nn.Linear" for name in convolutions)
+
+
+def test_watching_leaves_linears_as_they_were():
+    model = tiny("opt")
+    layers = list(model.modules())
+    quantize(model, settings(modules_to_not_convert=["fc1", "k_proj"]))
+    left = [module for module in layers if isinstance(module, nn.Linear) and module in list(model.modules())]
+    assert len(left) == 5  # two blocks' two, and the head
+    assert all(type(module) is nn.Linear and not {"_called", "_was_read"} & vars(module).keys() for module in left)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
