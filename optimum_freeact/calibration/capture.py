@@ -106,7 +106,7 @@ def capture(
         state ([`TypeState`]): Read after each forward's typing hook has run.
     """
     device = next(model.parameters()).device
-    batches = []
+    batches: list[Batch] = []
     lengths = [0] * len(blocks)  # nearly every model's blocks return a tensor
     for inputs in split_batches(samples, batch_size):
         inputs = to_device(inputs, device)

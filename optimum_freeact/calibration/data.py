@@ -53,10 +53,13 @@ def _read_dataset(name: str) -> list:
             f"dataset={name!r} is no file here; as the name of a dataset it needs `pip install datasets`. A path of a "
             ".txt or .jsonl file, a list of strings or token ids work without it."
         ) from error
-    known = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "c4": ("allenai/c4", "en")}
+    known: dict[str, tuple[str, str | None]] = {
+        "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+        "c4": ("allenai/c4", "en"),
+    }
     owner, _, rest = name.partition("/")
-    path, _, config = rest.partition("/")
-    path, config = known.get(name, (f"{owner}/{path}" if path else owner, config or None))
+    short, _, settings = rest.partition("/")
+    path, config = known.get(name, (f"{owner}/{short}" if short else owner, settings or None))
     try:
         data = load_dataset(path, config, split="train", streaming=name == "c4")
     except Exception as error:
@@ -107,7 +110,7 @@ def _text_of(item: Any) -> str | list:
     return item
 
 
-def _stacked(items: list[torch.Tensor], seq_len: int) -> torch.Tensor:
+def _stacked(items: list | tuple, seq_len: int) -> torch.Tensor:
     """Sequences of shape `(length,)` or `(n, length)`, cut to `seq_len`, as one tensor."""
     rows = [item[None] if item.ndim == 1 else item for item in items]
     for row in rows:

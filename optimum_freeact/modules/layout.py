@@ -59,7 +59,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module):
             linears = [any(isinstance(child, nn.Linear) for child in item.modules()) for item in module]
             same = len({type(item) for item in module}) == 1  # some families have blocks of several classes
-            if (linears[0] if same else all(linears)) and not any(inside(names[id(module)], name) for name, _ in found):
+            if (linears[0] if same else all(linears)) and not any(
+                inside(names[id(module)], name) for name, _ in found
+            ):
                 found.append((names[id(module)], module))
     if not found:
         raise ValueError(
