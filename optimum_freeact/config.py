@@ -30,6 +30,7 @@ CHOICES = {
     "sequential": (True, False),
     "rounding_order": ("energy", "columns"),
     "rounding_noise": (True, False),
+    "rounding_shrinkage": (True, False),
     "exclusive": ("none", "fixed", "closed_form"),
     "attention_compensation": (True, False),
 }
@@ -50,6 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "sequential": False,
     "rounding_order": "energy",
     "rounding_noise": True,
+    "rounding_shrinkage": False,
     "n_samples": 32,
     "seq_len": 512,
     "batch_size": 4,
@@ -146,6 +148,8 @@ class FreeActConfig(QuantizationConfigMixin):
             inputs have most energy first, or as they come (`"columns"`).
         rounding_noise (`bool`, *optional*, defaults to `True`): Whether GPTQ's moments hold the rounding noise of the
             activations.
+        rounding_shrinkage (`bool`, *optional*): Round, in the place of the weight, the one that predicts its outputs best from
+            inputs with the activations' rounding noise: shrunk where the noise is louder than the input.
         attention_compensation (`bool`, *optional*, defaults to `False`): Give the attention's output the moments that it has
             in full precision, by the weight of the linear that reads it (STaR-Quant; closed form, no cost when running).
         dataset (`str`, `list` or `torch.Tensor`, *optional*): Calibration data: a dataset name (needs `datasets` and a
