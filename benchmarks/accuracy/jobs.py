@@ -502,7 +502,7 @@ def serve(lines: Iterable[str]) -> None:
         _tidy(job.device)
 
 
-MEMORY_SHARE = "ACCURACY_MEMORY_SHARE"  # environment variable
+MEMORY_SHARE = "ACCURACY_MEMORY_SHARE"  # environment variable; set it where several runs share a GPU
 
 
 def _share_memory() -> None:

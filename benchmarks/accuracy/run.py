@@ -295,7 +295,7 @@ class Runner:
     def _process(self, job: Job, gpu: str) -> dict:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "TOKENIZERS_PARALLELISM": "false"}
         if self._memory is not None:
-            environment[MEMORY_SHARE] = f"{self._memory:.4f}"
+            environment.setdefault(MEMORY_SHARE, f"{self._memory:.4f}")
         if job.threads:
             environment["OMP_NUM_THREADS"] = str(job.threads)
         if job.group == "peer" and self.options.peers_path:
