@@ -9,7 +9,7 @@ from benchmarks._results import problems, read
 from benchmarks.accuracy import run
 from benchmarks.accuracy.claims import QUALITY, claims, excess, expected
 from benchmarks.accuracy.jobs import CLAIMED, GRIDS, QUAROTS, SLICES, Job, Plan, Text, absent, bits
-from optimum_freeact.config import DEFAULTS
+from optimum_freeact.config_fields import DEFAULTS
 from optimum_freeact.presets import PRESETS
 from tools.results import MARK, table
 

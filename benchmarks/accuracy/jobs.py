@@ -248,7 +248,7 @@ class Plan:
         """`freeact` at W4A4 with one field changed; what is the preset's own value or does not divide is left out."""
         if "w4a4" not in self.schemes:
             return
-        from optimum_freeact.config import DEFAULTS
+        from optimum_freeact.config_fields import DEFAULTS
 
         default = {**DEFAULTS, **PRESETS["freeact"]}
         for name, value in ABLATIONS:
@@ -277,7 +277,7 @@ class Plan:
 
     def default_samples(self) -> None:
         """`freeact` at W4A4 on as few samples as the library takes by default (those of the time on a CPU)."""
-        from optimum_freeact.config import DEFAULTS
+        from optimum_freeact.config_fields import DEFAULTS
 
         fewer = {name: DEFAULTS[name] for name in ("n_samples", "seq_len")}
         if "w4a4" in self.schemes and all(self.measure[name] > value for name, value in fewer.items()):

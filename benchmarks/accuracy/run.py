@@ -502,7 +502,7 @@ def _prepare(options: argparse.Namespace, scratch: Path) -> tuple[dict[str, str]
         options.rows = options.rows or scratch / "rows.jsonl"
         return tiny_world(scratch)
     if options.cpu_cost:
-        from optimum_freeact.config import DEFAULTS
+        from optimum_freeact.config_fields import DEFAULTS
 
         options.device, options.models, options.jobs, options.threads = "cpu", MODELS[0], 1, 2
         options.samples, options.seq_len, options.batch_size = (

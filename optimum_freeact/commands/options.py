@@ -8,7 +8,8 @@ import json
 import re
 from typing import Any
 
-from optimum_freeact.config import DEFAULTS, RUNTIME, FreeActConfig
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.config_fields import DEFAULTS, RUNTIME
 from optimum_freeact.presets import PRESETS
 
 

@@ -16,7 +16,7 @@ from optimum_freeact.calibration.resume import BlockStore
 from optimum_freeact.cli import main
 from optimum_freeact.commands import folder as folders
 from optimum_freeact.commands import options
-from optimum_freeact.config import DEFAULTS, RUNTIME
+from optimum_freeact.config_fields import DEFAULTS, RUNTIME
 from optimum_freeact.modules.surgery import quantized_linears
 from optimum_freeact.presets import PRESETS
 from optimum_freeact.report.evaluate import score_text, tokenize_windows
