@@ -82,6 +82,8 @@ class FreeActConfig(QuantizationConfigMixin):
             activations.
         rounding_shrinkage (`bool`, *optional*): Round, in the place of the weight, the one that predicts its outputs best from
             inputs with the activations' rounding noise: shrunk where the noise is louder than the input.
+        rounding_refit (`bool`, *optional*, defaults to `False`): Fit the scales of groups to the codes that GPTQ found, and choose
+            every code once more.
         attention_compensation (`bool`, *optional*, defaults to `False`): Give the attention's output the moments that it has
             in full precision, by the weight of the linear that reads it (STaR-Quant; closed form, no cost when running).
         dataset (`str`, `list` or `torch.Tensor`, *optional*): Calibration data: a dataset name (needs `datasets` and a

@@ -25,6 +25,7 @@ CHOICES = {
     "rounding_order": ("energy", "columns"),
     "rounding_noise": (True, False),
     "rounding_shrinkage": (True, False),
+    "rounding_refit": (True, False),
     "exclusive": ("none", "fixed", "closed_form"),
     "attention_compensation": (True, False),
 }
@@ -46,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "rounding_order": "energy",
     "rounding_noise": True,
     "rounding_shrinkage": False,
+    "rounding_refit": False,
     "n_samples": 32,
     "seq_len": 512,
     "batch_size": 4,

@@ -65,6 +65,8 @@ VARIANTS: tuple[dict, ...] = (
     {"rounding_shrinkage": False},
     {"low_rank": 32},
     {"low_rank": 64},
+    {"rounding_refit": True},
+    {"rounding_refit": True, "rounding_passes": 4},
     {"rounding_passes": 4},
     {"damping": 0.003},
     {"damping": 0.03},

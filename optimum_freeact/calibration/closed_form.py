@@ -116,7 +116,15 @@ def round_weight(
         return round_to_nearest(v.float(), config.weight_bits, size, clip)
     by_energy = config.rounding_order == "energy"
     return gptq(
-        v.float(), moments_z, config.weight_bits, size, config.damping, clip, config.rounding_passes, by_energy
+        v.float(),
+        moments_z,
+        config.weight_bits,
+        size,
+        config.damping,
+        clip,
+        config.rounding_passes,
+        by_energy,
+        config.rounding_refit,
     )
 
 
