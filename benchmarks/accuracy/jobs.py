@@ -509,10 +509,10 @@ MEMORY_SHARE = "ACCURACY_MEMORY_SHARE"  # environment variable; set it where sev
 
 def _share_memory() -> None:
     """Keep to this process's part of the GPU: at the limit PyTorch gives kept memory back before it asks for more."""
-    share = os.environ.get(MEMORY_SHARE)
-    if share is not None:
-        import torch
+    import torch
 
+    share = os.environ.get(MEMORY_SHARE)
+    if share is not None and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(float(share))
 
 
