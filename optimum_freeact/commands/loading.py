@@ -72,7 +72,14 @@ def load_config(model: str) -> PretrainedConfig:
     if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "config.json")):
         raise ValueError(f"{model!r} holds no config.json: it is no model saved by save_pretrained.")
     check_checkpoint([str(path) for path in sorted(Path(model).glob("*.safetensors"))])
-    return AutoConfig.from_pretrained(model)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except OSError as error:
+        if os.path.isdir(model):
+            raise
+        raise OSError(
+            f"{model!r} is no folder here, and was not found as a name on the hub either: {error}"
+        ) from error
 
 
 def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:

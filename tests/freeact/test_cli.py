@@ -8,9 +8,11 @@ import time
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import optimum_freeact
 from optimum_freeact import FreeActConfig
 from optimum_freeact.calibration.resume import BlockStore
 from optimum_freeact.cli import main
@@ -551,3 +553,24 @@ def test_compare_without_matplotlib_says_so(home, tmp_path, capsys, monkeypatch)
     shown = capsys.readouterr().out
     assert "no figure" in shown
     assert "the same file" in shown
+
+
+def test_versions_are_printed_and_name_what_a_bug_report_needs(capsys):
+    assert main(["--version"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"hf-concord {optimum_freeact.__version__} (torch {torch.__version__}")
+    assert f"transformers {transformers.__version__}" in shown
+
+
+def test_a_model_that_is_nowhere_is_named(home, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = fails(capsys, "evaluate", "no-such-model", "--text", str(home / "other.txt"), *WINDOWS)
+    assert "'no-such-model' is no folder here, and was not found as a name on the hub either" in said
+
+
+def test_too_little_text_is_counted(home, capsys):
+    (home / "short.txt").write_text("too short")
+    said = fails(capsys, "evaluate", str(home / "model"), "--text", str(home / "short.txt"), *WINDOWS)
+    assert "Evaluation needs 256 tokens, the text has " in said
+    assert "skipping" not in said
