@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import optimum_freeact
 from optimum_freeact import FreeActConfig
 from optimum_freeact.calibration.resume import BlockStore
-from optimum_freeact.cli import main
+from optimum_freeact.cli import build_parser, main
 from optimum_freeact.commands import folder as folders
 from optimum_freeact.commands import options
 from optimum_freeact.config_fields import DEFAULTS, RUNTIME
@@ -574,3 +574,25 @@ def test_too_little_text_is_counted(home, capsys):
     said = fails(capsys, "evaluate", str(home / "model"), "--text", str(home / "short.txt"), *WINDOWS)
     assert "Evaluation needs 256 tokens, the text has " in said
     assert "skipping" not in said
+
+
+def test_the_word_none_unsets_what_a_preset_sets():
+    parser = build_parser()
+    words = ["quantize", "m", "o", "--dataset", "d", "--low-rank", "4"]
+    given = options.given_settings(
+        parser.parse_args([*words, "--weight-group-size", "none", "--low-rank-budget", "None"])
+    )
+    assert given == {"weight_group_size": None, "low_rank_budget": None, "low_rank": 4}
+    config = FreeActConfig(**given)
+    assert (config.weight_group_size, config.activation_group_size) == (None, 16)
+    with pytest.raises(SystemExit):
+        parser.parse_args([*words, "--seed", "none"])
+    assert (
+        options.given_settings(parser.parse_args([*words, "--activation-group-size", "8"]))["activation_group_size"]
+        == 8
+    )
+
+
+def test_a_group_size_that_is_no_number_is_refused(home, capsys):
+    words = ["quantize", str(home / "model"), str(home / "no"), "--dataset", "d", "--weight-group-size", "few"]
+    assert "argument --weight-group-size: invalid int value: 'few'" in fails(capsys, *words)
