@@ -374,9 +374,50 @@ def _sources(root: str, folders: tuple[str, ...], suffix: str) -> Callable[[list
 
 
 GO_FOLDERS = (
-    *("archive", "bufio", "bytes", "compress", "container", "context", "crypto", "database", "debug", "embed", "encoding"),
-    *("errors", "expvar", "flag", "fmt", "go", "hash", "html", "image", "index", "io", "log", "math", "mime", "net", "os"),
-    *("path", "plugin", "reflect", "regexp", "runtime", "sort", "strconv", "strings", "sync", "syscall", "text", "time"),
+    *(
+        "archive",
+        "bufio",
+        "bytes",
+        "compress",
+        "container",
+        "context",
+        "crypto",
+        "database",
+        "debug",
+        "embed",
+        "encoding",
+    ),
+    *(
+        "errors",
+        "expvar",
+        "flag",
+        "fmt",
+        "go",
+        "hash",
+        "html",
+        "image",
+        "index",
+        "io",
+        "log",
+        "math",
+        "mime",
+        "net",
+        "os",
+    ),
+    *(
+        "path",
+        "plugin",
+        "reflect",
+        "regexp",
+        "runtime",
+        "sort",
+        "strconv",
+        "strings",
+        "sync",
+        "syscall",
+        "text",
+        "time",
+    ),
 )
 
 
@@ -394,7 +435,10 @@ ASSETS |= {
     "go-std": Asset(
         (
             Package(
-                "apt", "golang-1.19-src", "1.19.8-2", "2dfa82fe4f08f4e0193c532e561af4c91871f5235608f04f2bb8d57bb288df5a"
+                "apt",
+                "golang-1.19-src",
+                "1.19.8-2",
+                "2dfa82fe4f08f4e0193c532e561af4c91871f5235608f04f2bb8d57bb288df5a",
             ),
         ),
         _sources("usr/share/go-1.19/src/", tuple(f"{name}/" for name in GO_FOLDERS), ".go"),

@@ -40,7 +40,7 @@ from benchmarks.merge.gifts import TEMPERATURE, WRITINGS, WRITTEN, Givers, Lesso
 from benchmarks.merge.kit import TARGET, TASKS, digest, load_kit  # noqa: E402
 from benchmarks.merge.texts import padded  # noqa: E402
 from mergekit_ot.adaptation import attach_residuals  # noqa: E402
-from tools.assets import fetch  # noqa: E402
+from tools.assets import ROOT, fetch  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -272,13 +272,19 @@ class Bench:
                 paths = [self.path(job, gift) for gift in self.needs(ARMS[job.name])] if job.setting else []
                 if any(path.with_suffix(".failed").exists() for path in paths):
                     waiting.remove(job)
-                elif all(path.exists() for path in paths):
+                elif all(path.exists() for path in paths) and self.ready(job):
                     waiting.remove(job)
                     if self.claim(job):
                         self.do(job)
                         break
             else:
                 time.sleep(0.5)
+
+    def ready(self, job: Job) -> bool:
+        """With `--late-assets`, whether the checkpoint that a job reads has come."""
+        if not self.options.late_assets or job.setting or job.name.endswith(" target"):
+            return True
+        return (ROOT / TASKS[job.task].donor).is_dir()
 
     def do(self, job: Job) -> None:
         """Prepare a gift or run an arm; what fails is left out, with what needs it."""
@@ -299,7 +305,9 @@ class Bench:
         """Prepare a gift."""
         if job.name == "lead":
             donor = TASKS[job.task].donor
-            return self.write([{"task": job.task, "donor": donor, "metric": "lead", "value": self.givers(job.task).lead()}])
+            return self.write(
+                [{"task": job.task, "donor": donor, "metric": "lead", "value": self.givers(job.task).lead()}]
+            )
         kind, giver, *shared = job.name.split()
         givers, path = self.givers(job.task), self.path(job, job.name)
         if kind == "lessons":
@@ -439,6 +447,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kit", type=Path, default=Path("kit"))
     parser.add_argument("--scratch", type=Path, default=Path("scratch"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--late-assets", action="store_true", help="checkpoints are still being copied here: begin without"
+    )
     parser.add_argument("--rows", type=Path, default=Path("rows.jsonl"), help="rows are added to this file")
     parser.add_argument("--collect", type=Path, nargs="*", help="write the result file of these rows and stop")
     parser.add_argument("--name", default="merge_adaptation", help="of the result file")

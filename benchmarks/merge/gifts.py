@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -95,7 +96,12 @@ class Givers:
 
     def __init__(self, kit: Kit, scratch: Path, device: str):
         self.kit, self.scratch, self.device = kit, scratch, device
-        self.donor, self.target = fetch(TASKS[kit.task].donor), fetch(TARGET)
+        self.target = fetch(TARGET)
+
+    @cached_property
+    def donor(self) -> Path:
+        """Checkpoint of the real donor."""
+        return fetch(TASKS[self.kit.task].donor)
 
     def folder(self, giver: str, seed: int | None) -> Path:
         """Checkpoint of a giver."""

@@ -44,6 +44,7 @@ def options(tmp_path_factory):
         scratch=tmp_path / "scratch",
         rows=tmp_path / "rows.jsonl",
         plan=None,
+        late_assets=False,
         device="cpu",
     )
     monkeypatch.undo()
@@ -140,6 +141,17 @@ def test_every_arm_runs_once_with_every_setting(options):
     (one,) = adaptation_claims.claims([*rows, *adaptation.budget(options)])
     assert one["id"] == "merge.unrelated.donor_specific_gain_nats"
     assert {row.get("arm") for row in adaptation_claims.summary(rows)} == {*adaptation.ARMS, None}
+
+
+def test_what_needs_a_checkpoint_that_is_still_to_come_waits_for_it(options, monkeypatch, tmp_path):
+    late = argparse.Namespace(**vars(options) | {"late_assets": True})
+    monkeypatch.setattr(adaptation, "ROOT", tmp_path)
+    bench = adaptation.Bench(late)
+    waiting = {job.name for job in bench.jobs() if not bench.ready(job)}
+    assert "lead" in waiting and "lessons real" in waiting and "plans random" in waiting
+    assert not {"lessons target", "written target", "none"} & waiting
+    (tmp_path / "donor").mkdir()
+    assert all(bench.ready(job) for job in bench.jobs())
 
 
 def test_the_claim_takes_the_best_control_and_the_donor_arm_that_validation_chose():
