@@ -81,7 +81,8 @@ def test_a_donor_goes_on_from_the_texts_of_its_seed(options, givers):
 def test_shuffled_lessons_are_the_same_ones_at_other_positions(givers):
     real = givers.lessons("real", None)
     dealt = gifts.shuffled(real, 3)
-    assert torch.equal(real.taught, dealt.taught) and torch.equal(real.ids, dealt.ids)
+    assert torch.equal(real.taught, dealt.taught)
+    assert torch.equal(real.ids, dealt.ids)
     rows = [made.probabilities[made.taught].float() for made in (real, dealt)]
     assert not torch.equal(*rows)
     assert torch.equal(rows[0].sum(0).half(), rows[1].sum(0).half())
@@ -92,7 +93,9 @@ def test_shuffled_lessons_are_the_same_ones_at_other_positions(givers):
 def test_a_lead_is_measured_on_the_same_characters(givers, options):
     lead = givers.lead(count=2)
     text = givers.kit.train[0]
-    assert -5 < lead < 5 and lead == givers.lead(count=2) != givers.lead(count=1)
+    assert lead == givers.lead(count=2)
+    assert lead != givers.lead(count=1)
+    assert -5 < lead < 5
     own = givers.donor
     givers.donor = givers.target
     try:
@@ -148,7 +151,7 @@ def test_what_needs_a_checkpoint_that_is_still_to_come_waits_for_it(options, mon
     monkeypatch.setattr(adaptation, "ROOT", tmp_path)
     bench = adaptation.Bench(late)
     waiting = {job.name for job in bench.jobs() if not bench.ready(job)}
-    assert "lead" in waiting and "lessons real" in waiting and "plans random" in waiting
+    assert {"lead", "lessons real", "plans random"} <= waiting
     assert not {"lessons target", "written target", "none"} & waiting
     (tmp_path / "donor").mkdir()
     assert all(bench.ready(job) for job in bench.jobs())
