@@ -16,6 +16,7 @@ from mergekit_ot.report.summary import layer_lines
 CAPTIONS = {
     "layer_map": "Similarity of every pair of layers; the line is the map that was used.",
     "scores": "How well the plans hold on rows they were not fitted on, and the confidence that gates alpha.",
+    "entropy": "How spread the plans are: 0 copies one donor neuron each, the logarithm of their number says nothing.",
     "norms": "Sizes of the transported weights: about 1 is expected, 0 would be plain shrinking.",
     "losses": "The merge beside everything it must beat.",
 }
