@@ -61,6 +61,13 @@ def render(report: dict, pictures: list[str]) -> str:
 
 def verdict(losses: dict[str, float]) -> str:
     """One honest sentence: does the merge beat the target, and does the donor's knowledge explain it?"""
+    if "random donor" not in losses:
+        missing = "A random donor was not measured: the recipe names solved plans only; add calibration.dataset."
+        return f"{_verdict(losses)} {missing}"
+    return _verdict(losses)
+
+
+def _verdict(losses: dict[str, float]) -> str:
     merged, target = losses["merged"], losses["target"]
     controls = {name: losses[name] for name in ("shrink only", "random donor") if name in losses}
     best = min(controls, key=lambda name: controls[name])
