@@ -87,7 +87,7 @@ PLAN = [
         "texts": FEW,
         "settings": SHORT,
         "shares": [0.5],
-        "arms": ["teacher, random donor", "shuffled teacher", "own teacher"],
+        "arms": ["teacher, random donor", "own teacher", "shuffled teacher"],
     },
     {"tasks": ["python"], "texts": FEW, "settings": SHORT, "arms": ["none", "teacher", "shrink"]},
     {
@@ -97,18 +97,18 @@ PLAN = [
         "shares": [0.9],
         "arms": ["own texts and own teacher", "writer and teacher, random donor"],
     },
+    {"tasks": ["python"], "texts": FEW, "settings": BROAD, "shares": [0.9], "arms": ["writer and teacher", "none"]},
     {"tasks": WIDE, "texts": FEW, "settings": SHORT[:1], "arms": ["merge", "merge, random donor"]},
     {
         "tasks": ["python"],
         "texts": FEW,
         "settings": SHORT,
         "shares": [0.5],
-        "arms": ["teacher, random donor", "shuffled teacher", "own teacher"],
+        "arms": ["own teacher", "teacher, random donor", "shuffled teacher"],
     },
-    {"tasks": ["python"], "texts": FEW, "settings": SHORT[:1], "arms": ["merge", "merge, random donor"]},
-    {"tasks": WIDE, "texts": ALL, "settings": LONG, "shares": [0.5], "arms": ["none", "teacher"]},
     {"tasks": WIDE, "texts": FEW, "settings": SHORT[:1], "shares": [0.5], "arms": ["teacher at shared positions"]},
     {"tasks": WIDE, "texts": FEW, "settings": SHORT[:1], "arms": ["stream", "stream, random donor"]},
+    {"tasks": WIDE, "texts": ALL, "settings": LONG, "shares": [0.5], "arms": ["none", "teacher"]},
 ]
 #: Of a batch in `writer` arms, the part that is the given texts.
 GIVEN = 0.25
@@ -117,6 +117,8 @@ STREAM_WEIGHT = 1.0
 AT_ONCE = 16
 #: A run ends early when so many scorings in a row were no better than the best one before.
 PATIENCE = 5
+#: Times that a job is tried when the GPU is full of other processes, and the seconds in between.
+TRIES, PAUSE = 8, 5.0
 #: Steps after which a model is scored; the last is always one.
 SCORED_AFTER = (4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768)
 
@@ -235,8 +237,9 @@ class Bench:
         return self.options.scratch / f"{name}.pt".replace(" ", "-")
 
     def jobs(self) -> list[Job]:
-        """Everything to do: group by group, what it needs first."""
-        jobs = [Job(task, 0, 0, "lead") for task in self.options.tasks]
+        """Everything to do: group by group, what it needs first; without what an earlier call has measured."""
+        done = measured(self.options.resume)
+        jobs = [job for task in self.options.tasks if (job := Job(task, 0, 0, "lead")) not in done]
         prepared: set[Path] = set()
         for group in groups(self.options):
             runs: list[Job] = []
@@ -244,29 +247,34 @@ class Bench:
                 for seed in group["seeds"]:
                     for task in group["tasks"]:
                         texts = min(group["texts"], len(self.givers(task).kit.train))
-                        for gift in self.needs(ARMS[name]):
+                        shares = group["shares"] if ARMS[name].teacher else [0.0]
+                        choices = [Setting(*setting, share) for setting in group["settings"] for share in shares]
+                        left = [job for choice in choices if (job := Job(task, seed, texts, name, choice)) not in done]
+                        for gift in self.needs(ARMS[name]) if left else []:
                             made = Job(task, seed, texts, gift)
                             if self.path(made, gift) not in prepared:
                                 prepared.add(self.path(made, gift))
                                 jobs.append(made)
-                        for rate, steps, batch in group["settings"]:
-                            for share in group["shares"] if ARMS[name].teacher else [0.0]:
-                                runs.append(Job(task, seed, texts, name, Setting(rate, steps, batch, share)))
+                        runs += left
             jobs += runs
         return list(dict.fromkeys(jobs))
 
+    def claim_file(self, job: Job) -> Path:
+        """The file whose maker does the job."""
+        name = f"{job}" if job.setting else self.path(job, job.name).name
+        return self.options.scratch / f"claim {name}".replace("/", "-")
+
     def claim(self, job: Job) -> bool:
         """Whether this process is the one that does it."""
-        name = f"{job}" if job.setting else self.path(job, job.name).name
         try:
-            os.close(os.open(self.options.scratch / f"claim {name}".replace("/", "-"), os.O_CREAT | os.O_EXCL))
+            os.close(os.open(self.claim_file(job), os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
         return True
 
     def work(self) -> None:
         """Do what is left to do and not done by others, as soon as what it needs is there."""
-        waiting = self.jobs()
+        waiting, tries = self.jobs(), {}
         while waiting:
             for job in list(waiting):
                 paths = [self.path(job, gift) for gift in self.needs(ARMS[job.name])] if job.setting else []
@@ -275,7 +283,11 @@ class Bench:
                 elif all(path.exists() for path in paths) and self.ready(job):
                     waiting.remove(job)
                     if self.claim(job):
-                        self.do(job)
+                        tries[job] = tries.get(job, 0) + 1
+                        if not self.do(job) and tries[job] < TRIES:  # others filled the GPU: later, after the rest
+                            self.claim_file(job).unlink()
+                            waiting.append(job)
+                            time.sleep(PAUSE)
                         break
             else:
                 time.sleep(0.5)
@@ -286,20 +298,27 @@ class Bench:
             return True
         return (ROOT / TASKS[job.task].donor).is_dir()
 
-    def do(self, job: Job) -> None:
-        """Prepare a gift or run an arm; what fails is left out, with what needs it."""
+    def do(self, job: Job) -> bool:
+        """Prepare a gift or run an arm; what fails is left out, with what needs it. False where memory was short."""
         start = time.perf_counter()
         try:
             if job.setting:
                 self.run(job)
             else:
                 self.give(job)
+        except torch.OutOfMemoryError as error:
+            print(f"{job}: {error}", flush=True)
+            return False
         except Exception as error:
             traceback.print_exc()
             print(f"{job}: {error}", flush=True)
             if not job.setting:
                 self.path(job, job.name).with_suffix(".failed").touch()
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # processes share the GPU
         print(f"[{time.strftime('%H:%M:%S')}] {job}: {time.perf_counter() - start:.1f} s", flush=True)
+        return True
 
     def give(self, job: Job) -> None:
         """Prepare a gift."""
@@ -414,6 +433,18 @@ class Bench:
             f"held out {best['nll']:.4f}",
             flush=True,
         )
+
+
+def measured(files: list[Path] | None) -> set[Job]:
+    """What the rows of earlier calls hold already."""
+    found = set()
+    for row in (json.loads(line) for file in files or [] for line in file.read_text().splitlines() if line.strip()):
+        if row["metric"] == "lead":
+            found.add(Job(row["task"], 0, 0, "lead"))
+        elif (row.get("when"), row["metric"]) == ("after", "nll"):
+            choice = Setting(row["rate"], row["steps"], row["batch"], row.get("share", 0.0))
+            found.add(Job(row["task"], row["seed"], row["texts"], row["arm"], choice))
+    return found
 
 
 def groups(options: argparse.Namespace) -> list[dict]:

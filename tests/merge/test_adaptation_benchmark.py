@@ -45,6 +45,7 @@ def options(tmp_path_factory):
         rows=tmp_path / "rows.jsonl",
         plan=None,
         late_assets=False,
+        resume=None,
         device="cpu",
     )
     monkeypatch.undo()
@@ -131,6 +132,9 @@ def test_every_arm_runs_once_with_every_setting(options):
     rows = [json.loads(line) for line in Path(options.rows).read_text().splitlines()]
     assert [row["task"] for row in rows if row["metric"] == "lead"] == ["rust"]
     rows = [row for row in rows if row["metric"] != "lead"]
+    again = adaptation.Bench(argparse.Namespace(**vars(options) | {"resume": [options.rows]}))
+    assert {job for job in again.jobs() if job.setting} == {taken}
+    assert {job.name for job in again.jobs() if not job.setting} == {"lessons target"}
     after = [row for row in rows if (row["when"], row["metric"]) == ("after", "nll")]
     runs = [(row["arm"], row["rate"]) for row in after]
     assert len(runs) == len(set(runs))
@@ -144,6 +148,27 @@ def test_every_arm_runs_once_with_every_setting(options):
     (one,) = adaptation_claims.claims([*rows, *adaptation.budget(options)])
     assert one["id"] == "merge.unrelated.donor_specific_gain_nats"
     assert {row.get("arm") for row in adaptation_claims.summary(rows)} == {*adaptation.ARMS, None}
+
+
+def test_a_full_gpu_is_tried_again_later(options, monkeypatch, tmp_path):
+    rows, asked = tmp_path / "rows.jsonl", []
+    chosen = {"arms": ["none"], "scratch": tmp_path / "scratch", "rows": rows}
+    bench = adaptation.Bench(argparse.Namespace(**vars(options) | chosen))
+    run = bench.run
+
+    def full_at_first(job):
+        asked.append(job)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("full")
+        run(job)
+
+    monkeypatch.setattr(bench, "run", full_at_first)
+    monkeypatch.setattr(adaptation, "PAUSE", 0.0)
+    bench.work()
+    assert len(asked) == 3
+    assert asked[0] == asked[2]
+    rates = [json.loads(line)["rate"] for line in rows.read_text().splitlines() if '"after"' in line]
+    assert set(rates) == {rate for rate, _, _ in SETTINGS}
 
 
 def test_what_needs_a_checkpoint_that_is_still_to_come_waits_for_it(options, monkeypatch, tmp_path):
