@@ -84,9 +84,10 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
             lr_scheduler_type="cosine",
             warmup_steps=steps // 10,
             precompute_ref_log_probs=True,
+            precompute_ref_batch_size=64,
             gradient_checkpointing=True,
             gradient_checkpointing_kwargs={"use_reentrant": False},
-            bf16=False,
+            bf16=gpu,  # computing only: weights stay in float32
             tf32=True if gpu else None,
             use_cpu=not gpu,
             report_to="none",
@@ -122,7 +123,7 @@ def measure(model, tokenizer, data, text, layer: int | None, tag: dict, scored: 
     for test, suffix in ((data.test, ""), (data.new_words, "_new_words")):
         if len(test) == 0:
             continue
-        report = evaluate_model(model, tokenizer, test, layer=layer, batch_size=50, texts={})
+        report = evaluate_model(model, tokenizer, test, layer=layer, batch_size=100, texts={})
         rows += [
             {**tag, "metric": metric + suffix, "language": name, "value": value}
             for name, found in report.languages.items()

@@ -83,10 +83,10 @@ NUMBERS = {  # variance seen, on validation languages, English accuracy, perplex
     "both-move.rows@full-1e-5": (0.1, 0.1, 0.99, 15.0, 0.80),
     "contrast@full-1e-5": (0.1, 0.1, 0.80, 10.0, 0.99),
     "contrast.rows@full-1e-5": (0.1, 0.1, 0.80, 10.0, 0.80),
-    "aligned@lora32-5e-4": (3.0, 1.0, 0.99, 30.0, 0.8),
-    "tied@lora32-5e-4": (0.1, 0.1, 0.99, 30.0, 0.99),
-    "aligned@lora32-1e-4": (3.0, 1.0, 0.70, 9.6, 0.7),
-    "tied@lora32-1e-4": (0.1, 0.1, 0.70, 9.6, 0.99),
+    "aligned@lora32-5e-4-beta1": (3.0, 1.0, 0.99, 30.0, 0.8),
+    "tied@lora32-5e-4-beta1": (0.1, 0.1, 0.99, 30.0, 0.99),
+    "aligned@lora32-2e-4-beta1": (3.0, 1.0, 0.70, 9.6, 0.7),
+    "tied@lora32-2e-4-beta1": (0.1, 0.1, 0.70, 9.6, 0.99),
 }
 
 
@@ -110,7 +110,7 @@ def test_a_regime_that_ruins_english_or_does_not_learn_is_not_chosen():
 
     rows = map_rows(NUMBERS)
     assert choose_regime(rows) == "full-1e-5"
-    assert choose_regime([r for r in rows if not r["method"].endswith("full-1e-5")]) == "lora32-1e-4"
+    assert choose_regime([r for r in rows if not r["method"].endswith("full-1e-5")]) == "lora32-2e-4-beta1"
 
 
 def test_every_method_of_the_table_and_point_of_the_map_is_a_trainer_config(tmp_path):
@@ -124,7 +124,7 @@ def test_every_method_of_the_table_and_point_of_the_map_is_a_trainer_config(tmp_
         assert table["ours.shuffled-rows"] == {**table["ours"], "shuffled": "rows"}
         found += [settings for name, settings in table.items() if name != BASE]
     for settings in found:
-        own = {k: v for k, v in settings.items() if k.startswith("mlc_") or k == "learning_rate"}
+        own = {k: v for k, v in settings.items() if k.startswith("mlc_") or k in ("learning_rate", "beta")}
         assert set(settings) - set(own) <= {"lora", "steps", "shuffled"}
         MLCDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **own)
 
