@@ -152,11 +152,15 @@ class Pool:
         for _ in range(2):  # what failed for lack of memory beside others is tried once more
             done = {(row["method"], row["seed"]) for row in read_rows(self.rows)}
             run_in_lanes([job for job in jobs if job not in done], self.options.jobs, self.gpus, self.perform)
+        done = {(row["method"], row["seed"]) for row in read_rows(self.rows)}
+        print(
+            f"{self.rows.name}: {len([job for job in jobs if job not in done])} of {len(jobs)} runs missing.",
+            flush=True,
+        )
 
     def perform(self, job: tuple[str, int], gpu: str) -> None:
         """One run, by a worker that may have made others before it."""
         if self.left() <= 0:
-            print(f"Stopped before {job}", flush=True)
             return
         with self.lock:
             idle = self.idle.setdefault(gpu, [])

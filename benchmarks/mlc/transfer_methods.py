@@ -23,7 +23,6 @@ REGIMES = {
     "lora32-5e-4-beta1-50": {"learning_rate": 5e-4, "lora": 32, "beta": 1.0, "steps": 50},
     "full-1e-5-beta1": {"learning_rate": 1e-5, "beta": 1.0},
     "lora32-2e-4-beta.3": {"learning_rate": 2e-4, "lora": 32, "beta": 0.3},
-    "full-1e-5": {"learning_rate": 1e-5},
 }
 
 STEP = {"mlc_every": 1, "mlc_languages_per_step": 12, "mlc_weight": 1.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import logging
@@ -11,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import datasets
 import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -33,7 +35,7 @@ def groups(validating: bool) -> dict[str, tuple[str, ...]]:
 def perform(method: str, settings: dict, seed: int, options: argparse.Namespace, mapping: bool) -> list[dict]:
     """All rows of one method and seed; `base` is the untrained model, and the constant answer."""
     folder = options.model if Path(options.model).is_dir() else str(fetch(options.model))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     scored = groups(mapping)
     tested = tuple(name for names in scored.values() for name in names if name != "en")
     data = split(fetch("concepts"), seed, options.rows_train, options.rows_test, tested=tested)
@@ -53,6 +55,24 @@ def perform(method: str, settings: dict, seed: int, options: argparse.Namespace,
     rows = measure(model, tokenizer, data, text, layer, tag, scored)
     rows += [{**tag, "metric": name, "value": value} for name, value in numbers.items()]
     return [*rows, {**tag, "metric": "steps", "value": used["steps"], "settings": json.dumps(used)}]
+
+
+@functools.cache
+def tokenizer_of(folder: str):
+    """The tokenizer, once per worker; it remembers prompts, which are tokenized several times in a run and in others."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    known: dict[str, list[int]] = {}
+
+    class Remembering(type(tokenizer)):
+        def __call__(self, text=None, **options):
+            if not isinstance(text, str) or options:
+                return super().__call__(text, **options)
+            if text not in known:
+                known[text] = super().__call__(text)["input_ids"]
+            return {"input_ids": list(known[text]), "attention_mask": [1] * len(known[text])}
+
+    tokenizer.__class__ = Remembering
+    return tokenizer
 
 
 def english_text(tokenizer, count: int) -> list[list[int]]:
@@ -150,6 +170,8 @@ def serve(options: argparse.Namespace) -> None:
     import sys
 
     logging.disable(logging.WARNING)
+    # `datasets` names what a map makes by hashing its arguments, Gemma's half a million merges among them: seconds each
+    datasets.arrow_dataset.update_fingerprint = lambda *_: datasets.fingerprint.generate_random_fingerprint()
     for line in sys.stdin:
         ours, method, seed, target = line.rstrip("\n").split("\t")
         settings = methods(ours)[method] if ours else point(method)
