@@ -21,7 +21,7 @@ from trl_mlc.pooling import POOLINGS
 SHORTEST_ROW = 384  # in tokens: shorter rows leave ends, much longer ones pay for attention that is masked
 MOST_TOKENS = 16384  # in one forward: enough to keep a GPU busy, and what a layer recomputes stays small
 KEPT_APART = ("sdpa", "eager")  # attention that is masked by positions in every row of a batch
-TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3}  # relative; lower precision 0.05, where a leak is of order one
+TOLERANCES = {torch.float64: 1e-3, torch.float32: 5e-3}  # relative, TF32 included; in lower precision a tenth
 
 
 class Layout(NamedTuple):
@@ -113,7 +113,7 @@ def keeps_apart(decoder: nn.Module, layer: int) -> bool:
     finally:
         decoder.train(was_training)
     error = (found - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-12)
-    return bool(error.max() <= TOLERANCES.get(weight.dtype, 0.05))
+    return bool(error.max() <= TOLERANCES.get(weight.dtype, 0.1))
 
 
 def _in_two_rows(decoder: nn.Module, ids: torch.Tensor, lengths: list[int], layer: int) -> torch.Tensor:
