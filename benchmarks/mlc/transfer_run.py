@@ -148,7 +148,7 @@ def measure(model, tokenizer, data, text, layer: int | None, tag: dict, scored: 
             {**tag, "metric": metric + suffix, "language": name, "value": value}
             for name, found in report.languages.items()
             for metric, value in found.items()
-            if metric in ("accuracy", "margin", "retrieval_at_1", "cross_prompt_cosine")
+            if metric in (("accuracy",) if suffix else ("accuracy", "margin", "retrieval_at_1"))
         ]
         accuracy = {name: found["accuracy"] for name, found in report.languages.items()}
         numbers = {"accuracy_english": accuracy["en"]}
