@@ -31,6 +31,7 @@ LOADING = "--fsdp_cpu_ram_efficient_loading="
 ZERO = ["--use_deepspeed", "--zero_stage"]
 MODES = {"ddp": [], "fsdp2": [*FSDP2, LOADING + "false"], "zero2": [*ZERO, "2"], "zero3": [*ZERO, "3"]}
 MODES["fsdp2-efficient-loading"] = [*FSDP2, LOADING + "true"]
+KINDS = {"fsdp": "FSDP", "zero": "DEEPSPEED"}  # what accelerate must have made of a mode
 FIRST_PORT = 29611
 
 
@@ -92,6 +93,7 @@ def worker(options: argparse.Namespace) -> None:
             saved = sorted(path.name for path in (Path(scratch) / "final").iterdir())
             log = [{k: e[k] for k in COMPARED} for e in trainer.state.log_history if "mlc/loss" in e]
             found = {"log": log, "saved": saved, "processes": trainer.accelerator.num_processes}
+            found["kind"] = trainer.accelerator.distributed_type.value
             options.record.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -125,6 +127,9 @@ def launch(mode: str, options: argparse.Namespace, log: Path) -> tuple[dict | No
     wanted = 1 if mode == "single" else 2
     if found["processes"] != wanted:
         return None, f"ran on {found['processes']} processes instead of {wanted}"
+    kind = next((kind for start, kind in KINDS.items() if mode.startswith(start)), found["kind"])
+    if found["kind"] != kind:
+        return None, f"accelerate made it {found['kind']} instead of {kind}"
     return found, ""
 
 
