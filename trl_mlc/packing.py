@@ -20,6 +20,7 @@ from trl_mlc.pooling import POOLINGS
 
 SHORTEST_ROW = 384  # in tokens: shorter rows leave ends, much longer ones pay for attention that is masked
 MOST_TOKENS = 16384  # in one forward: enough to keep a GPU busy, and what a layer recomputes stays small
+GPU_ROW = 512  # there a shape that was never seen costs as much as the forward (plans and kernels are made for it)
 KEPT_APART = ("sdpa", "eager")  # attention that is masked by positions in every row of a batch
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 5e-3}  # relative, TF32 included; in lower precision a tenth
 
@@ -51,6 +52,25 @@ def lay_out(lengths: Sequence[int], shortest: int = SHORTEST_ROW) -> Layout:
     return Layout(rows, width - min(left))
 
 
+def rows_at_once(width: int) -> int:
+    """How many rows of a width run in one forward."""
+    return max(1, MOST_TOKENS // width)
+
+
+def in_few_shapes(lengths: Sequence[int]) -> Layout:
+    """As [`lay_out`], with a width that hardly ever differs and a number of rows in steps of an eighth.
+
+    What is added are empty rows, a sixteenth of the rows on average.
+    """
+    longest, total = max(lengths), sum(lengths)
+    step = GPU_ROW if total > GPU_ROW else 64
+    width = -(-max(longest, min(total, GPU_ROW)) // step) * step
+    rows = lay_out(lengths, width).rows
+    last = len(rows) % rows_at_once(width)  # rows of the last forward; the others are full
+    step = max(1, 1 << (max(last - 1, 0).bit_length() - 3)) if last > 8 else 1
+    return Layout(rows + [[] for _ in range(-last % step)], width)
+
+
 def encode_packed(
     decoder: nn.Module, input_ids: torch.Tensor, lengths: Sequence[int], layer: int, pooling: str = "last"
 ) -> torch.Tensor:
@@ -66,7 +86,8 @@ def encode_packed(
     Returns:
         `torch.Tensor` of shape `(P, d)`.
     """
-    rows, width = lay_out(lengths, SHORTEST_ROW)
+    device = input_ids.device
+    rows, width = lay_out(lengths, SHORTEST_ROW) if device.type != "cuda" else in_few_shapes(lengths)
     taken = torch.zeros(len(rows), width, dtype=torch.int64)  # which entry of input_ids is where
     positions = torch.zeros(len(rows), width, dtype=torch.int64)  # what is left over: each token a sequence of its own
     starts = [0] * len(lengths)
@@ -78,11 +99,9 @@ def encode_packed(
             taken[r, at : at + n] = torch.arange(n) + i * input_ids.shape[1]
             starts[i] = r * width + at
             at += n
-    device = input_ids.device
     ids, positions = input_ids.flatten()[taken.to(device)], positions.to(device)
-    forwards = -(-ids.numel() // MOST_TOKENS)
-    parts = zip(ids.tensor_split(forwards), positions.tensor_split(forwards), strict=True)
-    states = torch.cat([hidden_state_at(decoder, a, None, layer, b) for a, b in parts if len(a)])
+    parts = zip(ids.split(rows_at_once(width)), positions.split(rows_at_once(width)), strict=True)
+    states = torch.cat([hidden_state_at(decoder, a, None, layer, b) for a, b in parts])
     states = states.flatten(0, 1)  # (rows * width, d)
     first, count = torch.tensor(starts, device=device).unsqueeze(1), torch.tensor(lengths, device=device).unsqueeze(1)
     if pooling == "last":

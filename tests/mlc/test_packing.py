@@ -1,5 +1,8 @@
 """Prompts laid end to end must be encoded as if each were alone."""
 
+import random
+import statistics
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -7,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.mlc.conftest import tiny_llama
 from tests.mlc.test_early_exit import SMALL, batch, small
 from trl_mlc.early_exit import decoder_of, encode_prompts
-from trl_mlc.packing import encode_packed, keeps_apart, lay_out
+from trl_mlc.packing import encode_packed, in_few_shapes, keeps_apart, lay_out, rows_at_once
 
 
 LENGTHS = [9, 4, 7, 2, 4]  # of `batch`
@@ -45,6 +48,31 @@ def test_packed_states_and_gradients_are_those_of_padded_prompts(model_type, att
         states.square().sum().backward()
         gradients.append(model.get_input_embeddings().weight.grad.clone())
     assert torch.allclose(*gradients, atol=1e-5)
+
+
+def test_on_a_gpu_batches_have_few_shapes():
+    shapes, filled = set(), []
+    for seed in range(300):
+        draw = random.Random(seed)
+        lengths = [min(512, max(4, round(90 * draw.lognormvariate(0, 0.6)))) for _ in range(16 * draw.randint(3, 12))]
+        rows, width = in_few_shapes(lengths)
+        assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+        assert max(sum(lengths[i] for i in row) for row in rows) <= width
+        last = len(rows) % rows_at_once(width)
+        shapes |= {(rows_at_once(width), width)} if len(rows) > last else set()
+        shapes |= {(last, width)} if last else set()
+        filled.append(sum(lengths) / (len(rows) * width))
+    assert len(shapes) <= 20
+    assert statistics.fmean(filled) > 0.9
+    assert in_few_shapes([5, 9]) == ([[1, 0]], 64)
+    assert in_few_shapes([600, 300]) == ([[0, 1]], 1024)
+
+
+def test_empty_rows_change_nothing(tokenizer, monkeypatch):
+    monkeypatch.setattr("trl_mlc.packing.lay_out", lambda lengths, shortest: ([[0, 3], [], [2, 1, 4], []], 16))
+    decoder = decoder_of(tiny_llama(tokenizer))
+    ids, mask = batch()
+    assert torch.allclose(encode_packed(decoder, ids, LENGTHS, 3), encode_prompts(decoder, ids, mask, 3), atol=1e-5)
 
 
 @pytest.mark.parametrize("most", [1, 13, 26])
