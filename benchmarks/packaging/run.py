@@ -3,8 +3,8 @@
     python benchmarks/packaging/run.py --python python3.10 --python python3.13 [--versions lowest,newest] [--tests PATH ...]
 
 Each finished environment is one line of the progress file and is removed, so that an interrupted run goes on where it
-stopped. At the end the result is written to benchmarks/results/packaging.json. An environment takes some six gigabytes of
-disk where torch comes with CUDA, and minutes.
+stopped, on the same commit only. When all are done the result is written to benchmarks/results/packaging.json. An
+environment takes some six gigabytes of disk where torch comes with CUDA, and minutes; `--at-most 1` makes one and ends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks._results import command_line, write  # noqa: E402
+from benchmarks._results import command_line, commit_and_dirty, write  # noqa: E402
 from tools.package import TEST_TOOLS, Environment, build, packages_of, problems  # noqa: E402
 
 
@@ -70,6 +70,16 @@ def try_environment(wheel: Path, python: str, versions: str, tests: list[str], f
     return rows
 
 
+def known_environments(progress: Path) -> list[dict]:
+    """What earlier calls finished: `python`, `versions`, `commit` and `rows` of each; other commits' are refused."""
+    commit, dirty = commit_and_dirty()
+    lines = progress.read_text().splitlines() if progress.exists() else []
+    found = [json.loads(line) for line in lines]
+    if strange := {line["commit"] for line in found} - {commit + "-dirty" * dirty}:
+        raise SystemExit(f"{progress} was made at {', '.join(sorted(strange))}; remove it to begin again.")
+    return found
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -77,27 +87,34 @@ def main() -> int:
     parser.add_argument("--versions", default="lowest,newest", help="default %(default)s")
     parser.add_argument("--tests", nargs="*", default=list(TESTS), help="default: where our code meets its hosts")
     parser.add_argument("--progress", type=Path, default=ROOT / "out" / "packaging.jsonl")
+    parser.add_argument(
+        "--at-most", type=int, help="environments to make now; the same command makes the others later"
+    )
     parser.add_argument("--no-isolation", action="store_true", help="build with the setuptools that is here")
     options = parser.parse_args()
     options.progress.parent.mkdir(parents=True, exist_ok=True)
-    lines = options.progress.read_text().splitlines() if options.progress.exists() else []
-    rows = [json.loads(line) for line in lines]
-    done = {(row["python"], row["versions"]) for row in rows}
+    known = known_environments(options.progress)
+    done = {(line["python"], line["versions"]) for line in known}
+    wanted = [(python, versions) for versions in options.versions.split(",") for python in options.python]
+    wanted = [(python, versions) for python, versions in wanted if (version_of(python), versions) not in done]
+    commit, dirty = commit_and_dirty()
     with tempfile.TemporaryDirectory() as scratch:
         wheel, sdist = build(Path(scratch) / "dist", not options.no_isolation)
         if wrong := problems(wheel, sdist):
             raise SystemExit("\n".join(wrong))
-        for python in options.python:
-            for versions in options.versions.split(","):
-                if (version_of(python), versions) in done:
-                    continue
-                folder = Path(scratch) / "environment"
-                found = try_environment(wheel, python, versions, options.tests, folder)
-                shutil.rmtree(folder)
-                rows += found
-                with options.progress.open("a") as stream:
-                    stream.writelines(json.dumps(row) + "\n" for row in found)
-                print(*found, sep="\n", flush=True)
+        for python, versions in wanted[: options.at_most]:
+            folder = Path(scratch) / "environment"
+            found = try_environment(wheel, python, versions, options.tests, folder)
+            shutil.rmtree(folder)
+            place = {"python": version_of(python), "versions": versions, "commit": commit + "-dirty" * dirty}
+            known.append({**place, "rows": found})
+            with options.progress.open("a") as stream:
+                stream.write(json.dumps(known[-1]) + "\n")
+            print(*found, sep="\n", flush=True)
+    if options.at_most is not None and len(wanted) > options.at_most:
+        print(f"{len(wanted) - options.at_most} environments are left; the same command goes on.")
+        return 0
+    rows = [row for line in sorted(known, key=lambda line: (line["versions"], line["python"])) for row in line["rows"]]
     path = write("packaging", rows, "benchmarks.packaging.claims", command_line(), [0])
     print(f"written: {path.relative_to(ROOT)}")
     return 0
