@@ -57,6 +57,9 @@ class ReadOptions(DataOptions):
         default=None, metadata={"help": "Languages besides the anchor; all if absent."}
     )
     dtype: str = field(default="auto", metadata={"help": "Weights: auto, float32, bfloat16."})
+    device: str = field(
+        default="auto", metadata={"help": "Where the model runs: auto (a GPU if there is one), cpu, ..."}
+    )
     output: str | None = field(default=None, metadata={"help": "Write the result here as JSON."})
     figure: str | None = field(default=None, metadata={"help": "Draw the result here (.png, .svg, .pdf)."})
 
@@ -114,6 +117,20 @@ def _parse(types: tuple, arguments: list[str], command: str):
     return TrlParser(types, prog=f"trl-mlc {command}").parse_args_and_config(arguments)
 
 
+def _device(name: str):
+    """The device of that name; `auto` is where a Trainer would put the model."""
+    import torch
+    from accelerate.state import PartialState
+
+    if name == "auto":
+        return PartialState().device
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        reason = (str(error).strip() or "no such device").splitlines()[0]
+        raise ValueError(f"--device {name!r} cannot be used ({reason}); try auto or cpu.") from error
+
+
 def _load_model(options):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -121,7 +138,8 @@ def _load_model(options):
         raise ValueError("Name a model with --model_name_or_path.")
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {list(DTYPES)}, got {options.dtype!r}.")
-    model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=options.dtype).eval()
+    device = _device(options.device)
+    model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=options.dtype).to(device).eval()
     return model, AutoTokenizer.from_pretrained(options.model_name_or_path)
 
 

@@ -114,8 +114,9 @@ def merge(target: Path, donor: Path, text: Path, folder: Path, options: argparse
         "merge_method": "transport",
         "base_model": str(target),
         "models": [{"model": str(target)}, {"model": str(donor)}],
-        "parameters": {"alpha": 0.05},
-        "calibration": {"dataset": str(text), "samples": 256 * options.scale, "max_length": 96},
+        # exact plans of neurons are solved on the CPU, entropic ones where the model is
+        "parameters": {"alpha": 0.05, "solver": "auto" if options.device == "cpu" else "entropic"},
+        "calibration": {"dataset": str(text), "samples": min(256 * options.scale, 1024), "max_length": 96},
         "dtype": "bfloat16",
     }
     (folder / "recipe.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
@@ -128,6 +129,7 @@ def align(model: Path, folder: Path, options: argparse.Namespace) -> Path:
     """Step 2: a preference taught in English, with prompts in other languages; LoRA, folded into the weights."""
     out, data = folder / "2-aligned", folder / "rows.jsonl"
     common = ["--model_name_or_path", model, "--dataset_name", folder / "test.jsonl", "--dtype", "float32"]
+    common += ["--device", options.device]
     run("trl_mlc.cli", "evaluate", *common, "--output", folder / "before.json")
     words = f"""--output_dir {folder / "2-adapter"} --max_steps {30 * options.scale} --learning_rate 5e-4 --mlc_every 1
         --per_device_train_batch_size 8 --mlc_weight 1 --mlc_center true --mlc_repulsion 1 --mlc_extractor_dim 0

@@ -73,6 +73,18 @@ def test_help_and_unknown_commands(capsys):
         assert message in error
 
 
+def test_device_is_chosen_by_name(tiny, data, capsys):
+    from accelerate.state import PartialState
+
+    from trl_mlc import cli
+
+    assert cli._device("auto") == PartialState().device
+    assert cli._device("cpu").type == "cpu"
+    words = ["--model_name_or_path", tiny, "--dataset_name", data]
+    assert main(["evaluate", *words, "--device", "meat"]) == 2
+    assert "--device 'meat' cannot be used" in capsys.readouterr().err
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch):
     from trl_mlc import cli
 
