@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from optimum_freeact.commands.options import add_settings
 from optimum_freeact.presets import PRESETS
@@ -29,7 +30,7 @@ EXIT_INTERRUPTED = 130
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line instead of printing the usage."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(EXIT_WRONG_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -125,16 +126,24 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 def command_named(name: str) -> Callable[[argparse.Namespace], int | None]:
     """The function that runs a subcommand; imports torch, transformers and the rest of the package."""
     if name == "quantize":
-        from optimum_freeact.commands.quantize import run
-    elif name == "evaluate":
-        from optimum_freeact.commands.evaluate import run
-    elif name == "inspect":
-        from optimum_freeact.commands.inspect import run
-    elif name == "export":
-        from optimum_freeact.commands.export import run
-    else:
-        from optimum_freeact.commands.compare import run
-    return run
+        from optimum_freeact.commands.quantize import run as quantize
+
+        return quantize
+    if name == "evaluate":
+        from optimum_freeact.commands.evaluate import run as evaluate
+
+        return evaluate
+    if name == "inspect":
+        from optimum_freeact.commands.inspect import run as inspect
+
+        return inspect
+    if name == "export":
+        from optimum_freeact.commands.export import run as export
+
+        return export
+    from optimum_freeact.commands.compare import run as compare
+
+    return compare
 
 
 @contextmanager

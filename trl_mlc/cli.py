@@ -105,9 +105,8 @@ def load_rows(options):
 
 def load_eval_rows(options: TrainOptions):
     """Rows for evaluation during training."""
-    other = options.eval_dataset_name is not None
-    split = options.eval_dataset_split or ("train" if other else "test")
-    name = options.eval_dataset_name if other else options.dataset_name
+    split = options.eval_dataset_split or ("test" if options.eval_dataset_name is None else "train")
+    name = options.dataset_name if options.eval_dataset_name is None else options.eval_dataset_name
     return load_rows(replace(options, dataset_name=name, dataset_split=split, limit=None))
 
 

@@ -4,7 +4,8 @@
 
 Each finished environment is one line of the progress file and is removed, so that an interrupted run goes on where it
 stopped, on the same commit only. When all are done the result is written to benchmarks/results/packaging.json. An
-environment takes some six gigabytes of disk where torch comes with CUDA, and minutes; `--at-most 1` makes one and ends.
+environment takes some six gigabytes of disk where torch comes with CUDA, and minutes. `--at-most 1` makes one and ends;
+with `--only-install` it is kept until a call without uses it, so that loading and computing can be done at different times.
 """
 
 from __future__ import annotations
@@ -43,18 +44,31 @@ def version_of(python: str) -> str:
     return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def try_environment(wheel: Path, python: str, versions: str, tests: list[str], folder: Path) -> list[dict]:
+def extras_for(python_version: str) -> str:
+    """The extras that can be installed with a Python."""
+    old = python_version.startswith("3.10.")
+    return ",".join(name for name in EXTRAS if not (old and name == NEEDS_3_11))
+
+
+def make_environment(wheel: Path, python: str, versions: str, tools: bool, folder: Path) -> Environment:
+    """Install into a folder what is wanted, unless that was done before; the seconds it took stand beside it."""
+    environment, took = Environment(folder, python, versions == "lowest"), folder / "install_seconds.json"
+    if not took.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        environment.install(wheel, extras_for(version_of(python)), *(TEST_TOOLS if tools else ()))
+        took.write_text(json.dumps(round(time.perf_counter() - start)))
+    return environment
+
+
+def try_environment(environment: Environment, versions: str, tests: list[str]) -> list[dict]:
     """Rows of one environment."""
-    place = {"python": version_of(python), "versions": versions}
-    old = place["python"].startswith("3.10.")
-    extras = ",".join(name for name in EXTRAS if not (old and name == NEEDS_3_11))
-    tests = [path for path in tests if not (old and path.startswith("tests/mlc"))]
-    environment = Environment(folder, python, versions == "lowest")
-    start = time.perf_counter()
-    environment.install(wheel, extras, *(TEST_TOOLS if tests else ()))
+    place = {"python": version_of(environment.python), "versions": versions}
+    extras = extras_for(place["python"])
     found = environment.versions()
     place |= {name: found.get(name, "–") for name in SHOWN}
-    rows = [{**place, "metric": "install_seconds", "value": round(time.perf_counter() - start)}]
+    seconds = json.loads((environment.folder / "install_seconds.json").read_text())
+    rows = [{**place, "metric": "install_seconds", "value": seconds}]
     for package in packages_of(extras):
         try:
             environment.use(package)
@@ -62,6 +76,7 @@ def try_environment(wheel: Path, python: str, versions: str, tests: list[str], f
         except SystemExit as error:
             print(error, file=sys.stderr)
             rows.append({**place, "metric": package, "value": 0, "note": str(error).strip().splitlines()[-1][:300]})
+    tests = [path for path in tests if NEEDS_3_11 in extras or not path.startswith("tests/mlc")]
     if tests:
         counts, failed = environment.test(*tests)
         broken = counts.get("failed", 0) + counts.get("error", 0)
@@ -90,6 +105,7 @@ def main() -> int:
     parser.add_argument(
         "--at-most", type=int, help="environments to make now; the same command makes the others later"
     )
+    parser.add_argument("--only-install", action="store_true", help="make environments, to be used by a later call")
     parser.add_argument("--no-isolation", action="store_true", help="build with the setuptools that is here")
     options = parser.parse_args()
     options.progress.parent.mkdir(parents=True, exist_ok=True)
@@ -98,19 +114,24 @@ def main() -> int:
     wanted = [(python, versions) for versions in options.versions.split(",") for python in options.python]
     wanted = [(python, versions) for python, versions in wanted if (version_of(python), versions) not in done]
     commit, dirty = commit_and_dirty()
+    commit += "-dirty" * dirty
     with tempfile.TemporaryDirectory() as scratch:
         wheel, sdist = build(Path(scratch) / "dist", not options.no_isolation)
         if wrong := problems(wheel, sdist):
             raise SystemExit("\n".join(wrong))
         for python, versions in wanted[: options.at_most]:
-            folder = Path(scratch) / "environment"
-            found = try_environment(wheel, python, versions, options.tests, folder)
-            shutil.rmtree(folder)
-            place = {"python": version_of(python), "versions": versions, "commit": commit + "-dirty" * dirty}
-            known.append({**place, "rows": found})
+            place = {"python": version_of(python), "versions": versions, "commit": commit}
+            folder = options.progress.parent / "environments" / "-".join((commit[:10], place["python"], versions))
+            environment = make_environment(wheel, python, versions, bool(options.tests), folder)
+            if options.only_install:
+                continue
+            known.append({**place, "rows": try_environment(environment, versions, options.tests)})
             with options.progress.open("a") as stream:
                 stream.write(json.dumps(known[-1]) + "\n")
-            print(*found, sep="\n", flush=True)
+            shutil.rmtree(folder)
+            print(*known[-1]["rows"], sep="\n", flush=True)
+    if options.only_install:
+        return 0
     if options.at_most is not None and len(wanted) > options.at_most:
         print(f"{len(wanted) - options.at_most} environments are left; the same command goes on.")
         return 0
