@@ -51,7 +51,6 @@ class MLCMixin(Host):
         self._mlc_asked: dict | None = None
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         self._mlc_check_config(bound.arguments)
-        self._mlc_languages = LanguageTable(bound.arguments["args"].mlc_anchor)
         super().__init__(*bound.args, **bound.kwargs)
         if self.args.mlc_weight > 0:
             self._mlc_set_up()
@@ -65,6 +64,7 @@ class MLCMixin(Host):
                 f"{type(self).__name__} needs args of type {wanted.__name__}, got {type(arguments['args']).__name__}; "
                 "it takes the same arguments and the mlc_ ones."
             )
+        self._mlc_languages = LanguageTable(arguments["args"].mlc_anchor)
         model = arguments.get("model")
         if arguments["args"].mlc_weight > 0 and hasattr(model, "config") and not is_peft_model(model):
             decoder = decoder_of(model)
