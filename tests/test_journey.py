@@ -52,6 +52,8 @@ def test_merge_align_quantize_chat(tmp_path, monkeypatch):
     assert commands == ["mergekit_ot", "trl_mlc.cli", "trl_mlc.cli", "trl_mlc.cli", "optimum_freeact.cli"]
     for step in ("0-target", "1-merged", "2-aligned", "3-quantized"):
         assert f"| {step} |" in page
+    for step in ("merging", "aligning", "quantizing"):
+        assert f"- {step}: " in page
     for picture in ("steps.png", "languages.png"):
         assert picture in page
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")

@@ -212,6 +212,21 @@ def draw(rows: list[dict], folder: Path) -> None:
     figure.savefig(folder / "steps.png", dpi=140)
 
 
+def verdicts(rows: list[dict], before: dict, after: dict) -> list[str]:
+    """What each step did, good or bad, in one line each."""
+    found = {row["model"].partition("-")[2]: row for row in rows}
+    merged = found["merged"]["nll"] - found["target"]["nll"]
+    aligned, lost = (
+        found[name]["nll"] - found[last]["nll"] for name, last in (("aligned", "merged"), ("quantized", "aligned"))
+    )
+    means = [report["overall"]["mean_accuracy"] for report in (before, after)]
+    return [
+        f"- merging: held-out loss {merged:+.4f} nats; the donor's weights {'help' if merged < 0 else 'do not help'} on this text",
+        f"- aligning: preference {means[0]:.3f} -> {means[1]:.3f}, mean of all languages, at {aligned:+.4f} nats; by language below",
+        f"- quantizing: {lost:+.4f} nats, {found['quantized']['bytes'] / found['aligned']['bytes']:.3f} of the file's bytes",
+    ]
+
+
 def page(rows: list[dict], folder: Path) -> Path:
     """The one page of results."""
     before, after = (json.loads((folder / f"{name}.json").read_text()) for name in ("before", "after"))
@@ -224,7 +239,8 @@ def page(rows: list[dict], folder: Path) -> Path:
     for row in rows:
         shown = "–" if row["seconds"] is None else f"{row['seconds']:.0f}"
         lines.append(f"| {row['model']} | {row['nll']:.4f} | {row['bytes'] / 1e6:.1f} MB | {shown} |")
-    lines += ["", "![Loss and size after every step](steps.png)", "", "## Preference in every language", ""]
+    lines += ["", *verdicts(rows, before, after), "", "![Loss and size after every step](steps.png)", ""]
+    lines += ["## Preference in every language", ""]
     lines += ["| language | accuracy before | after |", "| --- | ---: | ---: |"]
     for name, found in before["languages"].items():
         lines.append(f"| {name} | {found['accuracy']:.3f} | {after['languages'][name]['accuracy']:.3f} |")
