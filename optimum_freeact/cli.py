@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import NoReturn
 
 from optimum_freeact.commands.options import add_settings
@@ -178,8 +179,18 @@ def ended_like_ctrl_c() -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (by default the process's); returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    if not words:
+        parser.print_help(sys.stderr)
+        return EXIT_WRONG_INPUT
     try:
-        args = build_parser().parse_args(arguments)
+        args, unknown = parser.parse_known_args(words)
+        if unknown:
+            known = ["--" + name.replace("_", "-") for name in vars(args)]
+            near = get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            parser.error(f"{args.command} does not know {' '.join(unknown)}{hint}")
     except SystemExit as stop:  # --help, or a line that cannot be read
         return int(stop.code or 0)
     return run(args)
