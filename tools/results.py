@@ -66,7 +66,9 @@ def table(document: dict, options: list[str]) -> str:
     flags = {word for word in options if "=" not in word}
     chosen = dict(word.split("=", 1) for word in options if "=" in word)
     if unknown := flags - {"claims", "value", "verdict"}:
-        raise ValueError(f"Unknown word {sorted(unknown)} in a results mark; known: claims, value, verdict, field=value.")
+        raise ValueError(
+            f"Unknown word {sorted(unknown)} in a results mark; known: claims, value, verdict, field=value."
+        )
     digits = int(chosen.pop("digits", 4))
     if "claims" in flags:
         return _claims_table(document, digits)
