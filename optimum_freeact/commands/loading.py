@@ -64,8 +64,7 @@ def load_config(model: str) -> PretrainedConfig:
     """The model's config; the headers of its files are checked on the way.
 
     Raises:
-        `ValueError`: for a path that is no folder or holds no whole model.
-        `OSError`: from transformers, for a name that cannot be fetched.
+        `ValueError`: for a path that is no folder or holds no whole model, and a name that the hub does not give.
     """
     if not os.path.isdir(model) and not HUB_NAME.fullmatch(model):
         raise ValueError(f"{model!r} is neither a folder here nor a model's name on the hub.")
@@ -77,9 +76,8 @@ def load_config(model: str) -> PretrainedConfig:
     except OSError as error:
         if os.path.isdir(model):
             raise
-        raise OSError(
-            f"{model!r} is no folder here, and was not found as a name on the hub either: {error}"
-        ) from error
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"{model!r} is no folder here, and the hub did not give such a model ({reason}).") from error
 
 
 def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:

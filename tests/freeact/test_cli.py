@@ -65,6 +65,17 @@ def fails(capsys, *words):
     return err
 
 
+def test_without_a_command_it_shows_them(capsys):
+    assert main([]) == 2
+    assert "quantize" in capsys.readouterr().err
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(capsys):
+    assert "'absent-model' is no folder here, and the hub did not give such a model" in fails(
+        capsys, "inspect", "absent-model"
+    )
+
+
 # --- quantize ----------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +170,8 @@ def test_help_of_every_command(capsys):
         (["--tokenizer", "{home}/nothing"], "No tokenizer could be loaded"),
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
         (["--modules-to-not-convert", "self_attn,mlp"], "No linear to quantize"),
-        (["--surprise"], "unrecognized arguments: --surprise"),
+        (["--surprise"], "quantize does not know --surprise"),
+        (["--weight-bit-width", "3"], "does not know --weight-bit-width 3; did you mean --weight-bits?"),
     ],
 )
 def test_quantize_refuses_in_one_line_and_leaves_nothing(home, tmp_path, capsys, words, message):
