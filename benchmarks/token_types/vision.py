@@ -204,23 +204,21 @@ def score_written(model: nn.Module, scenes: Scenes, cells: torch.Tensor, batch: 
     lengths = [len(caption) for caption in captions]
     right, exact = 0, 0
     diffuses = text_setting(model, "mask_token_id") is not None
-    for length in sorted(set(lengths)):
-        chosen = [i for i, each in enumerate(lengths) if each == length]
-        for start in range(0, len(chosen), batch):
-            some = chosen[start : start + batch]
-            inputs = on(scenes.inputs(cells[some], [[] for _ in some]), device)
-            if diffuses:
-                steps = math.ceil(length / 2)
-                pixels = inputs["pixel_values"]
-                made = denoise(model, inputs["input_ids"], length, steps, use_cache=use_cache, pixel_values=pixels)
-            else:
-                made = model.generate(
-                    **inputs, max_new_tokens=length, do_sample=False, pad_token_id=scenes.end_id, use_cache=True
-                )  # fmt: skip
-            for row, i in zip(made[:, HEAD:].tolist(), some, strict=True):
-                row += [scenes.end_id] * (length - len(row))
-                right += sum(a == b for a, b in zip(row, captions[i], strict=True))
-                exact += row == captions[i]
+    groups = [[i for i, each in enumerate(lengths) if each == n] for n in sorted(set(lengths))]
+    groups = groups if diffuses else [list(range(len(captions)))]
+    for some in (group[start : start + batch] for group in groups for start in range(0, len(group), batch)):
+        inputs = on(scenes.inputs(cells[some], [[] for _ in some]), device)
+        length = max(lengths[i] for i in some)
+        if diffuses:
+            steps, pixels = math.ceil(length / 2), inputs["pixel_values"]
+            made = denoise(model, inputs["input_ids"], length, steps, use_cache=use_cache, pixel_values=pixels)
+        else:
+            end = {"eos_token_id": scenes.end_id, "pad_token_id": scenes.end_id}
+            made = model.generate(**inputs, max_new_tokens=length, do_sample=False, use_cache=True, **end)
+        for row, i in zip(made[:, HEAD:].tolist(), some, strict=True):
+            row = (row + [scenes.end_id] * length)[: lengths[i]]
+            right += sum(a == b for a, b in zip(row, captions[i], strict=True))
+            exact += row == captions[i]
     return {"caption_accuracy": right / sum(lengths), "exact_match": exact / len(cells)}
 
 
