@@ -182,6 +182,18 @@ def test_a_job_that_never_finds_memory_is_given_up(tmp_path, monkeypatch):
     assert list(done.failures) == [training[0].key]
 
 
+def test_the_cost_of_types_is_measured_alone(tmp_path):
+    from benchmarks.token_types import cost
+
+    small = ["--shapes", "135m", "--tokens", "3", "--repeats", "2", "--threads", "1"]
+    assert cost.main(["--device", "cpu", *small, "--out", str(tmp_path)]) == 0
+    document = read(tmp_path / "token_types_cost_cpu.json")
+    assert problems(document) == []
+    assert [entry["id"] for entry in document["claims"]] == ["token_types.three_types_time_ratio"]
+    same = [row["value"] for row in document["rows"] if row["metric"] == "mixed_batch_differences_same"]
+    assert same == [0, 0]
+
+
 def test_lanes_may_differ_by_gpu():
     assert runner.spread(["a", "b"], 3) == ["a", "b", "a"]
     assert runner.spread(["a", "b"], [3, 1]) == ["a", "b", "a", "a"]
