@@ -605,13 +605,6 @@ def test_versions_are_printed_and_name_what_a_bug_report_needs(capsys):
     assert f"transformers {transformers.__version__}" in shown
 
 
-def test_a_model_that_is_nowhere_is_named(home, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    said = fails(capsys, "evaluate", "no-such-model", "--text", str(home / "other.txt"), *WINDOWS)
-    assert "'no-such-model' is no folder here, and was not found as a name on the hub either" in said
-
-
 def test_too_little_text_is_counted(home, capsys):
     (home / "short.txt").write_text("too short")
     said = fails(capsys, "evaluate", str(home / "model"), "--text", str(home / "short.txt"), *WINDOWS)
