@@ -65,8 +65,7 @@ def load_config(model: str) -> PretrainedConfig:
     """The model's config; the headers of its files are checked on the way.
 
     Raises:
-        `ValueError`: for a path that is no folder or holds no whole model.
-        `OSError`: from transformers, for a name that cannot be fetched.
+        `ValueError`: for a path that is no folder or holds no whole model, and a name that the hub does not give.
     """
     if not os.path.isdir(model) and not HUB_NAME.fullmatch(model):
         raise ValueError(f"{model!r} is neither a folder here nor a model's name on the hub.")
@@ -74,7 +73,13 @@ def load_config(model: str) -> PretrainedConfig:
         raise ValueError(f"{model!r} holds no config.json: it is no model saved by save_pretrained.")
     check_index(Path(model) / "model.safetensors.index.json")
     check_checkpoint([str(path) for path in sorted(Path(model).glob("*.safetensors"))])
-    return AutoConfig.from_pretrained(model)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except OSError as error:
+        if os.path.isdir(model):
+            raise
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"{model!r} is no folder here, and the hub did not give such a model ({reason}).") from error
 
 
 def check_index(path: Path) -> None:

@@ -28,6 +28,8 @@ class FreeActHfQuantizer(HfQuantizer):
 
     requires_calibration = False  # True would forbid quantizing in from_pretrained
 
+    pre_quantized: bool  # the host's
+
     def __init__(self, quantization_config: FreeActConfig, **kwargs: Any):
         # a copy: what calibration records belongs to this model, and the caller may quantize another with the same config
         super().__init__(copy.deepcopy(quantization_config), **kwargs)

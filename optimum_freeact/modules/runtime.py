@@ -104,9 +104,10 @@ def plain_weight(module: FreeActLinear) -> tuple[torch.Tensor, torch.Tensor | No
     and everywhere else it stays the rounded weight.
     """
     weight, bias = module.dequantized()
-    if module.source.mean is None:
+    rows = module.bias_rows()
+    if module.source.mean is None or rows is None:
         return weight, bias
-    means, answers, weight = module.source.mean.double(), module.bias_rows().double(), weight.double()
+    means, answers, weight = module.source.mean.double(), rows.double(), weight.double()
     if module.has_bias:  # type 0's answer is the bias's business, those of the others relative to it the weight's
         change, bias = (means - means[0])[1:], answers[0] - weight @ means[0]
         wanted = (answers - answers[0])[1:]

@@ -9,15 +9,17 @@ import time
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import optimum_freeact
 from optimum_freeact import FreeActConfig
 from optimum_freeact.calibration.resume import BlockStore
-from optimum_freeact.cli import main
+from optimum_freeact.cli import build_parser, main
 from optimum_freeact.commands import folder as folders
 from optimum_freeact.commands import options
-from optimum_freeact.config import DEFAULTS, RUNTIME
+from optimum_freeact.config_fields import DEFAULTS, RUNTIME
 from optimum_freeact.modules.surgery import quantized_linears
 from optimum_freeact.presets import PRESETS
 from optimum_freeact.report.evaluate import score_text, tokenize_windows
@@ -62,6 +64,17 @@ def fails(capsys, *words):
     assert len(err.splitlines()) == 1, err
     assert err.startswith("freeact")
     return err
+
+
+def test_without_a_command_it_shows_them(capsys):
+    assert main([]) == 2
+    assert "quantize" in capsys.readouterr().err
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(capsys):
+    assert "'absent-model' is no folder here, and the hub did not give such a model" in fails(
+        capsys, "inspect", "absent-model"
+    )
 
 
 # --- quantize ----------------------------------------------------------------------------------------------------
@@ -158,7 +171,8 @@ def test_help_of_every_command(capsys):
         (["--tokenizer", "{home}/nothing"], "No tokenizer could be loaded"),
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
         (["--modules-to-not-convert", "self_attn,mlp"], "No linear to quantize"),
-        (["--surprise"], "unrecognized arguments: --surprise"),
+        (["--surprise"], "quantize does not know --surprise"),
+        (["--weight-bit-width", "3"], "does not know --weight-bit-width 3; did you mean --weight-bits?"),
     ],
 )
 def test_quantize_refuses_in_one_line_and_leaves_nothing(home, tmp_path, capsys, words, message):
@@ -582,3 +596,39 @@ def test_compare_without_matplotlib_says_so(home, tmp_path, capsys, monkeypatch)
     shown = capsys.readouterr().out
     assert "no figure" in shown
     assert "the same file" in shown
+
+
+def test_versions_are_printed_and_name_what_a_bug_report_needs(capsys):
+    assert main(["--version"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"hf-concord {optimum_freeact.__version__} (torch {torch.__version__}")
+    assert f"transformers {transformers.__version__}" in shown
+
+
+def test_too_little_text_is_counted(home, capsys):
+    (home / "short.txt").write_text("too short")
+    said = fails(capsys, "evaluate", str(home / "model"), "--text", str(home / "short.txt"), *WINDOWS)
+    assert "Evaluation needs 256 tokens, the text has " in said
+    assert "skipping" not in said
+
+
+def test_the_word_none_unsets_what_a_preset_sets():
+    parser = build_parser()
+    words = ["quantize", "m", "o", "--dataset", "d", "--low-rank", "4"]
+    given = options.given_settings(
+        parser.parse_args([*words, "--weight-group-size", "none", "--low-rank-budget", "None"])
+    )
+    assert given == {"weight_group_size": None, "low_rank_budget": None, "low_rank": 4}
+    config = FreeActConfig(**given)
+    assert (config.weight_group_size, config.activation_group_size) == (None, 16)
+    with pytest.raises(SystemExit):
+        parser.parse_args([*words, "--seed", "none"])
+    assert (
+        options.given_settings(parser.parse_args([*words, "--activation-group-size", "8"]))["activation_group_size"]
+        == 8
+    )
+
+
+def test_a_group_size_that_is_no_number_is_refused(home, capsys):
+    words = ["quantize", str(home / "model"), str(home / "no"), "--dataset", "d", "--weight-group-size", "few"]
+    assert "argument --weight-group-size: invalid int value: 'few'" in fails(capsys, *words)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from optimum_freeact.config import CHOICES, DEFAULTS, FORMAT_VERSION, RECORDED, RUNTIME, FreeActConfig
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.config_fields import CHOICES, DEFAULTS, FORMAT_VERSION, RECORDED, RUNTIME
 from optimum_freeact.presets import PRESETS
 
 

@@ -303,17 +303,22 @@ def test_the_rank_is_what_fits_beside_all_else_that_is_stored(budget):
         rank, m = side.basis.shape[1], sum(linear.out_features for linear in readers)
         stored = sum(t.numel() * t.element_size() for module in (side, *readers) for t in module.state_dict().values())
         beside = stored - side.in_features * m // 2  # four bits a code
-        beside += sum(2 * linear.type_shift.numel() for linear in readers) - sum(
-            part.numel() * part.element_size()
-            for linear in readers
-            for part in (linear.type_shift, linear.type_shift_scale)
-        )  # counted as two bytes each
         limit, each = budget * 2 * side.in_features * m, side.in_features + m + 4 * (1 + len(readers))
         assert beside <= limit or rank == 8
         assert beside + each > limit or rank == min(20, side.in_features // 8)
         found.add(rank)
     assert found <= {*range(8, 21)}
     assert (max(found) > 8) == (budget > 0.1)
+
+
+def test_a_weight_shrunk_to_the_rounding_noise_loses_less():
+    data = {"dataset": sample_ids(32, 24), "n_samples": 32}
+    plain, shrunk = (quantized(rounding_shrinkage=each, weight_bits=16, **data) for each in (False, True))
+    fresh = sample_ids(8, 24, seed=9)
+    wanted = logits(tiny("llama"), fresh)
+    assert distance(logits(shrunk, fresh), wanted) < 0.99 * distance(logits(plain, fresh), wanted)
+    exact = quantized(weight_bits=16, activation_bits=16)
+    assert distance(logits(exact, fresh), wanted) < 1e-5  # nothing is rounded, nothing is shrunk
 
 
 def test_learned_outputs_keep_codes_and_are_kept_only_if_better(tmp_path):

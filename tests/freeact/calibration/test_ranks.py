@@ -44,7 +44,11 @@ def together(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, pytest.param({"attention_compensation": True}, marks=pytest.mark.slow)],
+    [
+        {},
+        # what the output projection reads depends on other codes there: a shrunk weight moves more of its own with them
+        pytest.param({"attention_compensation": True, "rounding_shrinkage": False}, marks=pytest.mark.slow),
+    ],
     ids=["split", "whole"],
 )
 def test_two_processes_calibrate_as_one(together, changes):
