@@ -79,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     add("--limit-seconds", type=float, help="no job is started after it")
     add("--stop-seconds", type=float, help="running jobs are ended after it")
     add("--peers-path", help="folder put on PYTHONPATH of the peers' jobs (pip install --target)")
+    add("--earlier", type=Path, help="finished jobs of another commit; their rows say so in a note")
+    add("--earlier-methods", default="", help="methods taken from --earlier: such as the change since does not touch")
     add("--rows", type=Path, help="finished jobs, read and appended (default: runs/accuracy.jsonl)")
     add("--out", type=Path, help="folder of the result (default: benchmarks/results; tiny: out)")
     return made
@@ -215,6 +217,15 @@ class Store:
                 others += 1
         if self.lines or others:
             print(f"{path.name}: {len(self.lines)} jobs of this commit, {others} of others (not used).", flush=True)
+
+    def take(self, path: Path, jobs: list[Job], methods: set[str]) -> None:
+        """Jobs of other commits, of the named methods and not measured at this one; each row names its commit."""
+        wanted = {job.key for job in jobs if job.method in methods and job.key not in self.lines}
+        for told in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if told["key"] in wanted and told["commit"] != self.commit:
+                at = f"measured at {told['commit'][:10]}"
+                rows = [{**row, "note": "; ".join(filter(None, (row.get("note"), at)))} for row in told["rows"]]
+                self.lines[told["key"]] = {**told, "rows": rows}
 
     def add(self, told: dict) -> None:
         """Keep a finished job."""
@@ -467,6 +478,8 @@ def main(arguments: list[str] | None = None) -> int:
         models, texts = _prepare(options, Path(scratch))
         jobs = make_plan(options, models, texts)
         store = Store(options.rows, commit + ("-dirty" if dirty else ""))
+        if options.earlier is not None:
+            store.take(options.earlier, jobs, set(options.earlier_methods.split(",")))
         stamp = {"commit": store.commit, "machine": _results.machine_name(), "command": shown_command(arguments)}
         runner = Runner(options, store, stamp, start)
         print(f"{len(jobs)} jobs, {options.jobs or 'one process'} at a time, on {options.device}.", flush=True)
