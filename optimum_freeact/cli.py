@@ -16,6 +16,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import NoReturn
 
 from optimum_freeact.commands.options import add_settings
 from optimum_freeact.presets import PRESETS
@@ -43,7 +45,7 @@ class _Version(argparse.Action):
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line instead of printing the usage."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(EXIT_WRONG_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -140,16 +142,24 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 def command_named(name: str) -> Callable[[argparse.Namespace], int | None]:
     """The function that runs a subcommand; imports torch, transformers and the rest of the package."""
     if name == "quantize":
-        from optimum_freeact.commands.quantize import run
-    elif name == "evaluate":
-        from optimum_freeact.commands.evaluate import run
-    elif name == "inspect":
-        from optimum_freeact.commands.inspect import run
-    elif name == "export":
-        from optimum_freeact.commands.export import run
-    else:
-        from optimum_freeact.commands.compare import run
-    return run
+        from optimum_freeact.commands.quantize import run as quantize
+
+        return quantize
+    if name == "evaluate":
+        from optimum_freeact.commands.evaluate import run as evaluate
+
+        return evaluate
+    if name == "inspect":
+        from optimum_freeact.commands.inspect import run as inspect
+
+        return inspect
+    if name == "export":
+        from optimum_freeact.commands.export import run as export
+
+        return export
+    from optimum_freeact.commands.compare import run as compare
+
+    return compare
 
 
 @contextmanager
@@ -184,8 +194,18 @@ def ended_like_ctrl_c() -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (by default the process's); returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    if not words:
+        parser.print_help(sys.stderr)
+        return EXIT_WRONG_INPUT
     try:
-        args = build_parser().parse_args(arguments)
+        args, unknown = parser.parse_known_args(words)
+        if unknown:
+            known = ["--" + name.replace("_", "-") for name in vars(args)]
+            near = get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            parser.error(f"{args.command} does not know {' '.join(unknown)}{hint}")
     except SystemExit as stop:  # --help, or a line that cannot be read
         return int(stop.code or 0)
     return run(args)

@@ -176,12 +176,11 @@ class GroupFit:
     def closed_form(self, generator: torch.Generator) -> InputRecord:
         """Fit the input's map, round the weights and fill the modules; `generator` draws the rotations (CPU)."""
         found = fit_map(self.stats, self.spec, generator, self.config.n_types)
+        sizes: list[int] = []
         if self.source.keep is not None:
             share = share_of(self.config.exclusive_share, self.names)
-            found.keep = fixed_blocks(
-                [0 if name == SINK else share for name in self.config.token_types], len(self.stats.c)
-            )
-        sizes = [] if self.source.keep is None else (~found.keep).sum(1).tolist()
+            keep = fixed_blocks([0 if name == SINK else share for name in self.config.token_types], len(self.stats.c))
+            found.keep, sizes = keep, (~keep).sum(1).tolist()
         if self.config.exclusive == "closed_form":
             found.left_out, sizes = choose_exclusive(self.moments, found, self.weight, self.config)
             self.source.add_left_out(sum(sizes))
@@ -217,7 +216,8 @@ class GroupFit:
         if config.rounding_noise:  # of z itself: it reaches the weights too
             moments_z = moments_z + variance * eye
         if self.stats.paired is not None:
-            target, low_rank = stored.transform_weight(self._corrected(stored, noise[types == 0]))
+            corrected = self._corrected(stored, noise[types == 0], *self.stats.paired)
+            target, low_rank = stored.transform_weight(corrected)
         self._write(target, round_weight(target, moments_z, config, weight_clip), low_rank, stored)
         used = torch.cat([module.transformed_weight(torch.float64) for module in self.targets])
         output = z @ v.mT
@@ -234,9 +234,10 @@ class GroupFit:
             weight_error=_share(z @ (used - v).mT, output),
         )
 
-    def _corrected(self, stored: InputMap, noise: torch.Tensor) -> torch.Tensor:
+    def _corrected(
+        self, stored: InputMap, noise: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor
+    ) -> torch.Tensor:
         """The weight moved towards the full-precision outputs; the rounding noise of the input counts as noise of x."""
-        moments, cross = self.stats.paired
         eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
         back = stored.transform_weight(eye)[0]  # x = z back^T
         ridge = self.config.damping * moments.diagonal().mean() * eye
@@ -248,7 +249,7 @@ class GroupFit:
         means = self.targets[0].bias_rows()
         if means is None or self.config.centring == "none":
             return
-        biases = [module.bias_rows().double() for module in self.targets]
+        biases = [rows.double() for module in self.targets if (rows := module.bias_rows()) is not None]
         pooled = torch.tensor(self.config.pooled_types, device=types.device)
         for kind in range(len(means)):
             rows = (

@@ -52,7 +52,7 @@ class Stream:
         outputs = []
         for i, batch in enumerate(self.batches):
             self.state.types = None if batch.types is None else batch.types.to(self.device)
-            if self.paired:
+            if self.exact is not None:
                 self.exact[i] = run_block(block, self.exact[i], batch.calls[index], self.device)
                 paired = dict(seen)
                 seen.clear()

@@ -8,6 +8,7 @@ of the stacked tensors. Tokens are grouped by expert, and each group runs as a l
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import nn
@@ -143,7 +144,7 @@ class FreeActExperts(nn.Module):
                     linear._buffers[part] = None if tensor is None else tensor[expert]
                 ours.append(linear)
             made.append(ours)
-        return tuple(made)
+        return made[0], made[1]
 
     def prepare(self) -> None:
         """Make what the products on this device need."""
@@ -232,7 +233,7 @@ class FreeActExperts(nn.Module):
             clone.prepare()
         return clone
 
-    def __reduce_ex__(self, protocol: int) -> None:  # noqa: ARG002
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:  # noqa: ARG002
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
 
     def extra_repr(self) -> str:

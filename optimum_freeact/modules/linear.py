@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import nn
@@ -218,8 +219,9 @@ class FreeActLinear(nn.Linear):
             y = self._integer_product(rounded, dtype)
         if rounded.low_rank is not None:
             y = y + (rounded.low_rank * self.low_rank_scale.to(dtype)) @ self.low_rank.to(dtype).mT
-        if self.type_bias is not None:
-            y = y + pick(self.bias_rows().to(dtype), rounded.types)
+        biases = self.bias_rows()
+        if biases is not None:
+            y = y + pick(biases.to(dtype), rounded.types)
         return y.to(x.dtype)
 
     def _kernel_product(self, rows: KernelRows, dtype: torch.dtype) -> torch.Tensor:
@@ -258,7 +260,7 @@ class FreeActLinear(nn.Linear):
     def __deepcopy__(self, memo: dict) -> FreeActLinear:
         return deepcopy_module(self, memo)
 
-    def __reduce_ex__(self, protocol: int) -> None:  # noqa: ARG002
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:  # noqa: ARG002
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:

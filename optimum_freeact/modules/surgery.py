@@ -203,8 +203,18 @@ def replace_group(
             new.train(old.training)
             block.set_submodule(name, new)
             replaced.append(new)
+            _leave_alone(block.get_submodule(name.rpartition(".")[0]))
         block.set_submodule(input_name(group), source.train(first.training))
     return source, replaced
+
+
+def _leave_alone(parent: nn.Module) -> None:
+    """Keep transformers from initialising a module whose linears were replaced: some reach into them by name.
+
+    One with buffers of its own, which initialising computes, is left to it. That parameters are complete is checked anyway.
+    """
+    if not parent._buffers:
+        parent._is_hf_initialized = True
 
 
 def replace_experts(

@@ -123,8 +123,9 @@ class InputMap:
     def restore_weight(self, v: torch.Tensor, low_rank: torch.Tensor | None, kind: int = 0) -> torch.Tensor:
         """W from V and L: inverse of [`transform_weight`], as far as a type of tokens reads them."""
         w = v @ self.dense.mT if self.dense is not None else v
-        w = kron_apply(v, self.left.mT, self.right.mT) if self.left is not None else w
-        if self.basis is not None:
+        if self.left is not None and self.right is not None:
+            w = kron_apply(v, self.left.mT, self.right.mT)
+        if self.basis is not None and low_rank is not None:
             own = slice(None) if self.uses is None else self.uses[kind].bool()
             basis = self.basis[:, own]
             w = w - w @ basis @ basis.mT + low_rank[:, own] @ basis.mT
