@@ -348,6 +348,9 @@ def test_a_failing_job_is_listed_and_the_rest_is_written(commit, tmp_path, monke
     assert [row["value"] for row in lost] == [None, None]
     assert lost[0]["note"] == "RuntimeError: no memory in deep.py"
     assert any(row["method"] == "rtn" and row["value"] for row in document["rows"])
+    # assembled again without time to run anything, the reason is still there
+    assert tiny_run(tmp_path, "--only", "rtn,quarot", "--schemes", "w4a4", "--limit-seconds", "0") == 1
+    assert read(tmp_path / "accuracy.json")["rows"] == document["rows"]
     assert "not measured: tiny quarot w4a4" in capsys.readouterr().out
 
 

@@ -203,6 +203,7 @@ class Store:
     def __init__(self, path: Path, commit: str):
         self.path, self.commit = path, commit
         self.lines: dict[str, dict] = {}
+        self.errors: dict[str, str] = {}  # of jobs that were tried and failed: tried again, unless there is no time
         self._lock = threading.Lock()
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         others = 0
@@ -211,7 +212,9 @@ class Store:
                 told = json.loads(line)
             except json.JSONDecodeError:  # cut off while it was written
                 continue
-            if told["commit"] == commit:
+            if "error" in told:
+                self.errors.update({told["key"]: told["error"]} if told["commit"] == commit else {})
+            elif told["commit"] == commit:
                 self.lines[told["key"]] = told
             else:
                 others += 1
@@ -222,15 +225,20 @@ class Store:
         """Jobs of other commits, of the named methods and not measured at this one; each row names its commit."""
         wanted = {job.key for job in jobs if job.method in methods and job.key not in self.lines}
         for told in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            if told["key"] in wanted and told["commit"] != self.commit:
+            if told["key"] in wanted and "error" in told:
+                self.errors.setdefault(told["key"], told["error"])
+            elif told["key"] in wanted and told["commit"] != self.commit:
                 at = f"measured at {told['commit'][:10]}"
                 rows = [{**row, "note": "; ".join(filter(None, (row.get("note"), at)))} for row in told["rows"]]
                 self.lines[told["key"]] = {**told, "rows": rows}
 
     def add(self, told: dict) -> None:
-        """Keep a finished job."""
+        """Keep a finished job, or why it failed."""
         with self._lock:
-            self.lines[told["key"]] = told
+            if "error" in told:
+                self.errors[told["key"]] = told["error"]
+            else:
+                self.lines[told["key"]] = told
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(told) + "\n")
@@ -277,7 +285,8 @@ class Runner:
         """Run one job, or say why not; its rows go to the store."""
         limit, begun = self.options.limit_seconds, time.perf_counter()
         if limit is not None and begun - self.start >= limit:
-            self.failures[job.key] = f"not started: the time limit of {limit:g} s was reached"
+            late = f"not started: the time limit of {limit:g} s was reached"
+            self.failures[job.key] = self.store.errors.get(job.key, late)
             self._learning.discard(job.key)
             return
         told = self._here(job) if gpu is None else self._process(job, gpu)
@@ -293,7 +302,8 @@ class Runner:
             state = told["error"] if "error" in told else "done"
             print(f"[{self._done}/{self._total}] {seconds:6.1f} s  {job.name}: {state[:200]}", flush=True)
         if "error" in told:
-            self.failures[job.key] = _without_folders(" ".join(told["error"].split()))[:400]
+            self.failures[job.key] = error = _without_folders(" ".join(told["error"].split()))[:400]
+            self.store.add({"key": job.key, "commit": self.store.commit, "error": error})
         else:
             self.store.add({"key": job.key, **self.stamp, "seconds": round(seconds, 2), "rows": told["rows"]})
 
