@@ -56,10 +56,11 @@ def plan_recipe(
     check_filters(recipe, pair)
     if recipe.plan:
         return pair, load_bundle(recipe.plan), Path(recipe.plan)
+    if recipe.calibration is None:
+        raise ValueError("Solving plans needs text: give the recipe calibration.dataset, or parameters.plan.")
     if plans is None:
-        plans = (
-            recipe.folder / ".mergekit_ot" / plan_key(pair, recipe.calibration, recipe.settings, recipe.folder)[:16]
-        )
+        key = plan_key(pair, recipe.calibration, recipe.settings, recipe.folder)
+        plans = recipe.folder / ".mergekit_ot" / key[:16]
     require_space(Path(plans), 64 << 20, "the plan bundle")
     bundle = make_bundle(
         pair, recipe.calibration, recipe.settings, plans, folder=recipe.folder, device=device, quiet=quiet

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -167,7 +168,7 @@ def check_alpha(setting: object) -> object:
     return setting
 
 
-def _number(value: object, key: str) -> float:
+def _number(value: Any, key: str) -> float:
     try:
         number = float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError):
