@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from mergekit_ot.alpha import DEFAULT_ALPHA
 from mergekit_ot.gate import DEFAULT_MIN_CONFIDENCE, GATES
 from mergekit_ot.settings import Calibration, PlanSettings, field_names
 
@@ -48,7 +49,7 @@ class Recipe:
 
     target: str
     donor: str
-    alpha: object = 0.1
+    alpha: object = DEFAULT_ALPHA
     calibration: Calibration | None = None
     settings: PlanSettings = field(default_factory=PlanSettings)
     plan: str = ""
@@ -133,7 +134,7 @@ def parse_recipe(document: object, *, folder: str | Path = ".", source: str = ""
     return Recipe(
         target=target,
         donor=donor,
-        alpha=check_alpha(parameters.get("alpha", 0.1)),
+        alpha=check_alpha(parameters.get("alpha", DEFAULT_ALPHA)),
         calibration=calibration,
         settings=_settings(parameters),
         plan=str(folder / plan) if plan else "",

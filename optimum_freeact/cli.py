@@ -28,6 +28,20 @@ EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
+class _Version(argparse.Action):
+    """`--version`: ours, and that of the libraries whose behaviour it depends on."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest) -> None:  # noqa: ARG002
+        import platform
+        from importlib.metadata import version
+
+        from optimum_freeact import __version__
+
+        hosts = " ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+        print(f"hf-concord {__version__} ({hosts}, python {platform.python_version()})")
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line instead of printing the usage."""
 
@@ -67,6 +81,7 @@ def _add_output(parser: argparse.ArgumentParser, what: str) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(prog="freeact", description="4-bit weights, activations and KV cache for transformers models.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and exit")
     add_commands(parser)
     return parser
 

@@ -90,8 +90,10 @@ class MLCArguments:
         mlc_max_length (`int`, *optional*, defaults to 512):
             A longer prompt is left out of its group, and counted in a warning. It is never truncated: the last token
             must be the end of the prompt.
-        mlc_buckets (`int`, *optional*, defaults to 6):
-            Most forwards that prompts are divided into by length; 1 where parameters are sharded.
+        mlc_buckets (`int`, *optional*, defaults to 0):
+            0 lays the prompts end to end and runs them in one forward without padding, where the model keeps them apart
+            (it is tried at the start; 6 where it does not). Else the most forwards that prompts are divided into by
+            length. 1 where parameters are sharded.
         mlc_in_eval_loss (`bool`, *optional*, defaults to `False`):
             Add the term to `eval_loss`; it is logged as `eval_mlc/loss` either way.
     """
@@ -121,7 +123,7 @@ class MLCArguments:
     mlc_languages: list[str] | None = _option(None, "Languages to use from the column; all, if not given.")
     mlc_anchor: str = _option("en", "Language of the prompt column.")
     mlc_max_length: int = _option(512, "Longer prompts are left out of their group, never truncated.")
-    mlc_buckets: int = _option(6, "Most forwards that the prompts are divided into by length.")
+    mlc_buckets: int = _option(0, "Most forwards the prompts are divided into by length; 0: one without padding.")
     mlc_in_eval_loss: bool = _option(False, "Add the term to eval_loss.")
 
     def __post_init__(self):
@@ -188,7 +190,7 @@ _LOWEST = {
     "mlc_every": 1,
     "mlc_languages_per_step": 2,
     "mlc_max_length": 1,
-    "mlc_buckets": 1,
+    "mlc_buckets": 0,
 }
 
 

@@ -20,6 +20,7 @@ from trl_mlc.collator import KEY, PromptCollator, select_prompts
 from trl_mlc.data import COLUMNS, IDS, LANGUAGES, LanguageTable, encode_prompts_of
 from trl_mlc.early_exit import check_layer, decoder_of, n_layers
 from trl_mlc.extractor import Extractor, LanguageMeans
+from trl_mlc.packing import keeps_apart
 from trl_mlc.prompt_pass import MODULE, PromptPass
 from trl_mlc.scan import best_layer, complete_groups, prompt_states, scan_layers
 from trl_mlc.state import load_state, save_state
@@ -32,6 +33,8 @@ else:
     Host = object
 
 logger = logging.getLogger(__name__)
+
+DIVIDED = 6  # forwards by length, of a model that does not keep prompts apart that lie end to end
 
 
 class MLCMixin(Host):
@@ -96,6 +99,8 @@ class MLCMixin(Host):
         if args.mlc_center != "none":
             self._mlc_means = self._mlc_first_means(decoder, layer, width)
         buckets = 1 if sharded else args.mlc_buckets
+        if buckets == 0 and not keeps_apart(decoder, layer):
+            buckets = DIVIDED
         self._mlc_pass = PromptPass(base, extractor, layer, args.mlc_pooling, buckets)
         tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.data_collator = PromptCollator(self.data_collator, tokenizer.pad_token_id)

@@ -73,14 +73,27 @@ def check_model(model: nn.Module, config: FreeActConfig) -> None:
     resolve_group_sizes(config, found)
     for name, module in found.items():
         check_linear(name, module, config)
-        if not module.weight.is_meta and not torch.isfinite(module.weight).all():
-            raise ValueError(f"The weight of {name!r} holds NaN or inf: repair or exclude it before quantizing.")
     if not found:
         kinds = sorted({type(m).__name__ for m in blocks.modules() if isinstance(m, nn.Linear)})
         raise ValueError(
             f"No linear to quantize: the blocks hold {kinds}, of which only plain nn.Linear is supported, and "
             f"modules_to_not_convert={config.modules_to_not_convert}."
         )
+    check_finite(model)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with NaN or infinity anywhere, also where nothing is quantized: its checkpoint could not be loaded.
+
+    Raises:
+        `ValueError`: naming the first such tensor.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"The weight {name!r} holds NaN or inf: repair the model, or fetch it again, before quantizing. Leaving "
+                "the module out does not help, since all that reads its output would be NaN."
+            )
 
 
 def block_experts(block: nn.Module, prefix: str, excluded: list[str] | None) -> dict[str, nn.Module]:
@@ -284,12 +297,19 @@ def block_groups(
     watcher = SharedInputs(linears)
     batch = stream.batches[0]
     stream.state.types = None if batch.types is None else batch.types.to(stream.device)
-    run_block(block, stream.actual[0], batch.calls[index], stream.device)
+    try:
+        run_block(block, stream.actual[0], batch.calls[index], stream.device)
+    except BaseException:
+        watcher.end()
+        raise
     groups = watcher.groups()
     unused = set(linears) - {name for group in groups for name in group}
     if unused:
         logger.warning(
-            "Linears %s of block %d did not run in calibration and stay as they are.", sorted(unused), index
+            "Linears %s of block %d did not run in calibration, or the model reads their weights itself: they stay as they "
+            "are.",
+            sorted(unused),
+            index,
         )
     return groups
 

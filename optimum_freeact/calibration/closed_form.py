@@ -19,7 +19,7 @@ from optimum_freeact.rounding.gptq import gptq
 from optimum_freeact.rounding.rtn import RoundedWeight, round_to_nearest
 from optimum_freeact.transforms.affine_map import InputMap, pick
 from optimum_freeact.transforms.compensation import Compensation
-from optimum_freeact.transforms.correction import corrected_weight
+from optimum_freeact.transforms.correction import corrected_weight, shrunk_weight
 from optimum_freeact.transforms.exclusive import fixed_blocks, share_of
 from optimum_freeact.transforms.fit import InputStatistics, MapSpec, fit_map, gather_statistics
 from optimum_freeact.type_rules import SINK
@@ -116,7 +116,15 @@ def round_weight(
         return round_to_nearest(v.float(), config.weight_bits, size, clip)
     by_energy = config.rounding_order == "energy"
     return gptq(
-        v.float(), moments_z, config.weight_bits, size, config.damping, clip, config.rounding_passes, by_energy
+        v.float(),
+        moments_z,
+        config.weight_bits,
+        size,
+        config.damping,
+        clip,
+        config.rounding_passes,
+        by_energy,
+        config.rounding_refit,
     )
 
 
@@ -203,9 +211,10 @@ class GroupFit:
             moments_z = sum(stored.transform_moments(part, kind) for kind, part in self.stats.parts.items())
         eye = torch.eye(len(moments_z), dtype=moments_z.dtype, device=moments_z.device)
         moments_z = (moments_z + moments_z.mT) / 2
+        variance = noise[types == 0].square().mean().nan_to_num()
+        target = shrunk_weight(v, moments_z, variance) if config.rounding_shrinkage else v
         if config.rounding_noise:  # of z itself: it reaches the weights too
-            moments_z = moments_z + noise[types == 0].square().mean().nan_to_num() * eye
-        target = v
+            moments_z = moments_z + variance * eye
         if self.stats.paired is not None:
             corrected = self._corrected(stored, noise[types == 0], *self.stats.paired)
             target, low_rank = stored.transform_weight(corrected)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from optimum_freeact.commands.folder import check_file, write_json
 from optimum_freeact.commands.loading import console, load_config, model_name, pick_device
-from optimum_freeact.config import RECORDED
+from optimum_freeact.config_fields import RECORDED
 from optimum_freeact.report.inspection import Inspection, inspect_model
 from optimum_freeact.report.sizes import human
 

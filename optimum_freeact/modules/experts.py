@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from optimum_freeact.config import FreeActConfig
-from optimum_freeact.modules.activation import PICKLE_REFUSED, FreeActInput, _deepcopy_module, keep_dtypes
+from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes
 from optimum_freeact.type_state import TypeState
 
 
@@ -226,7 +227,7 @@ class FreeActExperts(nn.Module):
 
     def __deepcopy__(self, memo: dict) -> FreeActExperts:
         prepared, self._linears = self._linears, None
-        clone = _deepcopy_module(self, memo)
+        clone = deepcopy_module(self, memo)
         self._linears = prepared
         if prepared is not None:
             clone.prepare()
