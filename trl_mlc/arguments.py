@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 from trl_mlc.losses import SIGMA_NORMS, SOLVERS
 from trl_mlc.pooling import POOLINGS
+
+
+if TYPE_CHECKING:
+    Layer = str | int
+else:
+    Layer = str  # what the command line's parser reads; a number is taken out of it
 
 
 OBJECTIVES = ("rank1", "cosine", "none")
@@ -92,7 +99,7 @@ class MLCArguments:
     """
 
     mlc_weight: float = _option(0.8, "Weight of the consistency term; 0 is the stock trainer, bit for bit.")
-    mlc_layer: str = _option("auto", "Index into hidden_states, or 'auto' to choose it by retrieval.")
+    mlc_layer: Layer = _option("auto", "Index into hidden_states, or 'auto' to choose it by retrieval.")
     mlc_scan_prompts: int = _option(64, "Training rows used by mlc_layer='auto' and for the first language means.")
     mlc_pooling: str = _option("last", "'last' token of the prompt or 'mean' of its tokens.")
     mlc_objective: str = _option("rank1", "'rank1' (the paper's loss) or 'cosine' (its ablation).")

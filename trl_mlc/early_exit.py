@@ -27,10 +27,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
             "models. Use a causal language model."
         )
     decoder = model.get_decoder()
-    if _layer_list_name(decoder) is None:
-        raise ValueError(
-            f"{type(decoder).__name__} has no list of layers named one of {LAYER_LISTS}, so it cannot be stopped early."
-        )
+    _layer_list_name(decoder)
     return decoder
 
 
@@ -127,9 +124,13 @@ def encode_prompts(
     return torch.cat(parts)[back]
 
 
-def _layer_list_name(decoder: nn.Module) -> str | None:
-    found = (name for name in LAYER_LISTS if isinstance(getattr(decoder, name, None), nn.ModuleList))
-    return next(found, None)
+def _layer_list_name(decoder: nn.Module) -> str:
+    for name in LAYER_LISTS:
+        if isinstance(getattr(decoder, name, None), nn.ModuleList):
+            return name
+    raise ValueError(
+        f"{type(decoder).__name__} has no list of layers named one of {LAYER_LISTS}, so it cannot be stopped early."
+    )
 
 
 @contextmanager

@@ -109,7 +109,8 @@ def _rng_restored(device: torch.device):
 
 def _with_field(outputs, representations: torch.Tensor):
     """A copy of a model output with one more dataclass field, which DDP and accelerate rebuild field by field."""
-    cls = _with_field_class(type(outputs))
+    kind: type = type(outputs)
+    cls = _with_field_class(kind)
     return cls(**dict(outputs.items()), **{FIELD: representations})
 
 

@@ -66,6 +66,13 @@ LEARNED = tuple(
     for name, fields in METHODS.items()
     if fields.get("calibration") == "learned" or fields["preset"] in ("flatquant", "freeact-paper")
 )
+EARLY = (  # ablations that say where the difference comes from
+    "freeact-paper exclusive=none",
+    "freeact-fast types=text+sink",
+    "freeact-fast types=text",
+    "freeact-fast centring=none",
+    "freeact-fast low_rank=0",
+)
 DRAWS_NOTHING = ("rtn", "smoothquant")  # one seed is all there is, but for the calibration samples
 
 

@@ -111,6 +111,22 @@ def test_a_checkpoint_of_another_extractor_is_refused(tiny, data, tmp_path, caps
     assert main([*again, "--mlc_extractor_dim", "8"]) == 0
 
 
+def test_wrong_devices_models_and_options_are_named(tiny, data, capsys):
+    from accelerate.state import PartialState
+
+    from trl_mlc import cli
+
+    assert cli._device("auto") == PartialState().device
+    assert cli._device("cpu").type == "cpu"
+    assert main(["evaluate", "--model_name_or_path", "absent-model", "--dataset_name", data]) == 2
+    assert "'absent-model' is no folder here" in capsys.readouterr().err
+    assert main(["dpo", "--model_name_or_path", tiny, "--dataset_name", data, "--mlc_wieght", "1"]) == 2
+    assert "dpo has no option --mlc_wieght; did you mean --mlc_weight?" in capsys.readouterr().err
+    words = ["--model_name_or_path", tiny, "--dataset_name", data]
+    assert main(["evaluate", *words, "--device", "meat"]) == 2
+    assert "--device 'meat' cannot be used" in capsys.readouterr().err
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch):
     from trl_mlc import cli
 
