@@ -64,6 +64,8 @@ class TransportSFTTrainer(SFTTrainer):
         padded = pad_sequence(ids, batch_first=True)
         return {"input_ids": padded, "attention_mask": mask, "labels": labels, "lesson": lesson}
 
+    _signature_columns: list[str]  # the host's
+
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if "lesson" not in self._signature_columns:

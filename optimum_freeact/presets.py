@@ -25,6 +25,7 @@ OURS = {
     "centring": "per_type",
     "rounding": "gptq",
     "rounding_passes": 2,
+    "rounding_shrinkage": True,
     "activation_clip": "search",
     "weight_clip": "search",
     "token_types": ["text", "sink", "auto"],
@@ -76,7 +77,7 @@ PRESETS: dict[str, dict] = {
     "freeact": {
         "weight_group_size": 32,
         "activation_group_size": 16,
-        "low_rank": 32,
+        "low_rank": 48,
         "low_rank_budget": 0.049,
         **OURS,
     },

@@ -9,7 +9,7 @@ from benchmarks._results import problems, read
 from benchmarks.accuracy import run
 from benchmarks.accuracy.claims import QUALITY, claims, excess, expected
 from benchmarks.accuracy.jobs import CLAIMED, GRIDS, QUAROTS, SLICES, Job, Plan, Text, absent, bits
-from optimum_freeact.config import DEFAULTS
+from optimum_freeact.config_fields import DEFAULTS
 from optimum_freeact.presets import PRESETS
 from tools.results import MARK, table
 
@@ -220,6 +220,29 @@ def test_quarot_is_compared_as_published_strengthened_and_on_the_same_grids():
     narrow = a_plan()
     narrow.quarots([576, 1500])
     assert not [job for job in narrow.jobs if "groups" in job.method]
+
+
+def test_learned_methods_may_be_left_to_some_schemes():
+    plan = a_plan(learned_schemes=("w4a4", "w4a4kv4"))
+    plan.presets()
+    learned = {setting for job in plan.jobs if job.is_learned for setting in job.settings}
+    assert learned == {"w4a4", "w4a4kv4"}
+    assert {"w4a16", "w4a8"} <= {setting for job in plan.jobs if not job.is_learned for setting in job.settings}
+    assert {job.method for job in plan.jobs if job.is_learned} == {"flatquant", "freeact-paper", "freeact-learned"}
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_variants_are_scored_between_what_is_calibrated_on_and_what_is_evaluated(name, tmp_path):
+    calibration, evaluation = SLICES[name]
+    text = Text(name, str(tmp_path / "text.txt"), calibration, evaluation).for_choosing()
+    assert calibration[1] <= text.evaluation
+    needed = 24 * 1024 * 4.5  # characters of the windows
+    assert text.evaluation + needed < evaluation
+    plan = a_plan(common={"model": "tiny", "model_path": "/m", "texts": (Text(name, "/t", calibration, evaluation),)})
+    plan.variants()
+    assert {job.texts[0].evaluation for job in plan.jobs} == {text.evaluation}
+    assert plan.jobs[0].group == "full"
+    assert {job.method for job in plan.jobs[1:]} > {"freeact", "freeact low_rank=32"}
 
 
 def test_the_sweep_holds_all_pairs_of_groups_once():

@@ -73,6 +73,7 @@ def test_links_between_repository_and_site():
     pages = {"index.md", "how-to/data.md", "freeact.md", *ADOPTED.values()}
     assert relink("[a](../README.md#install)", "docs/index.md", pages) == "[a](readme.md#install)"
     assert relink("[a](docs/freeact.md)", "README.md", pages) == "[a](freeact.md)"
+    assert relink("![a](docs/figures/x.svg)", "README.md", pages) == "![a](figures/x.svg)"
     assert relink("[a](../../CHANGELOG.md)", "docs/how-to/data.md", pages) == "[a](../changelog.md)"
     assert relink("[a](LICENSE) [b](https://x.org)", "README.md", pages) == "a (`LICENSE`) [b](https://x.org)"
     assert relink("[a](no-such.md)", "docs/index.md", pages) == "[a](no-such.md)"  # for mkdocs to complain of

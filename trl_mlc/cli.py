@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 
@@ -57,6 +60,9 @@ class ReadOptions(DataOptions):
         default=None, metadata={"help": "Languages besides the anchor; all if absent."}
     )
     dtype: str = field(default="auto", metadata={"help": "Weights: auto, float32, bfloat16."})
+    device: str = field(
+        default="auto", metadata={"help": "Where the model runs: auto (a GPU if there is one), cpu, ..."}
+    )
     output: str | None = field(default=None, metadata={"help": "Write the result here as JSON."})
     figure: str | None = field(default=None, metadata={"help": "Draw the result here (.png, .svg, .pdf)."})
 
@@ -102,27 +108,63 @@ def load_rows(options):
 
 def load_eval_rows(options: TrainOptions):
     """Rows for evaluation during training."""
-    other = options.eval_dataset_name is not None
-    split = options.eval_dataset_split or ("train" if other else "test")
-    name = options.eval_dataset_name if other else options.dataset_name
+    split = options.eval_dataset_split or ("test" if options.eval_dataset_name is None else "train")
+    name = options.dataset_name if options.eval_dataset_name is None else options.eval_dataset_name
     return load_rows(replace(options, dataset_name=name, dataset_split=split, limit=None))
 
 
 def _parse(types: tuple, arguments: list[str], command: str):
     from trl import TrlParser
 
-    return TrlParser(types, prog=f"trl-mlc {command}").parse_args_and_config(arguments)
+    try:
+        return TrlParser(types, prog=f"trl-mlc {command}").parse_args_and_config(arguments)
+    except ValueError:
+        known = ["--" + option.name for kind in types for option in fields(kind)]
+        names = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+        for name in names:
+            near = get_close_matches(name, known, n=1, cutoff=0.8)
+            if name not in known and near and name != "--config":
+                raise ValueError(f"{command} has no option {name}; did you mean {near[0]}?") from None
+        raise
+
+
+@contextmanager
+def _loading(name: str | None) -> Iterator[None]:
+    """Say of a model that is neither a folder nor given by the hub that it is not here; hosts speak of connections."""
+    if not name:
+        raise ValueError("Name a model with --model_name_or_path.")
+    try:
+        yield
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"{name!r} is no folder here, and the hub did not give such a model ({reason}).") from error
+
+
+def _device(name: str):
+    """The device of that name; `auto` is where a Trainer would put the model."""
+    import torch
+    from accelerate.state import PartialState
+
+    if name == "auto":
+        return PartialState().device
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        reason = (str(error).strip() or "no such device").splitlines()[0]
+        raise ValueError(f"--device {name!r} cannot be used ({reason}); try auto or cpu.") from error
 
 
 def _load_model(options):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not options.model_name_or_path:
-        raise ValueError("Name a model with --model_name_or_path.")
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {list(DTYPES)}, got {options.dtype!r}.")
-    model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=options.dtype).eval()
-    return model, AutoTokenizer.from_pretrained(options.model_name_or_path)
+    device = _device(options.device)
+    with _loading(options.model_name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=options.dtype)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(options.model_name_or_path)
 
 
 def train(method: str, arguments: list[str]) -> None:
@@ -144,14 +186,17 @@ def train(method: str, arguments: list[str]) -> None:
         "dtype": model_options.dtype,
     }
     args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
-    trainer = trainer_class(
-        model_options.model_name_or_path,
-        args=args,
-        train_dataset=load_rows(data_options),
-        eval_dataset=load_eval_rows(data_options) if args.eval_strategy != "no" else None,
-        quantization_config=get_quantization_config(model_options),
-        peft_config=get_peft_config(model_options),
-    )
+    rows = load_rows(data_options)
+    held_out = load_eval_rows(data_options) if args.eval_strategy != "no" else None
+    with _loading(model_options.model_name_or_path):
+        trainer = trainer_class(
+            model_options.model_name_or_path,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=held_out,
+            quantization_config=get_quantization_config(model_options),
+            peft_config=get_peft_config(model_options),
+        )
     start = args.resume_from_checkpoint
     start = last_checkpoint(args.output_dir) if start == "last" else start
     if isinstance(start, str) and is_finished(

@@ -43,6 +43,7 @@ VARIANTS = {
     "every-step": {"mlc_every": 1},
     "every-step,three-languages": {"mlc_every": 1, "mlc_languages_per_step": 3},
     "last-layer": {"mlc_layer": -1},
+    "divided": {"mlc_buckets": 6},
     "one-bucket": {"mlc_buckets": 1},
 }
 

@@ -110,7 +110,8 @@ class InputMap:
     def restore_weight(self, v: torch.Tensor) -> torch.Tensor:
         """W from V: inverse of [`transform_weight`] (the low-rank part is contained in V and needs nothing)."""
         w = v @ self.dense.mT if self.dense is not None else v
-        w = kron_apply(v, self.left.mT, self.right.mT) if self.left is not None else w
+        if self.left is not None and self.right is not None:
+            w = kron_apply(v, self.left.mT, self.right.mT)
         return w if self.channel_scale is None else w * self.channel_scale
 
     def transform_moments(self, moments: torch.Tensor, kind: int = 0) -> torch.Tensor:

@@ -73,6 +73,22 @@ def test_help_and_unknown_commands(capsys):
         assert message in error
 
 
+def test_wrong_devices_models_and_options_are_named(tiny, data, capsys):
+    from accelerate.state import PartialState
+
+    from trl_mlc import cli
+
+    assert cli._device("auto") == PartialState().device
+    assert cli._device("cpu").type == "cpu"
+    assert main(["evaluate", "--model_name_or_path", "absent-model", "--dataset_name", data]) == 2
+    assert "'absent-model' is no folder here" in capsys.readouterr().err
+    assert main(["dpo", "--model_name_or_path", tiny, "--dataset_name", data, "--mlc_wieght", "1"]) == 2
+    assert "dpo has no option --mlc_wieght; did you mean --mlc_weight?" in capsys.readouterr().err
+    words = ["--model_name_or_path", tiny, "--dataset_name", data]
+    assert main(["evaluate", *words, "--device", "meat"]) == 2
+    assert "--device 'meat' cannot be used" in capsys.readouterr().err
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch):
     from trl_mlc import cli
 
