@@ -77,6 +77,8 @@ EARLY = (  # ablations that say where the difference comes from
     "freeact-paper exclusive=none",
     "freeact-fast types=text+sink",
     "freeact-fast types=text",
+    "freeact-fast balance=energy",
+    "freeact-fast types=text+sink balance=energy",
     "freeact-fast centring=none",
     "freeact-fast low_rank=0",
 )
