@@ -82,7 +82,7 @@ class FreeActConfig(QuantizationConfigMixin):
             activations.
         rounding_shrinkage (`bool`, *optional*): Round, in the place of the weight, the one that predicts its outputs best from
             inputs with the activations' rounding noise: shrunk where the noise is louder than the input. Only where calibration has
-            eight tokens or more for each entry of the input: with fewer it fits what it has seen.
+            six tokens or more for each entry of the input: with fewer it fits what it has seen.
         rounding_refit (`bool`, *optional*, defaults to `False`): Fit the scales of groups to the codes that GPTQ found, and choose
             every code once more.
         attention_compensation (`bool`, *optional*, defaults to `False`): Give the attention's output the moments that it has

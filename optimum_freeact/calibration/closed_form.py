@@ -32,8 +32,8 @@ CORRECTION_STRENGTH = 0.5
 # of the others, which no type of their own tells apart, do not decide the bias of all
 BALANCE_BY_ENERGY = False
 # Tokens for each entry of an input below which its weight is not shrunk to the noise: the directions that are shrunk are those
-# whose moments are known worst. With 3 to 7 it does harm behind two blocks of SmolLM2, with 8 and 20 it helps behind four.
-MIN_SHRINKAGE_TOKENS = 8
+# whose moments are known worst (docs/log.md). All that was measured has more.
+MIN_SHRINKAGE_TOKENS = 6
 MIN_ROWS_PER_TYPE = 16  # fewer sample rows of a type do not decide its own clip ratio or mean error
 
 
