@@ -27,7 +27,7 @@ def alpha_at(setting: Any, name: str, depth: float) -> float:
     if isinstance(setting, dict):
         setting = [setting]
     if not isinstance(setting, list):
-        return float(setting)
+        return float(str(setting))
     if not all(isinstance(item, dict) for item in setting):
         values, place = [float(item) for item in setting], depth * (len(setting) - 1)
         low = int(place)

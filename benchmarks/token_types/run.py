@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--models", default=",".join(MODELS), help="which (default: all)")
     add("--methods", help="names, with commas (default: all)")
+    add("--name", default="token_types", help="of the result; one with another name derives no claims")
     add("--no-ablations", action="store_true", help="the table's methods only")
     add("--no-timing", action="store_true", help="do not time the layers")
     add("--seeds", default="0,1,2", help="of calibration (default 0,1,2); controls and ablations take the first")
@@ -100,7 +101,8 @@ def save(options: argparse.Namespace, rows: list[dict]) -> None:
     """Write the result, if anything was measured."""
     if any(row["value"] is not None for row in rows):
         seeds = [int(seed) for seed in options.seeds.split(",")]
-        _results.write("token_types", rows, "benchmarks.token_types.claims", command(), seeds, folder=options.out)
+        source = "claims" if options.name == "token_types" else "no_claims"
+        _results.write(options.name, rows, f"benchmarks.token_types.{source}", command(), seeds, folder=options.out)
 
 
 def command() -> str:

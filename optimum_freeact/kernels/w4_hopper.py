@@ -27,6 +27,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from optimum_freeact.kernels.reference import Rows, Weight
 
 
+FOLD = True  # whether biases of types are columns of the branch's product, or added in the accumulator
+
+
 @gluon.jit
 def _tile(t, n_blocks, m_blocks, GROUP: gl.constexpr):
     """Blocks of tokens and outputs of tile `t`: GROUP blocks of tokens are visited for all outputs before the next ones."""
@@ -304,7 +307,7 @@ def w4_linear(
     tiles = triton.cdiv(n, bm) * triton.cdiv(m, bn)
     rank = 0 if low_rank is None else low_rank.shape[1]
     width = 32 if rows.branch is None else rows.branch.shape[1]
-    folded = types is not None and rank > 0 and bias is not None and rank + 2 * (n_bias - 1) <= width
+    folded = FOLD and types is not None and rank > 0 and bias is not None and rank + 2 * (n_bias - 1) <= width
     _w4_hopper[(min(tiles, _processors(y.device)),)](
         _described(weight.packed, bn, bk, bk), _described(rows.codes, bm, bk, bk), _described(y, bm, bn // 2, 128),
         rows.stats, rows.branch, types, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, n, m,
