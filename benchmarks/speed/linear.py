@@ -139,7 +139,7 @@ class Shape:
         """The product with all that follows it."""
         rows, types = self.rows(n), self.types(n).flatten()
         return [
-            lambda w=layer.kernel_weight(): ops.w4_linear(*rows, types, *w, torch.bfloat16, 4, False)
+            lambda w=layer.kernel_weight(): ops.w4_linear(*rows, types, *w, torch.bfloat16)
             for layer in self.freeact()
         ]
 
@@ -148,7 +148,7 @@ class Shape:
         rows = self.rows(n)
         return [
             lambda w=layer.kernel_weight()._replace(low_rank=None, low_rank_scale=None, type_bias=None): ops.w4_linear(
-                rows.codes, rows.stats, rows.branch, None, *w, torch.bfloat16, 4, False
+                rows.codes, rows.stats, rows.branch, None, *w, torch.bfloat16
             )
             for layer in self.freeact()
         ]

@@ -37,6 +37,11 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
         (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "pdl": False}),
     ],
+    "groups": [
+        (16, {"BM": 16, "BN": 64, "BK": 256, "GROUP": 1, "warps": 4, "stages": 3, "pdl": True}),
+        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 3, "pdl": True}),
+        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 3, "pdl": False}),
+    ],
 }  # fmt: skip
 
 
@@ -78,14 +83,19 @@ def dp4a_launch(n: int, wide: int) -> dict:
     return {"BN": max(1, min(16, found.pop("words") // wide)), **found}
 
 
-def w4_launch(n: int, m: int, half: int) -> dict:
+def w4_launch(n: int, m: int, half: int, name: str = "w4") -> dict:
     """Settings of a product on tensor cores for `n` rows, `m` outputs and rows of `half` bytes."""
-    found = dict(_find(_settings()["w4"], n))
+    found = dict(_find(_settings()[name], n))
     blocks = -(-n // found["BM"]) * -(-m // found["BN"])
     split = 1
     while n <= found["BM"] and n <= 64 and blocks * split < 198 and half // (split * 2) >= 4 * found["BK"]:
         split *= 2
     return {"SPLIT": split, **found}
+
+
+def groups_launch(n: int, m: int, half: int) -> dict:
+    """As [`w4_launch`] for weights or values with groups."""
+    return w4_launch(n, m, half, "groups")
 
 
 @cache
