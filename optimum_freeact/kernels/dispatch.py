@@ -75,6 +75,7 @@ class Plan(NamedTuple):
     reason: str
 
 
+@torch.compiler.assume_constant_result
 def wanted() -> str:
     """The value of `FREEACT_KERNELS`.
 
@@ -88,6 +89,7 @@ def wanted() -> str:
 
 
 @cache
+@torch.compiler.assume_constant_result
 def triton_obstacle(index: int | None) -> str | None:
     """Why Triton cannot run on a CUDA device, or `None`."""
     if importlib.util.find_spec("triton") is None:

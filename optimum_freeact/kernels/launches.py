@@ -37,6 +37,10 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
         (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "pdl": False}),
     ],
+    "w8": [
+        (16, {"BM": 16, "BN": 64, "BK": 128, "warps": 4, "stages": 4}),
+        (None, {"BM": 64, "BN": 64, "BK": 128, "warps": 4, "stages": 3}),
+    ],
     "groups": [
         (16, {"BM": 16, "BN": 64, "BK": 256, "GROUP": 1, "warps": 4, "stages": 3, "pdl": True}),
         (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 3, "pdl": True}),
@@ -96,6 +100,11 @@ def w4_launch(n: int, m: int, half: int, name: str = "w4") -> dict:
 def groups_launch(n: int, m: int, half: int) -> dict:
     """As [`w4_launch`] for weights or values with groups."""
     return w4_launch(n, m, half, "groups")
+
+
+def w8_launch(n: int) -> dict:
+    """Settings of a product with a weight of bytes for `n` rows."""
+    return _find(_settings()["w8"], n)
 
 
 @cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optimum_freeact.kernels import reference
-from optimum_freeact.kernels.dispatch import DP4A_ROWS, hopper_kernel
+from optimum_freeact.kernels.dispatch import DP4A_ROWS, hopper_kernel, triton_obstacle, wanted
 from optimum_freeact.kernels.tables import TENSORS, InputTables, branch_width
 
 
@@ -177,3 +177,39 @@ def round_rows(*args) -> tuple[Tensor, Tensor, Tensor]:
 def w4_linear(*args) -> Tensor:
     """As [`round_rows`]."""
     return (w4_linear_op if torch.compiler.is_compiling() else _w4_linear)(*args)
+
+
+W8_ROWS = 64  # above, a plain weight is made once for many rows
+
+
+def serves_w8(x: Tensor) -> bool:
+    """Whether the kernel for weights of bytes takes these rows; `FREEACT_KERNELS=torch` switches it off."""
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or not 0 < len(x) <= W8_ROWS:
+        return False
+    if torch.is_grad_enabled() and x.requires_grad:
+        return False
+    return wanted() in ("auto", "triton") and triton_obstacle(x.device.index) is None
+
+
+def _w8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Rows `(n, d)` times an `int8` weight `(m, d)` with scales `(m,)`; `(n, m)`."""
+
+    def kernel() -> Tensor:
+        from optimum_freeact.kernels import w8_triton
+
+        return w8_triton.w8_linear(x, weight, scale)
+
+    return _attempt("w8_linear", kernel, lambda: torch.nn.functional.linear(x, weight.to(x.dtype)) * scale.to(x.dtype))
+
+
+w8_linear_op = torch.library.custom_op("freeact::w8_linear", _w8_linear, mutates_args=())
+
+
+@w8_linear_op.register_fake
+def _(x, weight, scale):  # noqa: ARG001
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def w8_linear(*args) -> Tensor:
+    """As [`round_rows`]."""
+    return (w8_linear_op if torch.compiler.is_compiling() else _w8_linear)(*args)
