@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The GPU benchmark; every row is written as it comes.
 #
-#   bash benchmarks/speed/run.sh kernels OUT [SECONDS] [GPU]          linears, our model (one GPU to itself)
-#   bash benchmarks/speed/run.sh models  OUT [SECONDS] [GPU]          the bf16 model and calibration (one GPU to itself)
+#   bash benchmarks/speed/run.sh kernels OUT [SECONDS] [GPU]          linears (one GPU to itself)
+#   bash benchmarks/speed/run.sh models  OUT [SECONDS] [GPU]          both models (one GPU to itself)
+#   bash benchmarks/speed/run.sh calibration OUT [SECONDS] [GPU]      calibration of a few blocks
 #   bash benchmarks/speed/run.sh across  OUT [SECONDS] GPU GPU        calibration on two GPUs
 #   bash benchmarks/speed/run.sh tune    OUT [SECONDS] [GPU]          launch settings, to OUT/launches.json
 #   python -m benchmarks.speed.collect OUT                            afterwards, where git is
@@ -31,12 +32,17 @@ tune)
     ;;
 kernels)
     step "$first" 120 linear python -m benchmarks.speed.linear --seconds "${LINEAR:-90}"
-    step "$first" 60 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run graph
-    step "$first" 200 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run compile
     ;;
 models)
-    step "$first" 60 model_bf16 python -m benchmarks.speed.model --shape "$shape" --provider bf16 --run graph
+    step "$first" 60 model_bf16 python -m benchmarks.speed.model --shape "$shape" --provider bf16 --run parts
+    step "$first" 60 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run parts
     step "$first" 150 model_bf16 python -m benchmarks.speed.model --shape "$shape" --provider bf16 --run compile
+    step "$first" 60 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run graph
+    step "$first" 60 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run memory --embedding-bits 16
+    step "$first" 60 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run parts --preset freeact
+    step "$first" 200 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run compile
+    ;;
+calibration)
     step "$first" 120 calibrate python -m benchmarks.speed.calibrate --shape "$shape" --layers "$blocks"
     ;;
 across)

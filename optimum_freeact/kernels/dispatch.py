@@ -176,7 +176,8 @@ def plan(device: torch.device | str, **layer) -> Plan:
                 "triton",
                 "4-bit Triton kernels for groups",
                 f"compute capability {major}.{minor}; codes times their groups' bytes are whole numbers in float16, multiplied "
-                "on float16 tensor cores" + (", many rows by warps with roles of their own" if (major, minor) == (9, 0) else ""),
+                "on float16 tensor cores"
+                + (", many rows by warps with roles of their own" if (major, minor) == (9, 0) else ""),
             )
         return Plan(
             "triton",

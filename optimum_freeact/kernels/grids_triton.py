@@ -111,7 +111,9 @@ def store_values(
     halves = tl.permute(tl.reshape(value.to(tl.float16), (PA, TOKENS, PB // RUN, 2, RUN // 2)), (0, 1, 2, 4, 3))
     even, odd = tl.split(halves)
     h = tl.arange(0, PB // 2)
-    place = values_ptr + (rows.to(tl.int64) * (A * B))[None, :, None] + (i[:, None] * (B // 2) + h[None, :])[:, None, :]
+    place = (
+        values_ptr + (rows.to(tl.int64) * (A * B))[None, :, None] + (i[:, None] * (B // 2) + h[None, :])[:, None, :]
+    )
     inside = (i < A)[:, None, None] & (h < B // 2)[None, None, :] & alive[None, :, None]
     tl.store(place, tl.reshape(even, (PA, TOKENS, PB // 2)), mask=inside)
     tl.store(place + A * B // 2, tl.reshape(odd, (PA, TOKENS, PB // 2)), mask=inside)

@@ -37,6 +37,9 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
         (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "pdl": False}),
     ],
+    "gemv": [
+        (None, {"bytes": 8192, "warps": 4, "pdl": True}),
+    ],
     "w8": [
         (16, {"BM": 16, "BN": 64, "BK": 128, "warps": 4, "stages": 4}),
         (None, {"BM": 64, "BN": 64, "BK": 128, "warps": 4, "stages": 3}),
@@ -85,6 +88,12 @@ def dp4a_launch(n: int, wide: int) -> dict:
     """Settings of a product on plain cores; `wide` is the padded number of words of a row."""
     found = dict(_find(_settings()["dp4a"], n))
     return {"BN": max(1, min(16, found.pop("words") // wide)), **found}
+
+
+def gemv_launch(n: int, wide: int) -> dict:
+    """Settings of a product with groups on plain cores; `wide` is the padded number of bytes of a row."""
+    found = dict(_find(_settings()["gemv"], n))
+    return {"BN": max(1, min(16, found.pop("bytes") // wide)), **found}
 
 
 def w4_launch(n: int, m: int, half: int, name: str = "w4") -> dict:

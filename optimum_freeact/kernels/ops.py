@@ -115,11 +115,13 @@ def _(x, types, mean, channel_scale, basis, basis_scale, left, right, clip, *oth
 
 def _on_gpu(rows: reference.Rows, types: Tensor | None, weight: reference.Weight, out_dtype: torch.dtype) -> Tensor:
     """The kernel for this number of rows on this GPU; one that fails gives way to those that run on any."""
-    from optimum_freeact.kernels import dp4a_triton, w4_groups_triton, w4_triton
+    from optimum_freeact.kernels import dp4a_triton, groups_gemv_triton, w4_groups_triton, w4_triton
 
     n, d = rows.codes.shape
 
     def plain() -> Tensor:
+        if rows.codes.is_floating_point() and 0 < n <= DP4A_ROWS:
+            return groups_gemv_triton.w4_linear(rows, types, weight, out_dtype)
         if rows.codes.is_floating_point():
             return w4_groups_triton.w4_linear(rows, types, weight, out_dtype)
         few = 0 < n <= DP4A_ROWS and d % 8 == 0

@@ -161,7 +161,9 @@ def w4_linear(
     split, partial, count = launch["SPLIT"], None, None
     if split > 1:
         if n > launch["BM"] or blocks > COUNTERS:
-            raise ValueError(f"SPLIT={split} needs all {n} tokens in one block and at most {COUNTERS} blocks, got {blocks}.")
+            raise ValueError(
+                f"SPLIT={split} needs all {n} tokens in one block and at most {COUNTERS} blocks, got {blocks}."
+            )
         size = split * triton.cdiv(m, launch["BN"]) * launch["BN"] * launch["BM"]
         partial = torch.empty(size, dtype=torch.float32, device=y.device)
         count = counters(y.device)

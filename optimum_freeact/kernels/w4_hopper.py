@@ -218,7 +218,9 @@ def _consume(
         acc = gl.zeros((OWN, BM), gl.float32 if VALUES else gl.int32, acc_layout)
         if GB > 0:
             rows = first + gl.arange(0, OWN, gl.SliceLayout(1, scale_layout))
-            scale_ptrs = group_scale_ptr + gl.expand_dims(gl.minimum(rows, m - 1), 1) * (HALF // GB) + gl.expand_dims(group, 0)
+            scale_ptrs = (
+                group_scale_ptr + gl.expand_dims(gl.minimum(rows, m - 1), 1) * (HALF // GB) + gl.expand_dims(group, 0)
+            )
             coming = gl.load(scale_ptrs)
         for step in range(STEPS):
             slot = count % STAGES

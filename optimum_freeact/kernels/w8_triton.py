@@ -43,7 +43,9 @@ def _w8_linear(
     tl.store(place, tl.trans(y).to(y_ptr.dtype.element_ty), mask=(tokens < n)[:, None] & (outs < m)[None, :])
 
 
-def w8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *, options: dict | None = None) -> torch.Tensor:
+def w8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *, options: dict | None = None
+) -> torch.Tensor:
     """Output `(n, m)` of rows `(n, d)`, contiguous, for an `int8` weight `(m, d)` with scales `(m,)`; `n` at most MOST_ROWS."""
     n, d = x.shape
     m = len(weight)

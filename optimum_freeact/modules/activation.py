@@ -247,7 +247,9 @@ class FreeActInput(nn.Module):
         if self._native is not None:
             return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1], True)
         tables = self._tables
-        found = ops.round_rows(flat, types, *tables.tensors(), tables.a, tables.b, self.bits, self.symmetric, tables.group)
+        found = ops.round_rows(
+            flat, types, *tables.tensors(), tables.a, tables.b, self.bits, self.symmetric, tables.group
+        )
         return KernelRows(*found, types, x.shape[:-1])
 
     def native_output(self, x: torch.Tensor, reader) -> torch.Tensor | None:

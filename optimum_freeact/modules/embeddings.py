@@ -149,7 +149,9 @@ def find_embeddings(model: nn.Module) -> tuple[str, str | None]:
                 "which computes something of its own: use embedding_bits=16."
             )
     if embedding.max_norm is not None:
-        raise ValueError("embedding_bits=8 knows no embeddings with max_norm, which change when they are read: use 16.")
+        raise ValueError(
+            "embedding_bits=8 knows no embeddings with max_norm, which change when they are read: use 16."
+        )
     return names[id(embedding)], None if head is None else names[id(head)]
 
 

@@ -56,7 +56,9 @@ def random_weight(m: int, d: int, *, rank: int = 4, n_bias: int = 2, seed: int =
         low_rank=low_rank,
         low_rank_scale=torch.rand(rank, generator=generator) * 0.01 if rank else None,
         type_bias=torch.randn(n_bias, m, generator=generator) if n_bias else None,
-        group_scale=torch.randint(-127, 128, (m, d // group), dtype=torch.int8, generator=generator) if group else None,
+        group_scale=torch.randint(-127, 128, (m, d // group), dtype=torch.int8, generator=generator)
+        if group
+        else None,
     )
 
 
