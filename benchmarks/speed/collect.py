@@ -15,7 +15,7 @@ from benchmarks._results import write
 FILES = ("linear.jsonl", "model.jsonl", "calibrate.jsonl")
 DATASHEET = {"H100": 3.35e12, "H200": 4.8e12}  # bytes a second that the vendor states, SXM
 COMMANDS = {
-    "speed": "bash benchmarks/speed/run.sh kernels OUT && bash benchmarks/speed/run.sh models OUT",
+    "speed": "bash benchmarks/speed/run.sh all OUT",
     "speed_calibration": "python -m benchmarks.speed.calibrate --layers 2 --out OUT && BLOCKS=2 bash benchmarks/speed/run.sh across OUT",
 }
 

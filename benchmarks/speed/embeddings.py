@@ -41,7 +41,9 @@ def main() -> None:
                 replace_embeddings(model)
             rows.append({"model": name, "embedding_bits": bits, "metric": "bytes", "value": embedding_bytes(model)})
             for text, file in (item.split("=", 1) for item in args.text):
-                windows = tokenize_windows(Path(file).read_text(encoding="utf-8"), tokenizer, args.window, args.windows)
+                windows = tokenize_windows(
+                    Path(file).read_text(encoding="utf-8"), tokenizer, args.window, args.windows
+                )
                 score = score_text(model, windows)
                 rows.append({"model": name, "embedding_bits": bits, "text": text, "metric": "nll", "value": score.nll})
                 print(rows[-1], flush=True)

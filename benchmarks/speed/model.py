@@ -20,6 +20,7 @@ from transformers import StaticCache
 from transformers.models.llama import modeling_llama
 
 from benchmarks.speed.llama import plain, quantized, shape_config
+from benchmarks.speed.timing import quiet
 
 
 class Meter:
@@ -59,12 +60,13 @@ def synchronize(device: str) -> None:
 def seconds(call, device: str, rounds: int) -> tuple[float, float]:
     """Median and spread of the time of a call."""
     found = []
-    for _ in range(rounds):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        found.append(time.perf_counter() - start)
+    with quiet():
+        for _ in range(rounds):
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            found.append(time.perf_counter() - start)
     return statistics.median(found), (max(found) - min(found)) / 2
 
 
@@ -95,10 +97,11 @@ def main() -> None:
         prompt=args.prompt,
     )  # fmt: skip
     begin = time.perf_counter()
-    if args.provider == "freeact":
-        model = quantized(config, device, preset=args.preset, embedding_bits=args.embedding_bits)
-    else:
-        model = plain(config, device)
+    with quiet():
+        if args.provider == "freeact":
+            model = quantized(config, device, preset=args.preset, embedding_bits=args.embedding_bits)
+        else:
+            model = plain(config, device)
     if args.run == "parts":
         compile_parts()
     synchronize(device)
@@ -185,7 +188,8 @@ def main() -> None:
     decode(call)
     meter("first_decode_seconds", time.perf_counter() - begin)
     for _ in range(3):
-        decode(call)
+        with quiet():
+            decode(call)
     meter("decode_seconds", statistics.median(found[1:]), spread=(max(found[1:]) - min(found[1:])) / 2)
     if device == "cuda":
         meter("peak_bytes_decode", torch.cuda.max_memory_allocated())

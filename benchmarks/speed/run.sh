@@ -3,6 +3,7 @@
 #
 #   bash benchmarks/speed/run.sh kernels OUT [SECONDS] [GPU]          linears (one GPU to itself)
 #   bash benchmarks/speed/run.sh models  OUT [SECONDS] [GPU]          both models (one GPU to itself)
+#   bash benchmarks/speed/run.sh all     OUT [SECONDS] [GPU]          both at once
 #   bash benchmarks/speed/run.sh calibration OUT [SECONDS] [GPU]      calibration of a few blocks
 #   bash benchmarks/speed/run.sh across  OUT [SECONDS] GPU GPU        calibration on two GPUs
 #   bash benchmarks/speed/run.sh tune    OUT [SECONDS] [GPU]          launch settings, to OUT/launches.json
@@ -34,13 +35,23 @@ kernels)
     step "$first" 120 linear python -m benchmarks.speed.linear --seconds "${LINEAR:-90}"
     ;;
 models)
-    step "$first" 60 model_bf16 python -m benchmarks.speed.model --shape "$shape" --provider bf16 --run parts
-    step "$first" 60 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run parts
-    step "$first" 150 model_bf16 python -m benchmarks.speed.model --shape "$shape" --provider bf16 --run compile
-    step "$first" 60 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run graph
-    step "$first" 60 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run memory --embedding-bits 16
-    step "$first" 60 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run parts --preset freeact
-    step "$first" 200 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run compile
+    # compilers side by side on the CPU, timed sections one after the other
+    export SPEED_LOCK="$out/lock" TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-3}"
+    model() { step "$first" "$seconds" "$1" python -m benchmarks.speed.model --shape "$shape" "${@:2}" & }
+    model bf16_compile --provider bf16 --run compile
+    model freeact_compile --provider freeact --run compile
+    model bf16_parts --provider bf16 --run parts
+    model freeact_parts --provider freeact --run parts
+    model groups_parts --provider freeact --run parts --preset freeact
+    model freeact_graph --provider freeact --run graph
+    model freeact_memory --provider freeact --run memory --embedding-bits 16
+    wait
+    ;;
+all)
+    export SPEED_LOCK="$out/lock"
+    bash "$0" models "$out" "$seconds" "$first" &
+    bash "$0" kernels "$out" "$seconds" "$first"
+    wait
     ;;
 calibration)
     step "$first" 120 calibrate python -m benchmarks.speed.calibrate --shape "$shape" --layers "$blocks"

@@ -1,4 +1,4 @@
-"""Triton: one to four rows of values times a packed 4-bit weight with groups, on the plain cores (`reference.w4_linear`).
+"""Triton: one row of values (up to four) times a packed 4-bit weight with groups, on the plain cores (`reference.w4_linear`).
 
 All bytes of some rows of the weight are asked for at once, before the values are there. A byte becomes two float32 numbers by
 one instruction each, which are multiplied and summed group by group; a thread holds the bytes of whole groups, so that a group's

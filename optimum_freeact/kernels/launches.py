@@ -38,7 +38,7 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "pdl": False}),
     ],
     "gemv": [
-        (None, {"bytes": 8192, "warps": 4, "pdl": True}),
+        (None, {"bytes": 16384, "warps": 4, "pdl": True}),
     ],
     "w8": [
         (16, {"BM": 16, "BN": 64, "BK": 128, "warps": 4, "stages": 4}),
@@ -108,7 +108,8 @@ def w4_launch(n: int, m: int, half: int, name: str = "w4") -> dict:
 
 def groups_launch(n: int, m: int, half: int) -> dict:
     """As [`w4_launch`] for weights or values with groups."""
-    return w4_launch(n, m, half, "groups")
+    found = w4_launch(n, m, half, "groups")
+    return found if found["SPLIT"] == 1 else {**found, "stages": 2}  # more programs, less shared memory each
 
 
 def w8_launch(n: int) -> dict:

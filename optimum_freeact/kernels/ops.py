@@ -120,7 +120,7 @@ def _on_gpu(rows: reference.Rows, types: Tensor | None, weight: reference.Weight
     n, d = rows.codes.shape
 
     def plain() -> Tensor:
-        if rows.codes.is_floating_point() and 0 < n <= DP4A_ROWS:
+        if rows.codes.is_floating_point() and n == 1:
             return groups_gemv_triton.w4_linear(rows, types, weight, out_dtype)
         if rows.codes.is_floating_point():
             return w4_groups_triton.w4_linear(rows, types, weight, out_dtype)
