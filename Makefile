@@ -59,14 +59,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # A stamp appears only after a whole installation, so an interrupted one is simply taken up again.
-$(VENV)/.installed-run: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed-torch: | $(VENV)/bin/python
 	@echo "Installing into $(VENV) (once; torch is large) ..."
 	$(PIP_INSTALL) '$(TORCH)'
+	@touch $@
+
+$(VENV)/.installed-run: pyproject.toml | $(VENV)/.installed-torch
 	$(PIP_INSTALL) --editable '.[gguf,plots]'
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	@echo "Installing into $(VENV) (once; torch is large) ..."
-	$(PIP_INSTALL) '$(TORCH)'
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed-torch
 	$(PIP_INSTALL) --editable '.[dev,docs]'
 	@touch $@

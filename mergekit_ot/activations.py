@@ -49,7 +49,8 @@ class Recorder:
     """
 
     def __init__(self, model: PreTrainedModel, structure: Structure, sink: Callable[[str, torch.Tensor], None]):
-        self.sink, self.index = sink, None
+        self.sink = sink
+        self.index: tuple[torch.Tensor, torch.Tensor] | None = None
         self.handles: list = []
         for i, layer in enumerate(model.layers):
             attention, mlp = layer.self_attn, layer.mlp

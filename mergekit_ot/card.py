@@ -10,15 +10,28 @@ import yaml
 
 
 def licence_of(folder: Path) -> str:
-    """Licence stated by a checkpoint's own card or metadata, or `"not stated"`."""
+    """Licence stated by a checkpoint's own card, else the title of its licence file, else `"not stated"`."""
     card = folder / "README.md"
     if card.is_file():
-        match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), flags=re.DOTALL)
-        if match:
-            front = yaml.safe_load(match.group(1))
-            if isinstance(front, dict) and front.get("license"):
-                return str(front["license"])
+        front = _front_matter(card.read_text(encoding="utf-8", errors="replace"))
+        if front.get("license"):
+            name = front.get("license_name")
+            return f"{front['license']} ({name})" if name else str(front["license"])
+    for path in sorted([*folder.glob("LICENSE*"), *folder.glob("LICENCE*")]):
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+        title = next((line.strip(" #*\t\r") for line in lines if line.strip(" #*\t\r")), "")
+        if title:
+            return f"{title} ({path.name})"
     return "not stated"
+
+
+def _front_matter(text: str) -> dict:
+    match = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
+    try:
+        front = yaml.safe_load(match.group(1)) if match else {}
+    except yaml.YAMLError:  # a card that somebody broke states nothing
+        front = {}
+    return front if isinstance(front, dict) else {}
 
 
 def finish_card(

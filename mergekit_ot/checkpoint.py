@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ class CheckpointReader:
             raise UnsupportedModelError(
                 f"{folder} holds no model.safetensors; save the model with save_pretrained in this format first."
             )
-        self._handles: dict[str, object] = {}
+        self._handles: dict[str, Any] = {}
 
     @staticmethod
     def _read_index(index: Path) -> dict[str, str]:

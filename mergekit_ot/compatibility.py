@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mergekit_ot.alpha import DEFAULT_ALPHA, alpha_ranges
 from mergekit_ot.checkpoint import CheckpointReader
 from mergekit_ot.layer_map import matched_pairs, parse_map
 from mergekit_ot.planning import Pair
@@ -28,12 +29,13 @@ class Finding:
     outcome: str
 
 
-def compare(pair: Pair, settings: PlanSettings) -> list[Finding]:
+def compare(pair: Pair, settings: PlanSettings, alpha: object = DEFAULT_ALPHA) -> list[Finding]:
     """Compare two models by config and tensor names only; takes milliseconds.
 
     Args:
         pair ([`Pair`]): both models.
         settings ([`PlanSettings`]): what the recipe asks for.
+        alpha (`object`, *optional*): its alpha setting.
 
     Returns:
         `list[Finding]`, from the outside in.
@@ -59,6 +61,7 @@ def compare(pair: Pair, settings: PlanSettings) -> list[Finding]:
         Finding("q, k, v biases", str(has_bias[0]), str(has_bias[1]), _biases(*has_bias)),
         Finding("norms around blocks", _sandwich(a), _sandwich(b), "folded on the fly; the target keeps its own"),
         Finding("vocabulary", str(a.vocab_size), str(b.vocab_size), _vocabulary(settings)),
+        Finding("alpha, before the gate", "", "", _alpha(pair, settings, alpha)),
         Finding("matched rows", "", "", f"at least {rows_needed(a, b)} needed"),
     ]
     return rows
@@ -111,6 +114,15 @@ def _biases(target: bool, donor: bool) -> str:
 
 def _sandwich(structure) -> str:
     return "before and after" if structure.family.attention_post_norm else "before"
+
+
+def _alpha(pair: Pair, settings: PlanSettings, alpha: object) -> str:
+    names = CheckpointReader(pair.target_folder).names()
+    parts = []
+    for block, (low, high) in alpha_ranges(alpha, names, pair.target.n_layers).items():
+        if block in settings.modules:
+            parts.append(f"{block} {low:g}" if low == high else f"{block} {low:g} to {high:g}")
+    return ", ".join(parts)
 
 
 def _vocabulary(settings: PlanSettings) -> str:

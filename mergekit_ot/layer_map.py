@@ -56,7 +56,8 @@ def monotone_map(similarity: torch.Tensor) -> list[int | None]:
         inverse = monotone_map(similarity.T)
         result: list[int | None] = [None] * similarity.shape[0]
         for donor_layer, target_layer in enumerate(inverse):
-            result[target_layer] = donor_layer
+            if target_layer is not None:
+                result[target_layer] = donor_layer
         return result
     n_target, n_donor = similarity.shape
     values = similarity.double().tolist()

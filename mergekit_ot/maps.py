@@ -15,7 +15,9 @@ import torch
 class LinearMap(Protocol):
     """A matrix of shape `(n_out, n_in)` known by its products."""
 
-    shape: tuple[int, int]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(n_out, n_in)`."""
 
     def left(self, matrix: torch.Tensor) -> torch.Tensor:
         """`self @ matrix`, shape `(n_out, m)`."""

@@ -25,6 +25,7 @@ from mergekit.merge_methods import (
 )
 from mergekit.merge_methods.base import ParameterSpec
 
+from mergekit_ot.alpha import DEFAULT_ALPHA
 from mergekit_ot.bundle import load_bundle
 from mergekit_ot.gate import DEFAULT_MIN_CONFIDENCE, GATES, effective_alpha
 from mergekit_ot.planning import make_bundle, open_pair, plan_key
@@ -39,7 +40,7 @@ METHOD = "transport"
 CONTROLS = ("none", "shrink", "plain")
 #: Parameters of the method as mergekit knows them: name, type, default.
 PARAMETERS: tuple[tuple[str, Any, Any], ...] = (
-    ("alpha", float, 0.1),
+    ("alpha", float, DEFAULT_ALPHA),
     ("plan", str, ""),
     ("gate", str, "close"),
     ("min_confidence", float, DEFAULT_MIN_CONFIDENCE),

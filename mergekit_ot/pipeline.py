@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mergekit_ot.alpha import unmatched_filters
 from mergekit_ot.bundle import PlanBundle, load_bundle, replace_folder, scratch_beside
 from mergekit_ot.card import finish_card
+from mergekit_ot.checkpoint import CheckpointReader
 from mergekit_ot.compatibility import Finding, compare
 from mergekit_ot.disk import require_space
 from mergekit_ot.planning import Pair, make_bundle, match_pair, open_pair, plan_key
 from mergekit_ot.recipe import Recipe, RecipeError
+from mergekit_ot.structure import layer_tensor
 
 
 if TYPE_CHECKING:
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 def check_recipe(recipe: Recipe) -> tuple[Pair, list[Finding]]:
     """Open both models and compare them; also matches the calibration text, so that a short one is found now."""
     pair = open_pair(recipe.target, recipe.donor)
-    findings = compare(pair, recipe.settings)
+    check_filters(recipe, pair)
+    findings = compare(pair, recipe.settings, recipe.alpha)
     if recipe.calibration is not None:
         texts = match_pair(pair, recipe.calibration, recipe.folder)
         found = sum(len(text.target_rows) for text in texts)
@@ -49,17 +53,29 @@ def plan_recipe(
     """
     check_place(plans, device)
     pair = open_pair(recipe.target, recipe.donor)
+    check_filters(recipe, pair)
     if recipe.plan:
         return pair, load_bundle(recipe.plan), Path(recipe.plan)
+    if recipe.calibration is None:
+        raise ValueError("Solving plans needs text: give the recipe calibration.dataset, or parameters.plan.")
     if plans is None:
-        plans = (
-            recipe.folder / ".mergekit_ot" / plan_key(pair, recipe.calibration, recipe.settings, recipe.folder)[:16]
-        )
+        key = plan_key(pair, recipe.calibration, recipe.settings, recipe.folder)
+        plans = recipe.folder / ".mergekit_ot" / key[:16]
     require_space(Path(plans), 64 << 20, "the plan bundle")
     bundle = make_bundle(
         pair, recipe.calibration, recipe.settings, plans, folder=recipe.folder, device=device, quiet=quiet
     )
     return pair, bundle, Path(plans)
+
+
+def check_filters(recipe: Recipe, pair: Pair) -> None:
+    """Refuse a filter of alpha that fits no tensor of the target: mergekit would pass over it in silence."""
+    names = CheckpointReader(pair.target_folder).names()
+    if unknown := unmatched_filters(recipe.alpha, names):
+        raise RecipeError(
+            f"parameters.alpha: no tensor of the target has {unknown[0]!r} in its name; names look like "
+            f"{layer_tensor(0, 'mlp.up_proj.weight')!r} and {layer_tensor(0, 'self_attn.q_proj.weight')!r}."
+        )
 
 
 def check_place(plans: str | Path | None, device: str) -> None:

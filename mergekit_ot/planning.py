@@ -32,6 +32,9 @@ FLOAT32_LIMIT = 256 << 20
 #: Parameters from which a model is swept from memory at once; the sweep itself takes half a second.
 COLLECT_LIMIT = 10_000_000
 
+#: What is taken from the hub: the model, its tokenizer, and what states its licence.
+SNAPSHOT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "LICENCE*")
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -65,9 +68,7 @@ def _snapshot(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
-        )
+        return Path(snapshot_download(model, allow_patterns=list(SNAPSHOT)))
     except Exception as error:
         raise FileNotFoundError(f"{model!r} is neither a folder nor a model that the hub gives: {error}") from error
 

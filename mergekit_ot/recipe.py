@@ -11,9 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from mergekit_ot.alpha import DEFAULT_ALPHA
 from mergekit_ot.gate import DEFAULT_MIN_CONFIDENCE, GATES
 from mergekit_ot.settings import Calibration, PlanSettings, field_names
 
@@ -47,7 +49,7 @@ class Recipe:
 
     target: str
     donor: str
-    alpha: object = 0.1
+    alpha: object = DEFAULT_ALPHA
     calibration: Calibration | None = None
     settings: PlanSettings = field(default_factory=PlanSettings)
     plan: str = ""
@@ -132,7 +134,7 @@ def parse_recipe(document: object, *, folder: str | Path = ".", source: str = ""
     return Recipe(
         target=target,
         donor=donor,
-        alpha=check_alpha(parameters.get("alpha", 0.1)),
+        alpha=check_alpha(parameters.get("alpha", DEFAULT_ALPHA)),
         calibration=calibration,
         settings=_settings(parameters),
         plan=str(folder / plan) if plan else "",
@@ -166,7 +168,7 @@ def check_alpha(setting: object) -> object:
     return setting
 
 
-def _number(value: object, key: str) -> float:
+def _number(value: Any, key: str) -> float:
     try:
         number = float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError):

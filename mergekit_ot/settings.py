@@ -92,8 +92,8 @@ class PlanSettings:
             raise ValueError(f"modules must name distinct blocks of {list(MODULES)}, got {list(self.modules)}.")
         for module in self.modules:
             _choice("modules", module, MODULES)
-        number = isinstance(self.reg, int | float) and not isinstance(self.reg, bool)
-        if self.reg != "auto" and not (number and math.isfinite(self.reg) and self.reg > 0):
+        number = math.nan if isinstance(self.reg, str | bool) or not isinstance(self.reg, int | float) else self.reg
+        if self.reg != "auto" and not (math.isfinite(number) and number > 0):
             raise ValueError(f"reg must be 'auto' or a positive number, got {self.reg!r}.")
 
     def to_dict(self) -> dict:

@@ -152,9 +152,9 @@ def _solve_neurons(
     solver = settings.solver
     if solver == "auto":
         solver = "hard" if cost.numel() <= HARD_LIMIT else "entropic"
-    reg = settings.reg
-    if reg == "auto":
-        reg = auto_reg(correlation(x[:n_fit], x[:n_fit])) if solver != "hard" else 0.03
+    reg = 0.03 if isinstance(settings.reg, str) else settings.reg
+    if settings.reg == "auto" and solver != "hard":
+        reg = auto_reg(correlation(x[:n_fit], x[:n_fit]))
     plan = solve_plan(cost, solver=solver, reg=reg, name=f"neurons of layer {i}")
     pick = plan.coupling.argmax(dim=1)
     # A mixture of gates is not the gate of a mixture: every target neuron copies one donor neuron.
@@ -178,13 +178,14 @@ def _solve_heads(
     j: int,
     n_fit: int,
 ) -> dict:
-    sides = []
-    for store, layer in ((target, i), (donor, j)):
-        sides.append(HeadRows(*(store.read(f"{site}.{layer}", witness.device) for site in ("q", "k", "v", "o_in"))))
-    plan = solve_heads(*sides, witness, (i, j), n_fit)
+    x, y = (
+        HeadRows(*(store.read(f"{site}.{layer}", witness.device) for site in ("q", "k", "v", "o_in")))
+        for store, layer in ((target, i), (donor, j))
+    )
+    plan = solve_heads(x, y, witness, (i, j), n_fit)
     bundle.put_heads(i, plan)
     stream = donor.read(f"stream.{2 * j}", witness.device)
     null = [witness.null_values(j, stream, k) for k in range(NULL_DRAWS)]
-    found = [_value_correlation(sides[0].v, rows, plan.group_pick, witness, n_fit) for rows in (sides[1].v, *null)]
+    found = [_value_correlation(x.v, rows, plan.group_pick, witness, n_fit) for rows in (y.v, *null)]
     trust = compare_with_null(found[0], found[1:])
     return {"value_score": plan.score, "similarity": plan.similarity, "confidence": trust.to_dict()}

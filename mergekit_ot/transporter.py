@@ -7,18 +7,15 @@ carry the ratio of the two streams' scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from mergekit_ot.bundle import PlanBundle
 from mergekit_ot.heads import HeadPlan
 from mergekit_ot.paper import paper_weight
 from mergekit_ot.structure import ATTENTION_NORM, EMBEDDING, FINAL_NORM, HEAD, Structure, layer_tensor, split_name
+from mergekit_ot.witness import Reader, needed
 
 
-#: Reads a checkpoint tensor by name; `None` when the checkpoint has none of that name.
-Reader = Callable[[str], torch.Tensor | None]
 #: Gains below this share of the typical one cannot be divided out; the target keeps its weights there.
 SMALL_GAIN = 1e-3
 
@@ -91,7 +88,7 @@ class Transporter:
         maker = (
             self._up if module.startswith("mlp") else self._value if module.endswith("v_proj") else self._query_or_key
         )
-        target = self.read_target(layer_tensor(layer, f"{module}.weight")).float()
+        target = self._target(layer, f"{module}.weight").float()
         rows = maker(layer, module, "weight", target)
         if rows is None:
             return None
@@ -100,14 +97,22 @@ class Transporter:
 
     # --- tensors of the donor -------------------------------------------------------------------------------------
     def _donor(self, layer: int, part: str, like: torch.Tensor) -> torch.Tensor | None:
-        tensor = self.read_donor(layer_tensor(self.bundle.layer_map[layer], part))
+        place = self.bundle.layer_map[layer]
+        tensor = None if place is None else self.read_donor(layer_tensor(place, part))
         return None if tensor is None else tensor.to(device=like.device, dtype=_wide(like))
+
+    def _donor_weight(self, layer: int, part: str, like: torch.Tensor) -> torch.Tensor:
+        return needed(self._donor(layer, part, like), f"{part} of the donor layer for target layer {layer}")
+
+    def _target(self, layer: int, part: str) -> torch.Tensor:
+        name = layer_tensor(layer, part)
+        return needed(self.read_target(name), name)
 
     def _gain(self, side: str, layer: int, part: str, like: torch.Tensor) -> torch.Tensor:
         """Norm gain as a factor, `(width,)`."""
         if side == "donor":
-            return self._donor(layer, part, like) + self.b.family.norm_offset
-        return self.read_target(layer_tensor(layer, part)).to(like.device, _wide(like)) + self.a.family.norm_offset
+            return self._donor_weight(layer, part, like) + self.b.family.norm_offset
+        return self._target(layer, part).to(like.device, _wide(like)) + self.a.family.norm_offset
 
     # --- the two sides of a weight --------------------------------------------------------------------------------
     def _norms(self, module: str) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -177,7 +182,7 @@ class Transporter:
 
     def _output(self, layer: int, module: str, kind: str, target: torch.Tensor) -> torch.Tensor:
         plan: HeadPlan = self.bundle.heads(layer)
-        weight = self._donor(layer, f"{module}.{kind}", target)
+        weight = self._donor_weight(layer, f"{module}.{kind}", target)
         mix, axes = plan.mix.to(weight), plan.value_to_donor.to(weight)
         result = weight.new_zeros(weight.shape[0], self.a.n_heads, self.a.head_dim)
         for b, a in torch.nonzero(plan.mix > 1e-6).tolist():  # every donor head that target head `a` stands for
@@ -194,7 +199,7 @@ class Transporter:
         return self.bundle.sparse(f"layers.{layer}.neurons.to_target").left(weight)
 
     def _down(self, layer: int, module: str, kind: str, target: torch.Tensor) -> torch.Tensor:
-        weight = self._donor(layer, f"{module}.{kind}", target)
+        weight = self._donor_weight(layer, f"{module}.{kind}", target)
         columns = self.bundle.sparse(f"layers.{layer}.neurons.to_donor").right(weight)
         return self._write(columns, layer, target, (self.a.family.mlp_post_norm, self.b.family.mlp_post_norm))
 
@@ -205,15 +210,14 @@ class Transporter:
         roles = []
         if name == EMBEDDING:
             scale = self.bundle.info["embedding_scale"] * self.b.embedding_scale / self.a.embedding_scale
-            taken = self.read_donor(EMBEDDING)[donor_rows].to(target.device, _wide(target))
+            taken = needed(self.read_donor(EMBEDDING), EMBEDDING)[donor_rows].to(target.device, _wide(target))
             roles.append(self.bundle.dense("residual.to_target").left(taken.T).T * scale)
         if name == HEAD or self.a.tied:
             weight = self.read_donor(HEAD)
-            taken = (self.read_donor(EMBEDDING) if weight is None else weight)[donor_rows].to(
-                target.device, _wide(target)
-            )
+            weight = needed(self.read_donor(EMBEDDING), EMBEDDING) if weight is None else weight
+            taken = weight[donor_rows].to(target.device, _wide(target))
             gains = [
-                read(FINAL_NORM).to(taken) + shape.family.norm_offset
+                needed(read(FINAL_NORM), FINAL_NORM).to(taken) + shape.family.norm_offset
                 for read, shape in ((self.read_target, self.a), (self.read_donor, self.b))
             ]
             small = gains[0].abs() < SMALL_GAIN * gains[0].abs().median()

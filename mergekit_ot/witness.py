@@ -17,7 +17,19 @@ from mergekit_ot.procrustes import MapPair
 from mergekit_ot.structure import ATTENTION_NORM, Structure, layer_tensor
 
 
+#: Reads a checkpoint tensor by name; `None` when the checkpoint has none of that name.
 Reader = Callable[[str], torch.Tensor | None]
+
+
+def needed(tensor: torch.Tensor | None, name: str) -> torch.Tensor:
+    """The tensor; a checkpoint that lacks it is refused.
+
+    Raises:
+        `ValueError`: naming it.
+    """
+    if tensor is None:
+        raise ValueError(f"The checkpoint has no tensor {name!r}.")
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,8 @@ class Witness:
 
     def _tensor(self, side: str, layer: int, part: str) -> torch.Tensor:
         read = self.read_target if side == "target" else self.read_donor
-        return read(layer_tensor(layer, part)).to(self.device).float()
+        name = layer_tensor(layer, part)
+        return needed(read(name), name).to(self.device).float()
 
     def _readers(self, side: str, layer: int, part: str, norm: str) -> torch.Tensor:
         """Rows of a reading weight with its norm's gain folded, in the target's stream basis."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from optimum_freeact.commands.folder import new_folder
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.hf.quantizer import FreeActHfQuantizer
+from optimum_freeact.hf.saving import failed
 from optimum_freeact.modules.surgery import quantized_linears
 
 
@@ -29,6 +29,8 @@ def quantize(model: nn.Module, config: FreeActConfig) -> nn.Module:
     Raises:
         `ValueError`: for a model that is quantized already, and for all that [`FreeActConfig`] and calibration refuse.
     """
+    if not hasattr(model, "config"):
+        raise ValueError(f"{type(model).__name__} is no model of transformers: its config says how it is built.")
     present = getattr(model.config, "quantization_config", None)
     if present is not None or quantized_linears(model):
         raise ValueError(
@@ -50,8 +52,8 @@ def quantize(model: nn.Module, config: FreeActConfig) -> nn.Module:
 def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None, *, overwrite: bool = False) -> Path:
     """Save a model so that the folder appears whole or not at all.
 
-    `model.save_pretrained` writes into the folder itself, config first: when the disk is full, half a model stays. Here
-    everything is written beside it and moved into place at the end.
+    A quantized model's `save_pretrained` sees to its own files; here the tokenizer's are included, an existing folder is
+    kept unless `overwrite` is set, and any other model is saved so too.
 
     Args:
         model: A quantized model (or any other with `save_pretrained`).
@@ -73,14 +75,9 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None, *, 
         )
     try:
         with new_folder(folder) as fresh:
-            model.save_pretrained(fresh)
+            type(model).save_pretrained(model, fresh)
             if tokenizer is not None:
                 tokenizer.save_pretrained(fresh)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
-        parent = next(path for path in folder.absolute().parents if path.exists())
-        raise OSError(
-            f"Saving to {str(folder)!r} failed ({error}); nothing was left there. "
-            f"{shutil.disk_usage(parent).free / 1e6:.0f} MB are free, the model takes about "
-            f"{model.get_memory_footprint() / 1e6:.0f} MB: free space or name another folder."
-        ) from error
+        raise failed(model, folder, error) from error
     return folder

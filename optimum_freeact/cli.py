@@ -16,9 +16,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import NoReturn
 
 from optimum_freeact.commands.options import add_settings
 from optimum_freeact.presets import PRESETS
+from optimum_freeact.version import VERSION
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -26,10 +29,22 @@ EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
+class _Version(argparse.Action):
+    """`--version`: ours, and that of the libraries whose behaviour it depends on."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest) -> None:  # noqa: ARG002
+        import platform
+        from importlib.metadata import version
+
+        hosts = " ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+        print(f"hf-concord {VERSION} ({hosts}, python {platform.python_version()})")
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line instead of printing the usage."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(EXIT_WRONG_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -65,6 +80,7 @@ def _add_output(parser: argparse.ArgumentParser, what: str) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(prog="freeact", description="4-bit weights, activations and KV cache for transformers models.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and exit")
     add_commands(parser)
     return parser
 
@@ -125,16 +141,24 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 def command_named(name: str) -> Callable[[argparse.Namespace], int | None]:
     """The function that runs a subcommand; imports torch, transformers and the rest of the package."""
     if name == "quantize":
-        from optimum_freeact.commands.quantize import run
-    elif name == "evaluate":
-        from optimum_freeact.commands.evaluate import run
-    elif name == "inspect":
-        from optimum_freeact.commands.inspect import run
-    elif name == "export":
-        from optimum_freeact.commands.export import run
-    else:
-        from optimum_freeact.commands.compare import run
-    return run
+        from optimum_freeact.commands.quantize import run as quantize
+
+        return quantize
+    if name == "evaluate":
+        from optimum_freeact.commands.evaluate import run as evaluate
+
+        return evaluate
+    if name == "inspect":
+        from optimum_freeact.commands.inspect import run as inspect
+
+        return inspect
+    if name == "export":
+        from optimum_freeact.commands.export import run as export
+
+        return export
+    from optimum_freeact.commands.compare import run as compare
+
+    return compare
 
 
 @contextmanager
@@ -169,8 +193,18 @@ def ended_like_ctrl_c() -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (by default the process's); returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    if not words:
+        parser.print_help(sys.stderr)
+        return EXIT_WRONG_INPUT
     try:
-        args = build_parser().parse_args(arguments)
+        args, unknown = parser.parse_known_args(words)
+        if unknown:
+            known = ["--" + name.replace("_", "-") for name in vars(args)]
+            near = get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            parser.error(f"{args.command} does not know {' '.join(unknown)}{hint}")
     except SystemExit as stop:  # --help, or a line that cannot be read
         return int(stop.code or 0)
     return run(args)

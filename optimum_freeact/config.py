@@ -7,78 +7,10 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from optimum_freeact.config_checks import check_combinations, check_types, check_values
+from optimum_freeact.config_fields import DEFAULTS, FORMAT_VERSION, LOADING, RECORDED, RUNTIME
 from optimum_freeact.presets import PRESETS
-from optimum_freeact.type_rules import AUTO, check_names, check_rule
-
-
-FORMAT_VERSION = 2
-BITS = (4, 8, 16)
-CHOICES = {
-    "weight_bits": BITS,
-    "activation_bits": BITS,
-    "kv_bits": BITS,
-    "activation_symmetric": (True, False),
-    "transform": ("none", "hadamard", "kronecker", "orthogonal"),
-    "channel_scale": ("none", "smoothquant", "closed_form"),
-    "centring": ("none", "shared", "per_type"),
-    "rounding": ("rtn", "gptq"),
-    "calibration": ("closed_form", "learned"),
-    "learned_start": ("closed_form", "random"),
-    "learned_part": ("maps", "outputs"),
-    "error_correction": (True, False),
-    "propagate_error": (True, False),
-    "sequential": (True, False),
-    "rounding_order": ("energy", "columns"),
-    "rounding_noise": (True, False),
-    "exclusive": ("none", "fixed", "closed_form"),
-    "attention_compensation": (True, False),
-    "embedding_bits": (8, 16),
-}
-# what a preset may leave open
-DEFAULTS: dict[str, Any] = {
-    "weight_bits": 4,
-    "activation_bits": 4,
-    "kv_bits": 16,
-    "weight_group_size": None,
-    "activation_group_size": None,
-    "low_rank_budget": None,
-    "smooth_alpha": 0.5,
-    "learned_start": "closed_form",
-    "learned_part": "maps",
-    "learning_rate": 2e-3,
-    "epochs": 15,
-    "propagate_error": True,
-    "sequential": False,
-    "rounding_order": "energy",
-    "rounding_noise": True,
-    "n_samples": 32,
-    "seq_len": 512,
-    "batch_size": 4,
-    "seed": 0,
-    "damping": 0.01,
-    "modules_to_not_convert": None,
-    "type_rules": None,
-    "exclusive": "none",
-    "attention_compensation": False,
-    "discovered_types": 0,
-    "exclusive_share": 1 / 32,
-    "type_rank": 0,
-    "embedding_bits": 16,
-}
-# known only while calibrating; never written
-RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress", "typer", "across_processes")
-# may be given anew when a saved model is loaded
-LOADING = ("kv_bits", "typer")
-# written by the quantizer for those who load
-RECORDED = (
-    "input_groups",
-    "experts",
-    "cluster_table",
-    "exclusive_sizes",
-    "weight_dtype",
-    "cache_shapes",
-    "calibration_record",
-)
+from optimum_freeact.type_rules import AUTO
 
 
 class FreeActConfig(QuantizationConfigMixin):
@@ -150,6 +82,11 @@ class FreeActConfig(QuantizationConfigMixin):
             inputs have most energy first, or as they come (`"columns"`).
         rounding_noise (`bool`, *optional*, defaults to `True`): Whether GPTQ's moments hold the rounding noise of the
             activations.
+        rounding_shrinkage (`bool`, *optional*, defaults to `False`): Round, in the place of the weight, the one that predicts its
+            outputs best from inputs with the activations' rounding noise: shrunk where the noise is louder than the input. Each
+            linear's error falls and the model's rises, because what is shrunk everywhere adds up (docs/log.md).
+        rounding_refit (`bool`, *optional*, defaults to `False`): Fit the scales of groups to the codes that GPTQ found, and choose
+            every code once more.
         attention_compensation (`bool`, *optional*, defaults to `False`): Give the attention's output the moments that it has
             in full precision, by the weight of the linear that reads it (STaR-Quant; closed form, no cost when running).
         dataset (`str`, `list` or `torch.Tensor`, *optional*): Calibration data: a dataset name (needs `datasets` and a
@@ -206,104 +143,10 @@ class FreeActConfig(QuantizationConfigMixin):
         self.post_init()
 
     def post_init(self) -> None:
-        """Check every value once, and combinations that contradict each other."""
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed or type(value) is not type(allowed[0]):
-                raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
-        for name in ("n_samples", "seq_len", "batch_size", "epochs"):
-            self._check_int(name, minimum=1)
-        self._check_int("low_rank", minimum=0)
-        self._check_int("type_rank", minimum=0)
-        self._check_int("discovered_types", minimum=0)
-        if (
-            self.discovered_types == 1
-            or self.discovered_types > 256
-            or (self.discovered_types and self.typer is not None)
-        ):
-            raise ValueError(
-                f"discovered_types must be 0 or 2 to 256, and 0 with a typer, got {self.discovered_types}."
-            )
-        self._check_int("rounding_passes", minimum=0)
-        self._check_int("seed", minimum=0)
-        for name in ("weight_group_size", "activation_group_size"):
-            if getattr(self, name) is not None:
-                self._check_int(name, minimum=2)
-        if self.format_version == 1 and self.weight_group_size is not None:
-            raise ValueError(
-                "This checkpoint has format version 1 with weight_group_size set: its scales of groups were floats, which "
-                "this release does not read. Quantize the full-precision model again."
-            )
-        budget = self.low_rank_budget
-        if budget is not None and (
-            isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < 1
-        ):
-            raise ValueError(f"low_rank_budget must be None or a number between 0 and 1, got {budget!r}.")
-        for name in ("activation_clip", "weight_clip"):
-            value = getattr(self, name)
-            is_ratio = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
-            if value != "search" and not is_ratio:
-                raise ValueError(f"{name} must be 'search' or a number in (0, 1], got {value!r}.")
-        for name in ("damping", "learning_rate", "smooth_alpha"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a positive number, got {value!r}.")
-        self._check_types()
-        skipped = self.modules_to_not_convert
-        if skipped is not None and not (isinstance(skipped, list) and all(isinstance(s, str) for s in skipped)):
-            raise ValueError(f"modules_to_not_convert must be a list of module names, got {skipped!r}.")
-        outputs = self.calibration == "learned" and self.learned_part == "outputs"
-        if outputs and (self.weight_bits == 16 or self.learned_start == "random"):
-            raise ValueError(
-                "learned_part='outputs' tunes what stands behind weights rounded in closed form: use weight_bits 4 or 8 and "
-                f"learned_start='closed_form', or learned_part='maps'; got {self.weight_bits} and {self.learned_start!r}."
-            )
-        maps = self.calibration == "learned" and self.learned_part == "maps"
-        if maps and self.transform in ("none", "orthogonal"):
-            raise ValueError(
-                f"calibration='learned' learns Kronecker factors: use transform='kronecker' or 'hadamard' (as a start), "
-                f"got {self.transform!r}."
-            )
-        if self.sequential and (
-            self.calibration == "learned"
-            or self.error_correction
-            or self.attention_compensation
-            or not self.propagate_error
-        ):
-            raise ValueError(
-                "sequential=True goes with calibration='closed_form', propagate_error=True, error_correction=False and "
-                f"attention_compensation=False, got {self.calibration!r}, {self.propagate_error}, "
-                f"{self.error_correction} and {self.attention_compensation}."
-            )
-        if self.attention_compensation and (self.calibration == "learned" or self.error_correction):
-            raise ValueError(
-                "attention_compensation=True corrects a layer in closed form: it goes with calibration='closed_form' and "
-                f"error_correction=False, got {self.calibration!r} and {self.error_correction}."
-            )
-
-        if self.type_rank and (self.exclusive == "closed_form" or self.error_correction):
-            raise ValueError(
-                "type_rank > 0 gives types directions of their own in the branch: it goes with exclusive='none' or 'fixed' and "
-                f"error_correction=False, got {self.exclusive!r} and {self.error_correction}."
-            )
-
-    def _check_types(self) -> None:
-        if self.typer is not None and not callable(self.typer):
-            raise ValueError(f"typer must be a callable, got {self.typer!r}.")
-        if self.type_rules is not None:
-            if not isinstance(self.type_rules, dict):
-                raise ValueError(f"type_rules must be a dictionary, got {self.type_rules!r}.")
-            self.type_rules = {name: check_rule(name, rule) for name, rule in self.type_rules.items()}
-        self.token_types = check_names(self.token_types, self.type_rules, self.typer is not None)
-        shares = self.exclusive_share
-        shares = list(shares.values()) if isinstance(shares, dict) else [shares]
-        if any(isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 <= s <= 0.5 for s in shares):
-            raise ValueError(f"exclusive_share must lie in [0, 0.5], got {self.exclusive_share!r}.")
-
-    def _check_int(self, name: str, minimum: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+        """Check every value once, and combinations that contradict each other; type rules and names are completed."""
+        check_values(self)
+        check_types(self)
+        check_combinations(self)
 
     @property
     def n_types(self) -> int:

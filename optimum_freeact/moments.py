@@ -75,8 +75,9 @@ class Moments:
             self.second[kind] += rows.mT @ rows
             if y is not None:
                 other = self._about_shift(y.float(), chosen, n, kind)
-                self.sum_y[kind] += other.sum(0, dtype=torch.float64)
-                self.cross[kind] += other.mT @ rows
+                sum_y, cross = self.pair_sums
+                sum_y[kind] += other.sum(0, dtype=torch.float64)
+                cross[kind] += other.mT @ rows
 
     def _about_shift(self, x: torch.Tensor, chosen: torch.Tensor, n: int, kind: int) -> torch.Tensor:
         """The chosen rows less the type's shift; float64 where rows are few (they are cheap, and few rows vary little).
@@ -104,6 +105,17 @@ class Moments:
         """Kept sample rows of shape `(r, n_features)` (float32) and their types `(r,)`."""
         return torch.cat(self._rows), torch.cat(self._row_types)
 
+    @property
+    def pair_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of the paired rows and of their products with the others, about the shifts.
+
+        Raises:
+            `ValueError`: for moments that were made without `paired`.
+        """
+        if self.sum_y is None or self.cross is None:
+            raise ValueError("These moments hold no paired rows; make them with paired=True.")
+        return self.sum_y, self.cross
+
     def is_finite(self) -> bool:
         """Whether no NaN or inf was seen."""
         return bool(torch.isfinite(self.sum).all() and torch.isfinite(self.second).all())
@@ -120,8 +132,8 @@ class Moments:
     def mean_of_pair(self, kind: int | None = None) -> torch.Tensor:
         """Like [`mean`], of the paired rows `y`."""
         if kind is not None and self.count[kind] > 0:
-            return self.sum_y[kind] / self.count[kind] + self.shift[kind]
-        return self._overall(self.sum_y)
+            return self.pair_sums[0][kind] / self.count[kind] + self.shift[kind]
+        return self._overall(self.pair_sums[0])
 
     def covariance(self, kind: int, centre: torch.Tensor) -> torch.Tensor:
         """Mean of `(x - centre)^T (x - centre)` over one type, float64."""
@@ -129,7 +141,8 @@ class Moments:
 
     def cross_covariance(self, kind: int, centre_y: torch.Tensor, centre_x: torch.Tensor) -> torch.Tensor:
         """Mean of `(y - centre_y)^T (x - centre_x)` over one type, float64."""
-        return self._about(self.cross[kind], self.sum_y[kind], self.sum[kind], kind, centre_y, centre_x)
+        sum_y, cross = self.pair_sums
+        return self._about(cross[kind], sum_y[kind], self.sum[kind], kind, centre_y, centre_x)
 
     def _about(self, product, sum_left, sum_right, kind, centre_left, centre_right) -> torch.Tensor:
         """Mean product about two centres, from sums about the type's shift."""

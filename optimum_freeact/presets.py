@@ -76,7 +76,7 @@ PRESETS: dict[str, dict] = {
     "freeact": {
         "weight_group_size": 32,
         "activation_group_size": 16,
-        "low_rank": 32,
+        "low_rank": 48,
         "low_rank_budget": 0.049,
         **OURS,
     },

@@ -27,7 +27,12 @@ from optimum_freeact.type_state import Seen, TypeState
 
 def _past_length(arguments: dict[str, Any]) -> int | torch.Tensor:
     cache = cache_in(arguments)
-    return cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
+    if cache is None or not hasattr(cache, "get_seq_length"):
+        return 0
+    try:
+        return cache.get_seq_length()
+    except ValueError:  # recurrent states alone: there is a past, or there is none
+        return int(bool(cache.has_previous_state()))
 
 
 def sink_mask(arguments: dict[str, Any]) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ from benchmarks._results import problems, read
 from benchmarks.accuracy import run
 from benchmarks.accuracy.claims import QUALITY, claims, excess, expected
 from benchmarks.accuracy.jobs import CLAIMED, GRIDS, QUAROTS, SLICES, Job, Plan, Text, absent, bits
-from optimum_freeact.config import DEFAULTS
+from optimum_freeact.config_fields import DEFAULTS
 from optimum_freeact.presets import PRESETS
 from tools.results import MARK, table
 
@@ -222,6 +222,29 @@ def test_quarot_is_compared_as_published_strengthened_and_on_the_same_grids():
     assert not [job for job in narrow.jobs if "groups" in job.method]
 
 
+def test_learned_methods_may_be_left_to_some_schemes():
+    plan = a_plan(learned_schemes=("w4a4", "w4a4kv4"))
+    plan.presets()
+    learned = {setting for job in plan.jobs if job.is_learned for setting in job.settings}
+    assert learned == {"w4a4", "w4a4kv4"}
+    assert {"w4a16", "w4a8"} <= {setting for job in plan.jobs if not job.is_learned for setting in job.settings}
+    assert {job.method for job in plan.jobs if job.is_learned} == {"flatquant", "freeact-paper", "freeact-learned"}
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_variants_are_scored_between_what_is_calibrated_on_and_what_is_evaluated(name, tmp_path):
+    calibration, evaluation = SLICES[name]
+    text = Text(name, str(tmp_path / "text.txt"), calibration, evaluation).for_choosing()
+    assert calibration[1] <= text.evaluation
+    needed = 24 * 1024 * 4.5  # characters of the windows
+    assert text.evaluation + needed < evaluation
+    plan = a_plan(common={"model": "tiny", "model_path": "/m", "texts": (Text(name, "/t", calibration, evaluation),)})
+    plan.variants()
+    assert {job.texts[0].evaluation for job in plan.jobs} == {text.evaluation}
+    assert plan.jobs[0].group == "full"
+    assert {job.method for job in plan.jobs[1:]} > {"freeact", "freeact low_rank=32"}
+
+
 def test_the_sweep_holds_all_pairs_of_groups_once():
     plan = a_plan()
     plan.sweep([576, 1536])
@@ -290,6 +313,25 @@ def test_miniature_end_to_end(commit, tmp_path, capsys):
     assert read(tmp_path / "accuracy.json")["rows"] == rows
 
 
+def test_methods_that_a_change_does_not_touch_may_come_from_an_earlier_commit(commit, tmp_path, monkeypatch):
+    assert tiny_run(tmp_path, "--only", "rtn,quarot", "--schemes", "w4a4") == 0
+    before = read(tmp_path / "accuracy.json")["rows"]
+    monkeypatch.setenv("CONCORD_COMMIT", "f" * 40)
+    words = ["--tiny", "--out", str(tmp_path / "new"), "--rows", str(tmp_path / "new.jsonl"), "--schemes", "w4a4"]
+    words += ["--only", "rtn,quarot", "--earlier", str(tmp_path / "rows.jsonl"), "--earlier-methods", "fp,quarot"]
+    assert run.main([*words, "--limit-seconds", "0"]) == 1  # nothing is run: round to nearest is missing
+    document = read(tmp_path / "new" / "accuracy.json")
+    assert document["commit"] == "f" * 40
+    for row in document["rows"]:
+        if row["metric"] in ("nll", "size_ratio"):
+            assert (row["value"] is None) == (row["method"] == "rtn")
+            assert ("measured at 0123456789" in row["note"]) == (row["method"] != "rtn")
+    values = {(r["method"], r["metric"], r.get("text")): r["value"] for r in before}
+    kept = [row for row in document["rows"] if row["method"] == "quarot"]
+    assert len(kept) > 3
+    assert all(values[row["method"], row["metric"], row.get("text")] == row["value"] for row in kept)
+
+
 def test_a_failing_job_is_listed_and_the_rest_is_written(commit, tmp_path, monkeypatch, capsys):
     perform = run.perform
 
@@ -306,6 +348,9 @@ def test_a_failing_job_is_listed_and_the_rest_is_written(commit, tmp_path, monke
     assert [row["value"] for row in lost] == [None, None]
     assert lost[0]["note"] == "RuntimeError: no memory in deep.py"
     assert any(row["method"] == "rtn" and row["value"] for row in document["rows"])
+    # assembled again without time to run anything, the reason is still there
+    assert tiny_run(tmp_path, "--only", "rtn,quarot", "--schemes", "w4a4", "--limit-seconds", "0") == 1
+    assert read(tmp_path / "accuracy.json")["rows"] == document["rows"]
     assert "not measured: tiny quarot w4a4" in capsys.readouterr().out
 
 

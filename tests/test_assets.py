@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -190,13 +191,39 @@ def test_brown_tags_are_stripped_and_punctuation_rejoined(tmp_path):
     assert (tmp_path / "text.txt").read_text() == '"Hello, you (both)", said and/or. Bye!\n\nSecond text.\n'
 
 
-def test_debian_package_is_read_without_its_tools(tmp_path):
-    inner = tar({"./usr/doc/a.html": b"<p>A</p>", "./usr/bin/x": b"no"}, "w:xz")
-    blob = b"!<arch>\n"
+def deb(members: dict[str, bytes]) -> bytes:
+    inner, blob = tar(members, "w:xz"), b"!<arch>\n"
     for name, data in (("debian-binary", b"2.0"), ("data.tar.xz", inner)):
         blob += (
             f"{name:<16}{0:<12}{0:<6}{0:<6}{644:<8}{len(data):<10}".encode() + b"`\n" + data + b"\n" * (len(data) % 2)
         )
+    return blob
+
+
+def test_sources_of_a_library_come_in_order_without_tests(tmp_path):
+    files = {
+        "b/c.go": "second\n",
+        "a/x.go": "first é".encode(),
+        "a/x_test.go": "",
+        "a/testdata/y.go": "",
+        "vendor/a/z.go": "",
+        "a/x.s": "",
+        "other/x.go": "",
+    }
+    archive = tmp_path / "a.deb"
+    archive.write_bytes(
+        deb({f"./src/{name}": text if isinstance(text, bytes) else text.encode() for name, text in files.items()})
+    )
+    assets._sources("src/", ("a/", "b/"), ".go")([archive], tmp_path)
+    lines = (tmp_path / "files.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"path": "a/x.go", "text": "first é"},
+        {"path": "b/c.go", "text": "second\n"},
+    ]
+
+
+def test_debian_package_is_read_without_its_tools(tmp_path):
+    blob = deb({"./usr/doc/a.html": b"<p>A</p>", "./usr/bin/x": b"no"})
     archive = tmp_path / "a.deb"
     archive.write_bytes(blob)
     assert assets._deb_members(archive, "usr/doc/") == {"usr/doc/a.html": b"<p>A</p>"}
@@ -220,8 +247,6 @@ def test_paragraphs_lose_markup_and_short_ones():
 
 
 def test_smollm2_is_an_ordinary_bfloat16_checkpoint(smollm2):
-    import json
-
     from safetensors import safe_open
 
     config = json.loads((smollm2 / "config.json").read_text())

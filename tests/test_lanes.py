@@ -28,6 +28,27 @@ def test_every_job_runs_once_on_the_lanes_gpu(lanes):
     assert {gpu for _, gpu in done} == ({"0", "1"} if lanes > 1 else {"0"})
 
 
+def test_a_lane_takes_the_first_job_that_may_start_and_the_first_of_all_where_none_may():
+    order, running, lock = [], set(), threading.Lock()
+
+    def may_start(job):
+        free = job > 2 or not running
+        if job <= 2 and free:
+            running.add(job)
+        return free
+
+    def work(job, gpu):
+        order.append(job)
+        time.sleep(0.05 if job <= 2 else 0.005)
+        with lock:
+            running.discard(job)
+
+    run_in_lanes(range(5), 2, [""], work, may_start)
+    assert sorted(order) == list(range(5))
+    assert order[:3] == [0, 3, 4]  # one of the first three at a time, while there are others
+    assert {1, 2} == set(order[3:])
+
+
 def test_a_cpu_has_one_lane_without_a_gpu_and_a_given_choice_is_kept(monkeypatch):
     assert gpus("cpu") == [""]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")

@@ -67,7 +67,15 @@ OPTIONAL = {
 # From cellar to roof; a file that stands on no floor here is not checked for direction, only for circles.
 FLOORS = {
     "optimum_freeact": [
-        ["numerics/*.py", "config.py", "cache_name.py", "type_rules.py", "type_state.py", "token_types.py"],
+        [
+            "numerics/*.py",
+            "config.py",
+            "config_*.py",
+            "cache_name.py",
+            "type_rules.py",
+            "type_state.py",
+            "token_types.py",
+        ],
         ["moments.py", "transforms/*.py", "rounding/*.py", "kernels/*.py"],
         ["modules/*.py", "models/*.py"],
         ["calibration/*.py"],

@@ -246,14 +246,16 @@ def test_marks_are_filled_and_filling_is_stable(folder):
     page = (
         "A\n<!-- results:toy setting=w4a4 --><!-- /results -->\nratio "
         "<!-- results:toy claim=toy.ratio digits=2 -->9<!-- /results -->, nll "
-        "<!-- results:toy value method=theirs -->?<!-- /results -->.\n<!-- results:toy claims -->old<!-- /results -->\n"
+        "<!-- results:toy value method=theirs -->?<!-- /results -->, with its goal "
+        "<!-- results:toy claim=toy.ratio digits=2 verdict --><!-- /results -->.\n<!-- results:toy claims -->stale<!-- /results -->\n"
     )
     filled = results.fill(page, folder)
     assert "-->\n| method | w4a4 |\n" in filled
     assert "ratio <!-- results:toy claim=toy.ratio digits=2 -->0.37<!-- /results -->, nll" in filled
-    assert "method=theirs -->3<!-- /results -->." in filled
+    assert "method=theirs -->3<!-- /results -->, with" in filled
+    assert "verdict -->0.37 (<= 0.5: holds)<!-- /results -->." in filled
     assert "| `toy.ratio` | 0.3667 | <= 0.5 | pass |" in filled
-    assert "old" not in filled
+    assert "stale" not in filled
     assert results.fill(filled, folder) == filled
 
 

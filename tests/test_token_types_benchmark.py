@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks._results import problems, read
-from benchmarks.token_types import run, runner
+from benchmarks.token_types import cost_claims, run, runner
 from benchmarks.token_types.claims import claims, losses, won_back
 from benchmarks.token_types.methods import CLAIMED, METHODS, bits
 from benchmarks.token_types.plan import plan, timing
@@ -71,9 +71,10 @@ def test_time_and_share_of_the_types():
     head = {"model": "diffusion", "method": "freeact", "setting": "w4a4", "seed": 0}
     rows = [{**head, "metric": "three_types_time_ratio", "value": v} for v in (1.01, 1.03)]
     rows.append({**head, "metric": "per_type_parameter_share", "value": 0.004})
+    (slowest,) = cost_claims.claims(rows)
+    assert (slowest["value"], slowest["holds"]) == (1.03, False)
     found = by_id(rows)
-    assert found["token_types.three_types_time_ratio"]["value"] == 1.03
-    assert not found["token_types.three_types_time_ratio"]["holds"]
+    assert "token_types.three_types_time_ratio" not in found
     assert found["token_types.per_type_parameter_share"]["holds"]
 
 
@@ -135,6 +136,132 @@ def test_jobs_wait_for_their_model_and_the_timing_is_alone(tmp_path, monkeypatch
     assert "broken" in capsys.readouterr().out
 
 
+class FullWorker(FakeWorker):
+    """Has memory for two jobs at a time."""
+
+    def ask(self, job, seconds):  # noqa: ARG002
+        beside = self.running.setdefault(self.gpu, [])
+        self.log.append((self.gpu, job, list(beside)))
+        beside.append(job)
+        time.sleep(0.02)
+        full = len(beside) > 2
+        beside.remove(job)
+        return {"error": "OutOfMemoryError: CUDA out of memory. Process 7"} if full else {"rows": []}
+
+
+def test_a_job_that_finds_no_memory_comes_again_among_fewer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "Worker", FullWorker)
+    monkeypatch.setattr(runner, "gpus", lambda _: ["0"])
+    monkeypatch.setattr(FullWorker, "log", [])
+    monkeypatch.setattr(runner, "TRIES", 100)
+    options = run.parser().parse_args(["--device", "cuda", "--work", str(tmp_path), "--models", "vlm", "--no-timing"])
+    options.rows = tmp_path / "rows.jsonl"
+    training, jobs = plan(options, {})
+    kept = []
+    done = runner.Runner(options, "0" * 40, lambda: kept.append(1))
+    done.run([*training, *jobs], 6)
+    assert set(done.told) == {job.key for job in [*training, *jobs]}
+    assert len(kept) == len(done.told)
+    assert done.failures == {}
+    assert "no memory for vlm" in capsys.readouterr().out
+    again = [len(beside) for _, _, beside in FullWorker.log[-10:]]
+    assert max(again) <= 1
+
+
+def test_a_job_that_never_finds_memory_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "Worker", FakeWorker)
+    monkeypatch.setattr(runner, "gpus", lambda _: ["0"])
+    answer = {"error": "RuntimeError: cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"}
+    asked = []
+    monkeypatch.setattr(FakeWorker, "ask", lambda _, job, __: asked.append(job) or answer)
+    options = run.parser().parse_args(["--device", "cuda", "--work", str(tmp_path), "--models", "vlm", "--no-timing"])
+    options.rows = tmp_path / "rows.jsonl"
+    training, jobs = plan(options, {})
+    done = runner.Runner(options, "0" * 40)
+    done.run([*training, *jobs], 3)
+    assert asked == training * runner.TRIES
+    assert list(done.failures) == [training[0].key]
+
+
+def test_the_cost_of_types_is_measured_alone(tmp_path):
+    from benchmarks.token_types import cost
+
+    small = ["--shapes", "135m", "--tokens", "3", "--repeats", "2", "--threads", "1"]
+    assert cost.main(["--device", "cpu", *small, "--out", str(tmp_path)]) == 0
+    document = read(tmp_path / "token_types_cost_cpu.json")
+    assert problems(document) == []
+    assert document["claims"] == []  # the claim is about a GPU
+    assert [entry["id"] for entry in cost_claims.claims(document["rows"])] == ["token_types.three_types_time_ratio"]
+    same = [row["value"] for row in document["rows"] if row["metric"] == "mixed_batch_differences_same"]
+    assert same == [0, 0]
+
+
+def test_lanes_may_differ_by_gpu():
+    assert runner.spread(["a", "b"], 3) == ["a", "b", "a"]
+    assert runner.spread(["a", "b"], [3, 1]) == ["a", "b", "a", "a"]
+    assert runner.spread(["a"], [2, 9]) == ["a", "a"]
+    assert run.slots("9,4", 2) == [9, 4]
+    assert (run.slots(None, 2), run.slots("0", 2)) == (2, 0)
+
+
+def test_a_result_tells_how_it_was_made_but_not_where(monkeypatch):
+    monkeypatch.setattr(
+        run._results, "command_line", lambda: "python run.py --jobs 4 --work /tmp/x --seeds 0 --out out"
+    )
+    assert run.command() == "python run.py --jobs 4 --seeds 0"
+
+
+def test_a_value_that_is_no_number_is_a_row_with_a_reason():
+    from benchmarks.token_types.table import finite
+
+    assert finite({"metric": "masked_nll", "value": 1.0}) == {"metric": "masked_nll", "value": 1.0}
+    assert finite({"metric": "masked_nll", "value": float("nan")})["value"] is None
+    assert "nan" in finite({"metric": "masked_nll", "value": float("nan")})["note"]
+
+
+def test_losses_of_parts_sum_to_that_of_the_batch():
+    from benchmarks.token_types.diffusion import adapt, descend, diffusion_losses
+    from tests.helpers.tiny_models import tiny
+
+    model = adapt(tiny("llama"), 103)
+    ids = torch.randint(0, 100, (6, 16), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for part in (6, 4):
+        model.zero_grad()
+        loss = descend(diffusion_losses(model, ids, torch.Generator().manual_seed(1), part))
+        found[part] = float(loss), model.lm_head.weight.grad.clone()
+    assert found[4][0] == pytest.approx(found[6][0], rel=1e-5)
+    assert torch.allclose(found[4][1], found[6][1], atol=1e-6)
+
+
+def test_a_picture_apart_is_what_the_cache_holds(tmp_path):
+    """Half of each training batch: logits of the caption as if start and picture had come through a cache."""
+    from transformers import AutoModelForCausalLM
+
+    from benchmarks.token_types import vision
+    from benchmarks.token_types.sizes import TINY
+    from benchmarks.token_types.tiny import tiny_inputs
+    from benchmarks.token_types.vision_world import scenes_of
+    from optimum_freeact.cache_name import cache_name
+
+    measure = {**TINY["three_types"], **tiny_inputs(tmp_path)}
+    scenes = scenes_of(measure)
+    source = AutoModelForCausalLM.from_pretrained(measure["source"], dtype=torch.float32)
+    model = vision.assemble(source, scenes.image_id, measure["mask_id"], measure["sight"]).eval()
+    inputs = scenes.inputs(scenes.draw(3, torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        apart = model(**vision.with_head_apart(inputs, torch.arange(2)), use_cache=False).logits[:, vision.HEAD :]
+        head = {name: value[:, : vision.HEAD] for name, value in inputs.items() if name != "pixel_values"}
+        told = model(**head, pixel_values=inputs["pixel_values"], use_cache=True)
+        rest = {"input_ids": inputs["input_ids"][:, vision.HEAD :], "attention_mask": inputs["attention_mask"]}
+        cached = model(**rest, **{cache_name(model): told.past_key_values}, use_cache=True).logits
+        whole = model(**inputs, use_cache=False).logits[:, vision.HEAD :]
+    real = inputs["attention_mask"][:, vision.HEAD :].bool()
+    assert torch.allclose(apart[:2][real[:2]], cached[:2][real[:2]], atol=1e-4)
+    assert torch.allclose(apart[2][real[2]], whole[2][real[2]], atol=1e-4)
+    assert not torch.allclose(apart[0][real[0]], whole[0][real[0]], atol=1e-4)
+
+
 def test_what_claims_need_comes_first():
     options = run.parser().parse_args(["--device", "cuda", "--train-seconds", "diffusion=5,vlm=7"])
     options.work = Path("work")
@@ -194,8 +321,8 @@ def test_the_miniature_of_the_others_runs_whole(tmp_path):
         model: {row["metric"] for row in rows if (row["model"], row["method"]) == (model, "freeact")}
         for model in notes
     }
-    assert {"caption_nll", "exact_match", "retrieval_accuracy"} < metrics["vlm"]
-    assert {"masked_nll", "masked_accuracy", "exact_match"} < metrics["three_types"]
+    assert {"caption_nll", "caption_accuracy", "exact_match", "retrieval_accuracy"} < metrics["vlm"]
+    assert {"masked_nll", "masked_accuracy", "caption_accuracy", "exact_match"} < metrics["three_types"]
 
 
 def test_scenes_show_what_their_captions_say(tmp_path):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -303,8 +304,6 @@ CONCEPT_GROUPS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Object
 
 def _concepts(archives: list[Path], folder: Path) -> None:
     """Names and keywords of the same concepts in every CLDR language that has them, with their emoji group."""
-    import json
-
     table: dict[str, dict[str, dict]] = {}
     with tarfile.open(archives[0]) as package:
         for member in package:
@@ -336,8 +335,6 @@ PICTURE_SIZE = 32
 
 def _pictures(archives: list[Path], folder: Path) -> None:
     """Emoji of everyday things on white, small, as one array, and their names in the same order."""
-    import json
-
     import numpy
     from PIL import Image
 
@@ -360,7 +357,94 @@ def _pictures(archives: list[Path], folder: Path) -> None:
     (folder / "names.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
 
 
+def _sources(root: str, folders: tuple[str, ...], suffix: str) -> Callable[[list[Path], Path], None]:
+    """Unpack the source files of a language's standard library: `files.jsonl` with path and text, tests left out."""
+
+    def unpack(archives: list[Path], folder: Path) -> None:
+        found = _deb_members(archives[0], root)
+        with (folder / "files.jsonl").open("w", encoding="utf-8") as sink:
+            for path in sorted(found):
+                name = path.removeprefix(root)
+                tested = name.endswith(f"_test{suffix}") or {"tests", "testdata", "vendor"} & set(name.split("/"))
+                if name.startswith(folders) and name.endswith(suffix) and not tested:
+                    text = found[path].decode("utf-8", errors="ignore")
+                    sink.write(json.dumps({"path": name, "text": text}, ensure_ascii=False) + "\n")
+
+    return unpack
+
+
+GO_FOLDERS = (
+    *(
+        "archive",
+        "bufio",
+        "bytes",
+        "compress",
+        "container",
+        "context",
+        "crypto",
+        "database",
+        "debug",
+        "embed",
+        "encoding",
+    ),
+    *(
+        "errors",
+        "expvar",
+        "flag",
+        "fmt",
+        "go",
+        "hash",
+        "html",
+        "image",
+        "index",
+        "io",
+        "log",
+        "math",
+        "mime",
+        "net",
+        "os",
+    ),
+    *(
+        "path",
+        "plugin",
+        "reflect",
+        "regexp",
+        "runtime",
+        "sort",
+        "strconv",
+        "strings",
+        "sync",
+        "syscall",
+        "text",
+        "time",
+    ),
+)
+
+
 ASSETS |= {
+    "rust-std": Asset(
+        (
+            Package(
+                "apt", "rust-src", "1.63.0+dfsg1-2", "410b8c6d464cabbe5fb3154ab8c3d374980dd597fbe7e3b7bb3ed8dd1bf11e25"
+            ),
+        ),
+        _sources("usr/src/rustc-1.63.0/library/", ("alloc/src/", "core/src/", "std/src/"), ".rs"),
+        "MIT or Apache-2.0",
+        "Rust's standard library: its alloc, core and std",
+    ),
+    "go-std": Asset(
+        (
+            Package(
+                "apt",
+                "golang-1.19-src",
+                "1.19.8-2",
+                "2dfa82fe4f08f4e0193c532e561af4c91871f5235608f04f2bb8d57bb288df5a",
+            ),
+        ),
+        _sources("usr/share/go-1.19/src/", tuple(f"{name}/" for name in GO_FOLDERS), ".go"),
+        "BSD-3-Clause",
+        "Go's standard library",
+    ),
     "pictures": Asset(
         (
             Package(

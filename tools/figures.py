@@ -84,7 +84,36 @@ def transport(figure) -> None:
     axes.legend(frameon=False)
 
 
-FIGURES = {"centring": centring, "consistency": consistency, "transport": transport}
+def overview(figure) -> None:
+    """Which library each package plugs into, by what, and how checkpoints go from one to the next."""
+    from matplotlib.patches import FancyBboxPatch
+
+    axes = figure.subplots()
+    figure.set_size_inches(8.4, 2.3)
+    axes.set(xlim=(0, 12.6), ylim=(0, 3.3))
+    axes.axis("off")
+    boxes = (
+        ("mergekit", "mergekit_ot", "merge_method: transport", "a donor of any size and\nfamily, by transport plans", "#559944"),
+        ("TRL", "trl_mlc", "MLCDPOTrainer(...)", "a preference taught in one\nlanguage, carried to others", "#cc5533"),
+        ("transformers", "optimum_freeact", "FreeActConfig(...)", "4-bit weights, activations\nand cache, in closed form", "#3366aa"),
+    )  # fmt: skip
+    for number, (host, package, line, does, colour) in enumerate(boxes):
+        left = 0.1 + 4.2 * number
+        axes.add_patch(
+            FancyBboxPatch((left, 0.15), 3.6, 2.35, "round,pad=0,rounding_size=0.15", fc="white", ec=colour, lw=1.6)
+        )
+        axes.text(left + 1.8, 2.95, host, ha="center", va="center", color="0.35", fontsize=9)
+        axes.plot([left + 1.8] * 2, [2.5, 2.72], color=colour, lw=1.6)
+        axes.text(left + 1.8, 2.12, package, ha="center", va="center", color=colour, fontsize=11, weight="bold")
+        axes.text(left + 1.8, 1.55, line, ha="center", va="center", family="monospace", fontsize=8)
+        axes.text(left + 1.8, 0.75, does, ha="center", va="center", color="0.2", fontsize=8.5)
+        if number < 2:
+            axes.annotate(
+                "", (left + 4.15, 1.35), (left + 3.65, 1.35), arrowprops={"arrowstyle": "->", "color": "0.4"}
+            )
+
+
+FIGURES = {"overview": overview, "centring": centring, "consistency": consistency, "transport": transport}
 
 
 def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:

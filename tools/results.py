@@ -10,6 +10,7 @@ written by `update`:
     <!-- results:accuracy metric=perplexity model=smollm2 rows=method columns=setting -->  ...  <!-- /results -->
     <!-- results:accuracy claims -->  ...  <!-- /results -->         all claims of a benchmark, as a table
     <!-- results:accuracy claim=accuracy.smollm2.size_ratio -->  ...  <!-- /results -->        one claim's value, inline
+    <!-- results:accuracy claim=accuracy.smollm2.size_ratio verdict -->  ...        the same with its goal, and whether it holds
     <!-- results:accuracy value metric=nll method=fp -->  ...  <!-- /results -->        one measurement, inline
 
 In a table, `rows` and `columns` (default `method` and `setting`; several fields with commas) span it, `digits` (default
@@ -64,13 +65,19 @@ def table(document: dict, options: list[str]) -> str:
     """Markdown for one marked place; `options` are the words after the benchmark's name."""
     flags = {word for word in options if "=" not in word}
     chosen = dict(word.split("=", 1) for word in options if "=" in word)
-    if unknown := flags - {"claims", "value"}:
-        raise ValueError(f"Unknown word {sorted(unknown)} in a results mark; known: claims, value, field=value.")
+    if unknown := flags - {"claims", "value", "verdict"}:
+        raise ValueError(
+            f"Unknown word {sorted(unknown)} in a results mark; known: claims, value, verdict, field=value."
+        )
     digits = int(chosen.pop("digits", 4))
     if "claims" in flags:
         return _claims_table(document, digits)
     if "claim" in chosen:
-        return number(_one(document["claims"], "id", chosen["claim"])["value"], digits)
+        found = _one(document["claims"], "id", chosen["claim"])
+        value, goal = number(found["value"], digits), number(found["target"], digits)
+        if "verdict" not in flags:
+            return value
+        return f"{value} ({found['compare']} {goal}: {'holds' if found['holds'] else '**falls short**'})"
     span = {key: chosen.pop(key, default).split(",") for key, default in (("rows", "method"), ("columns", "setting"))}
     rows = _select(document["rows"], chosen)
     if "value" in flags:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("optimum_freeact", "trl_mlc", "mergekit_ot")
 ADOPTED = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
+PICTURE = re.compile(r"!\[([^\]]*)\]\((docs/[^)\s]+)\)")  # only files outside docs/ name one so
 REFERENCE = re.compile(r"\[<code>~?([\w.]+)</code>\]")
 
 
@@ -66,7 +67,11 @@ def relink(markdown: str, page: str, pages: set[str]) -> str:
         return f"{text} (`{place}`)" if (ROOT / place).exists() else match.group()
 
     parts = re.split(r"(```.*?```)", markdown, flags=re.DOTALL)
-    return "".join(part if part.startswith("```") else LINK.sub(replace, part) for part in parts)
+
+    def shown(match: re.Match) -> str:
+        return f"![{match[1]}]({posixpath.relpath(match[2], posixpath.join('docs', here))})"
+
+    return "".join(part if part.startswith("```") else PICTURE.sub(shown, LINK.sub(replace, part)) for part in parts)
 
 
 # ---------------------------------------------------------------- mkdocs calls these by name

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 from trl_mlc.losses import SIGMA_NORMS, SOLVERS
 from trl_mlc.pooling import POOLINGS
+
+
+if TYPE_CHECKING:
+    Layer = str | int
+else:
+    Layer = str  # what the command line's parser reads; a number is taken out of it
 
 
 OBJECTIVES = ("rank1", "cosine", "none")
@@ -83,14 +90,16 @@ class MLCArguments:
         mlc_max_length (`int`, *optional*, defaults to 512):
             A longer prompt is left out of its group, and counted in a warning. It is never truncated: the last token
             must be the end of the prompt.
-        mlc_buckets (`int`, *optional*, defaults to 6):
-            Most forwards that prompts are divided into by length; 1 where parameters are sharded.
+        mlc_buckets (`int`, *optional*, defaults to 0):
+            0 lays the prompts end to end and runs them in one forward without padding, where the model keeps them apart
+            (it is tried at the start; 6 where it does not). Else the most forwards that prompts are divided into by
+            length. 1 where parameters are sharded.
         mlc_in_eval_loss (`bool`, *optional*, defaults to `False`):
             Add the term to `eval_loss`; it is logged as `eval_mlc/loss` either way.
     """
 
     mlc_weight: float = _option(0.8, "Weight of the consistency term; 0 is the stock trainer, bit for bit.")
-    mlc_layer: str = _option("auto", "Index into hidden_states, or 'auto' to choose it by retrieval.")
+    mlc_layer: Layer = _option("auto", "Index into hidden_states, or 'auto' to choose it by retrieval.")
     mlc_scan_prompts: int = _option(64, "Training rows used by mlc_layer='auto' and for the first language means.")
     mlc_pooling: str = _option("last", "'last' token of the prompt or 'mean' of its tokens.")
     mlc_objective: str = _option("rank1", "'rank1' (the paper's loss) or 'cosine' (its ablation).")
@@ -114,7 +123,7 @@ class MLCArguments:
     mlc_languages: list[str] | None = _option(None, "Languages to use from the column; all, if not given.")
     mlc_anchor: str = _option("en", "Language of the prompt column.")
     mlc_max_length: int = _option(512, "Longer prompts are left out of their group, never truncated.")
-    mlc_buckets: int = _option(6, "Most forwards that the prompts are divided into by length.")
+    mlc_buckets: int = _option(0, "Most forwards the prompts are divided into by length; 0: one without padding.")
     mlc_in_eval_loss: bool = _option(False, "Add the term to eval_loss.")
 
     def __post_init__(self):
@@ -181,7 +190,7 @@ _LOWEST = {
     "mlc_every": 1,
     "mlc_languages_per_step": 2,
     "mlc_max_length": 1,
-    "mlc_buckets": 1,
+    "mlc_buckets": 0,
 }
 
 

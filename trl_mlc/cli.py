@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 
 #: Errors that say all a user needs; anything else is a defect and keeps its traceback (as all do if the environment
 #: has TRL_MLC_TRACEBACK).
 EXPECTED = (ValueError, OSError, TypeError)
+FIGURES = (".png", ".svg", ".pdf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 USAGE = """usage: trl-mlc {sft,dpo,evaluate,scan} [--config FILE.yaml] [options]
 
@@ -57,6 +61,9 @@ class ReadOptions(DataOptions):
         default=None, metadata={"help": "Languages besides the anchor; all if absent."}
     )
     dtype: str = field(default="auto", metadata={"help": "Weights: auto, float32, bfloat16."})
+    device: str = field(
+        default="auto", metadata={"help": "Where the model runs: auto (a GPU if there is one), cpu, ..."}
+    )
     output: str | None = field(default=None, metadata={"help": "Write the result here as JSON."})
     figure: str | None = field(default=None, metadata={"help": "Draw the result here (.png, .svg, .pdf)."})
 
@@ -91,11 +98,18 @@ def load_rows(options):
         raise ValueError("Name the rows with --dataset_name: a file, a folder or a hub dataset.")
     path = Path(options.dataset_name)
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
-    if kind is not None:
-        data = load_dataset(kind, data_files=str(path), split=options.dataset_split)
-    else:
-        data = load_dataset(options.dataset_name, name=options.dataset_config, split=options.dataset_split)
+    try:
+        if kind is not None:
+            data = load_dataset(kind, data_files=str(path), split=options.dataset_split)
+        else:
+            data = load_dataset(options.dataset_name, name=options.dataset_config, split=options.dataset_split)
+    except StopIteration:  # what `datasets` makes of an empty file
+        data = ()
+    if len(data) == 0:
+        raise ValueError(f"{options.dataset_name} has no rows in split {options.dataset_split!r}.")
     if options.limit is not None:
+        if options.limit < 1:
+            raise ValueError(f"--limit must be at least 1, got {options.limit}.")
         data = data.select(range(min(options.limit, len(data))))
     return data if options.flat_prefix is None else from_flat_columns(data, options.flat_prefix)
 
@@ -105,24 +119,76 @@ def load_eval_rows(options: TrainOptions):
     other = options.eval_dataset_name is not None
     split = options.eval_dataset_split or ("train" if other else "test")
     name = options.eval_dataset_name if other else options.dataset_name
-    return load_rows(replace(options, dataset_name=name, dataset_split=split, limit=None))
+    try:
+        return load_rows(replace(options, dataset_name=name, dataset_split=split, limit=None))
+    except ValueError as error:
+        raise ValueError(
+            f"No rows for evaluation: {error} Name some with --eval_dataset_name and --eval_dataset_split, or leave "
+            "eval_strategy at 'no'."
+        ) from error
 
 
 def _parse(types: tuple, arguments: list[str], command: str):
     from trl import TrlParser
 
-    return TrlParser(types, prog=f"trl-mlc {command}").parse_args_and_config(arguments)
+    try:
+        return TrlParser(types, prog=f"trl-mlc {command}").parse_args_and_config(arguments)
+    except ValueError:
+        known = ["--" + option.name for kind in types for option in fields(kind)]
+        names = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+        for name in names:
+            near = get_close_matches(name, known, n=1, cutoff=0.8)
+            if name not in known and near and name != "--config":
+                raise ValueError(f"{command} has no option {name}; did you mean {near[0]}?") from None
+        raise
+
+
+@contextmanager
+def _loading(name: str | None) -> Iterator[None]:
+    """Say of a model that is neither a folder nor given by the hub that it is not here; hosts speak of connections."""
+    if not name:
+        raise ValueError("Name a model with --model_name_or_path.")
+    try:
+        yield
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"{name!r} is no folder here, and the hub did not give such a model ({reason}).") from error
+
+
+def _device(name: str):
+    """The device of that name; `auto` is where a Trainer would put the model."""
+    import torch
+    from accelerate.state import PartialState
+
+    if name == "auto":
+        return PartialState().device
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        reason = (str(error).strip() or "no such device").splitlines()[0]
+        raise ValueError(f"--device {name!r} cannot be used ({reason}); try auto or cpu.") from error
+
+
+def _check_paths(options) -> None:
+    """Refuse what could not be written at the end, before anything is computed."""
+    for path in filter(None, (options.output, options.figure)):
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}.")
+    if options.figure and Path(options.figure).suffix not in FIGURES:
+        raise ValueError(f"--figure must end in one of {list(FIGURES)}, got {options.figure!r}.")
 
 
 def _load_model(options):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not options.model_name_or_path:
-        raise ValueError("Name a model with --model_name_or_path.")
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {list(DTYPES)}, got {options.dtype!r}.")
-    model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=options.dtype).eval()
-    return model, AutoTokenizer.from_pretrained(options.model_name_or_path)
+    device = _device(options.device)
+    with _loading(options.model_name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=options.dtype)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(options.model_name_or_path)
 
 
 def train(method: str, arguments: list[str]) -> None:
@@ -144,14 +210,17 @@ def train(method: str, arguments: list[str]) -> None:
         "dtype": model_options.dtype,
     }
     args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
-    trainer = trainer_class(
-        model_options.model_name_or_path,
-        args=args,
-        train_dataset=load_rows(data_options),
-        eval_dataset=load_eval_rows(data_options) if args.eval_strategy != "no" else None,
-        quantization_config=get_quantization_config(model_options),
-        peft_config=get_peft_config(model_options),
-    )
+    rows = load_rows(data_options)
+    held_out = load_eval_rows(data_options) if args.eval_strategy != "no" else None
+    with _loading(model_options.model_name_or_path):
+        trainer = trainer_class(
+            model_options.model_name_or_path,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=held_out,
+            quantization_config=get_quantization_config(model_options),
+            peft_config=get_peft_config(model_options),
+        )
     start = args.resume_from_checkpoint
     start = last_checkpoint(args.output_dir) if start == "last" else start
     if isinstance(start, str) and is_finished(
@@ -171,6 +240,8 @@ def evaluate(arguments: list[str]) -> None:
     (options,) = _parse((EvaluateOptions,), arguments, "evaluate")
     if options.figure and not options.before:
         raise ValueError("--figure compares two reports; give the earlier one with --before.")
+    _check_paths(options)
+    before = EvaluationReport.load(options.before) if options.before else None
     model, tokenizer = _load_model(options)
     report = evaluate_model(
         model,
@@ -189,7 +260,7 @@ def evaluate(arguments: list[str]) -> None:
     if options.figure:
         from trl_mlc.plots import plot_languages
 
-        plot_languages(EvaluationReport.load(options.before), report, options.figure)
+        plot_languages(before, report, options.figure)
 
 
 def scan(arguments: list[str]) -> None:
@@ -201,6 +272,7 @@ def scan(arguments: list[str]) -> None:
     from trl_mlc.scan import best_layer, complete_groups, scan_layers
 
     (options,) = _parse((ScanOptions,), arguments, "scan")
+    _check_paths(options)
     model, tokenizer = _load_model(options)
 
     class Reading:  # what encode_prompts_of needs of a trainer's arguments
@@ -235,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("trl-mlc: interrupted; --resume_from_checkpoint goes on from a checkpoint.", file=sys.stderr)
         return 130
     except Exception as error:
-        hosts_own = type(error).__module__.partition(".")[0] in ("datasets", "huggingface_hub", "safetensors")
+        hosts_own = type(error).__module__.partition(".")[0] in ("datasets", "huggingface_hub", "safetensors", "yaml")
         if "TRL_MLC_TRACEBACK" in os.environ or not (isinstance(error, EXPECTED) or hosts_own):
             raise
         print(f"trl-mlc: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)

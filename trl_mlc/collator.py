@@ -42,8 +42,8 @@ def collate_prompts(rows: list[dict], pad_token_id: int) -> dict:
         pad_token_id (`int`).
 
     Returns:
-        `dict`: `input_ids`, `attention_mask` (P, T); `row`, `slot`, `language` (P,), all int64; ints `n_rows`, `width`
-        (largest group). A batch without any prompt holds one padding prompt with row -1, so that every process runs
+        `dict`: `input_ids`, `attention_mask` (P, T); `row`, `slot`, `language` (P,), all int64; the list `lengths` of
+        their tokens, which no device need be asked for; ints `n_rows`, `width` (largest group). A batch without any prompt holds one padding prompt with row -1, so that every process runs
         the same number of forwards.
     """
     flat = [
@@ -64,6 +64,7 @@ def collate_prompts(rows: list[dict], pad_token_id: int) -> dict:
         "row": row,
         "slot": slot,
         "language": language,
+        "lengths": [len(ids) for ids, *_ in flat],
         "n_rows": len(rows),
         "width": max(1, *(len(r[IDS]) for r in rows)) if rows else 1,
     }
@@ -71,11 +72,18 @@ def collate_prompts(rows: list[dict], pad_token_id: int) -> dict:
 
 def select_prompts(prompts: dict, keep: torch.Tensor) -> dict:
     """The prompts where `keep` (P,) is true; the first one with row -1 if there is none."""
-    chosen = {k: v[keep] if isinstance(v, torch.Tensor) else v for k, v in prompts.items()}
-    if chosen["row"].numel() > 0:
-        return chosen
-    chosen = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in prompts.items()}
-    return {**chosen, "row": torch.full_like(chosen["row"], -1)}
+    indices = keep.nonzero().squeeze(1).tolist()
+    found = _prompts_at(prompts, indices or [0])
+    return found if indices else {**found, "row": torch.full_like(found["row"], -1)}
+
+
+def _prompts_at(prompts: dict, indices: list[int]) -> dict:
+    def chosen(value):
+        if isinstance(value, torch.Tensor):
+            return value[torch.tensor(indices, device=value.device)]
+        return [value[i] for i in indices] if isinstance(value, list) else value
+
+    return {key: chosen(value) for key, value in prompts.items()}
 
 
 def to_groups(vectors: torch.Tensor, prompts: dict) -> tuple[torch.Tensor, torch.Tensor]:

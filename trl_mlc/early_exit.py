@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,10 +27,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
             "models. Use a causal language model."
         )
     decoder = model.get_decoder()
-    if _layer_list_name(decoder) is None:
-        raise ValueError(
-            f"{type(decoder).__name__} has no list of layers named one of {LAYER_LISTS}, so it cannot be stopped early."
-        )
+    _layer_list_name(decoder)
     return decoder
 
 
@@ -54,7 +52,11 @@ def check_layer(layer: int, decoder: nn.Module) -> int:
 
 
 def hidden_state_at(
-    decoder: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, layer: int
+    decoder: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    layer: int,
+    position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Exactly `decoder(..., output_hidden_states=True).hidden_states[layer]`, without running what comes after.
 
@@ -65,14 +67,17 @@ def hidden_state_at(
     Args:
         decoder (`nn.Module`): from [`decoder_of`].
         input_ids (`torch.LongTensor` of shape `(B, T)`).
-        attention_mask (`torch.LongTensor` of shape `(B, T)`).
+        attention_mask (`torch.LongTensor` of shape `(B, T)`, *optional*).
         layer (`int`): in `[0, L]`.
+        position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): the decoder's own, if not given.
 
     Returns:
         `torch.Tensor` of shape `(B, T, d)` in the model's dtype.
     """
     total = n_layers(decoder)
     call = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if position_ids is not None:
+        call["position_ids"] = position_ids
     if layer == total:
         return decoder(**call).last_hidden_state
     captured: list[torch.Tensor] = []
@@ -88,6 +93,7 @@ def encode_prompts(
     layer: int,
     pooling: str = "last",
     buckets: int = 1,
+    lengths: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Pooled hidden states of right-padded prompts, in length buckets so that short ones don't pay for long ones.
 
@@ -99,6 +105,7 @@ def encode_prompts(
         pooling (`str`, *optional*, defaults to `"last"`): `"last"` or `"mean"`.
         buckets (`int`, *optional*, defaults to 1): at most this many forwards, of prompts of similar length
             ([`~trl_mlc.buckets.length_buckets`]).
+        lengths (`Sequence[int]`, *optional*): tokens of each prompt, if they are known without asking the device.
 
     Returns:
         `torch.Tensor` of shape `(P, d)`, in the order of the input.
@@ -106,7 +113,7 @@ def encode_prompts(
     pool = POOLINGS[pooling]
     if buckets <= 1 or input_ids.shape[0] <= 1:
         return pool(hidden_state_at(decoder, input_ids, attention_mask, layer), attention_mask)
-    lengths = attention_mask.sum(1).tolist()
+    lengths = attention_mask.sum(1).tolist() if lengths is None else lengths
     parts, order = [], []
     for chosen in length_buckets(lengths, buckets, OVERHEAD.get(input_ids.device.type, 0)):
         rows, width = torch.tensor(chosen, device=input_ids.device), lengths[chosen[-1]]
@@ -117,9 +124,13 @@ def encode_prompts(
     return torch.cat(parts)[back]
 
 
-def _layer_list_name(decoder: nn.Module) -> str | None:
-    found = (name for name in LAYER_LISTS if isinstance(getattr(decoder, name, None), nn.ModuleList))
-    return next(found, None)
+def _layer_list_name(decoder: nn.Module) -> str:
+    for name in LAYER_LISTS:
+        if isinstance(getattr(decoder, name, None), nn.ModuleList):
+            return name
+    raise ValueError(
+        f"{type(decoder).__name__} has no list of layers named one of {LAYER_LISTS}, so it cannot be stopped early."
+    )
 
 
 @contextmanager

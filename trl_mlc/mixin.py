@@ -10,7 +10,7 @@ import inspect
 import logging
 import random
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
@@ -20,6 +20,7 @@ from trl_mlc.collator import KEY, PromptCollator, select_prompts
 from trl_mlc.data import COLUMNS, IDS, LANGUAGES, LanguageTable, encode_prompts_of
 from trl_mlc.early_exit import check_layer, decoder_of, n_layers
 from trl_mlc.extractor import Extractor, LanguageMeans
+from trl_mlc.packing import keeps_apart
 from trl_mlc.prompt_pass import MODULE, PromptPass
 from trl_mlc.scan import best_layer, complete_groups, prompt_states, scan_layers
 from trl_mlc.state import load_state, save_state
@@ -33,6 +34,8 @@ else:
 
 logger = logging.getLogger(__name__)
 
+DIVIDED = 6  # forwards by length, of a model that does not keep prompts apart that lie end to end
+
 
 class MLCMixin(Host):
     """Add the Multi-Lingual Consistency term to a TRL trainer; put it before the trainer among the bases.
@@ -42,11 +45,12 @@ class MLCMixin(Host):
     """
 
     _mlc_config_class: type[MLCArguments]
+    _signature_columns: list[str] | None  # the host's, like the next
+    data_collator: Any
 
     def __init__(self, *args, **kwargs):
         self._mlc_pass: PromptPass | None = None
         self._mlc_means: LanguageMeans | None = None
-        self._mlc_languages: LanguageTable | None = None
         self._mlc_asked: dict | None = None
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         self._mlc_check_config(bound.arguments)
@@ -55,19 +59,21 @@ class MLCMixin(Host):
             self._mlc_set_up()
 
     def _mlc_check_config(self, arguments: dict) -> None:
-        wanted = self._mlc_config_class
+        wanted: Any = self._mlc_config_class  # a config of the host, too
         if arguments.get("args") is None:
-            arguments["args"] = wanted(f"{self._mlc_config_class.__name__.removesuffix('Config')}-output")
+            arguments["args"] = wanted(output_dir=f"{wanted.__name__.removesuffix('Config')}-output")
         if not isinstance(arguments["args"], MLCArguments):
             raise TypeError(
                 f"{type(self).__name__} needs args of type {wanted.__name__}, got {type(arguments['args']).__name__}; "
                 "it takes the same arguments and the mlc_ ones."
             )
+        self._mlc_languages = LanguageTable(arguments["args"].mlc_anchor)
         model = arguments.get("model")
         if arguments["args"].mlc_weight > 0 and hasattr(model, "config") and not is_peft_model(model):
             decoder = decoder_of(model)
-            if arguments["args"].mlc_layer != "auto":
-                check_layer(arguments["args"].mlc_layer, decoder)
+            layer = arguments["args"].mlc_layer
+            if isinstance(layer, int):
+                check_layer(layer, decoder)
 
     def _mlc_set_up(self) -> None:
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
@@ -93,8 +99,10 @@ class MLCMixin(Host):
         if args.mlc_center != "none":
             self._mlc_means = self._mlc_first_means(decoder, layer, width)
         buckets = 1 if sharded else args.mlc_buckets
+        if buckets == 0 and not keeps_apart(decoder, layer):
+            buckets = DIVIDED
         self._mlc_pass = PromptPass(base, extractor, layer, args.mlc_pooling, buckets)
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.data_collator = PromptCollator(self.data_collator, tokenizer.pad_token_id)
 
     def _mlc_sample(self) -> list[list[list[int]]]:
@@ -152,8 +160,6 @@ class MLCMixin(Host):
         return super()._prepare_dataset(dataset, processing_class, args, *rest, **kwargs)
 
     def _mlc_encode(self, dataset, processing_class, args, name: str):
-        if self._mlc_languages is None:
-            self._mlc_languages = LanguageTable(args.mlc_anchor)
         with args.main_process_first(local=True, desc="tokenizing parallel prompts"):
             dataset = encode_prompts_of(dataset, processing_class, args, self._mlc_languages, name)
         if self._mlc_means is not None:
@@ -164,7 +170,7 @@ class MLCMixin(Host):
         fresh = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if fresh and self.args.mlc_weight > 0:
-            self._signature_columns = [*self._signature_columns, *COLUMNS]
+            self._signature_columns = [*(self._signature_columns or ()), *COLUMNS]
 
     def compute_ref_log_probs(self, model, inputs):
         """As the host's, for batches that carry prompts: a reference model never sees them."""
@@ -221,15 +227,15 @@ class MLCMixin(Host):
         term = mlc_term(states.representations, asked, self.args)
         self._mlc_record("train" if training else "eval", self._mlc_gather(term))
         if training and self._mlc_means is not None:
-            self._mlc_move_means(states.hidden_states, asked)
+            self._mlc_move(self._mlc_means, states.hidden_states, asked)
         if training or self.args.mlc_in_eval_loss:
             loss = loss + self.args.mlc_weight * term.loss.to(loss.device, loss.dtype) / accumulated
         return loss
 
-    def _mlc_move_means(self, hidden_states: torch.Tensor, asked: dict) -> None:
+    def _mlc_move(self, means: LanguageMeans, hidden_states: torch.Tensor, asked: dict) -> None:
         real = asked["row"] >= 0
-        total, count = self._mlc_means.sums(hidden_states[real], asked["language"][real])
-        self._mlc_means.update_(self.accelerator.reduce(total, "sum"), self.accelerator.reduce(count, "sum"))
+        total, count = means.sums(hidden_states[real], asked["language"][real])
+        means.update_(self.accelerator.reduce(total, "sum"), self.accelerator.reduce(count, "sum"))
 
     def _mlc_gather(self, term: MLCTerm) -> dict[str, float]:
         sums, counts = self.accelerator.gather(torch.stack([term.sums, term.counts]).unsqueeze(0)).sum(0).tolist()
@@ -282,11 +288,24 @@ class MLCMixin(Host):
         if self._mlc_pass is None:
             return
         saved = load_state(folder)
+        dim, layer = saved.config["extractor_dim"], saved.config["layer"]
+        if dim != self.args.mlc_extractor_dim:
+            raise ValueError(
+                f"{folder} was trained with mlc_extractor_dim={dim}, this run has {self.args.mlc_extractor_dim}; go on "
+                f"with {dim}, or start from its weights as a model."
+            )
+        if self.args.mlc_layer != "auto" and layer != self._mlc_pass.layer:
+            logger.warning(
+                "%s was trained at mlc_layer=%d and goes on at %d, for which its extractor was not made.",
+                folder,
+                layer,
+                self._mlc_pass.layer,
+            )
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._mlc_pass.extractor.load_state_dict(saved.extractor)
         if self.args.mlc_layer == "auto":
             self._mlc_pass.layer = saved.config["layer"]
-        if self._mlc_means is not None and saved.means is not None:
+        if self._mlc_means is not None and saved.means is not None and saved.seen is not None:
             numbers = self._mlc_languages.add(saved.config["languages"])
             self._mlc_means.grow_(len(numbers))
             rows = torch.tensor([numbers[name] for name in saved.config["languages"]])[: len(saved.means)]

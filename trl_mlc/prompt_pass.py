@@ -16,6 +16,7 @@ from torch import nn
 
 from trl_mlc.early_exit import decoder_of, encode_prompts
 from trl_mlc.extractor import Extractor
+from trl_mlc.packing import encode_packed
 
 
 MODULE = "mlc_extractor"
@@ -40,7 +41,7 @@ class PromptPass:
         extractor ([`Extractor`]): becomes a submodule, so that it is optimised, synchronised and sharded with it.
         layer (`int`): index into the hidden states.
         pooling (`str`): `"last"` or `"mean"`.
-        buckets (`int`): see [`~trl_mlc.early_exit.encode_prompts`].
+        buckets (`int`): see [`~trl_mlc.early_exit.encode_prompts`]; 0 for [`~trl_mlc.packing.encode_packed`].
     """
 
     def __init__(self, model: nn.Module, extractor: Extractor, layer: int, pooling: str, buckets: int):
@@ -88,16 +89,17 @@ class PromptPass:
             empty = torch.zeros(1, self._decoder.config.hidden_size, device=weight.device)
             return PromptStates(None, self.extractor(empty) * 0.0)
         with _rng_restored(prompts["input_ids"].device) if training else nullcontext():
-            hidden_states = encode_prompts(
-                self._decoder,
-                prompts["input_ids"],
-                prompts["attention_mask"],
-                self.layer,
-                self.pooling,
-                self.buckets,
-            )
+            hidden_states = self._encode(prompts)
         centred = hidden_states.float() if offsets is None else hidden_states.float() - offsets
         return PromptStates(hidden_states.detach(), self.extractor(centred))
+
+    def _encode(self, prompts: dict) -> torch.Tensor:
+        ids = prompts["input_ids"]
+        if self.buckets == 0:
+            return encode_packed(self._decoder, ids, prompts["lengths"], self.layer, self.pooling)
+        return encode_prompts(
+            self._decoder, ids, prompts["attention_mask"], self.layer, self.pooling, self.buckets, prompts["lengths"]
+        )
 
 
 def _rng_restored(device: torch.device):
@@ -107,7 +109,8 @@ def _rng_restored(device: torch.device):
 
 def _with_field(outputs, representations: torch.Tensor):
     """A copy of a model output with one more dataclass field, which DDP and accelerate rebuild field by field."""
-    cls = _with_field_class(type(outputs))
+    kind: type = type(outputs)
+    cls = _with_field_class(kind)
     return cls(**dict(outputs.items()), **{FIELD: representations})
 
 

@@ -16,7 +16,7 @@ FORMS = '{"sw": "..."} or [{"lang": "sw", "prompt": "..."}], where a prompt is a
 Prompt = str | list[dict]
 
 
-def translations_of(row: dict, column: str = COLUMN) -> dict[str, Prompt]:
+def translations_of(row: Mapping, column: str = COLUMN) -> dict[str, Prompt]:
     """The translations a row has, by language; absent, `None` and empty ones are left out.
 
     Raises:
@@ -49,7 +49,7 @@ def translations_of(row: dict, column: str = COLUMN) -> dict[str, Prompt]:
     return found
 
 
-def anchor_prompt(row: dict) -> Prompt:
+def anchor_prompt(row: Mapping) -> Prompt:
     """The prompt of a row in the anchor language.
 
     It is the `prompt` column; else the messages before the last assistant turn (`messages`); else what `chosen` and
@@ -61,7 +61,7 @@ def anchor_prompt(row: dict) -> Prompt:
     if row.get("prompt") is not None:
         return _checked(row["prompt"], "prompt")
     if row.get("messages") is not None:
-        messages: list[dict] = list(_checked(row["messages"], "messages", kinds=(list,)))
+        messages = _checked_messages(row["messages"], "messages", _MESSAGES)
         return messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
     if row.get("chosen") is not None and row.get("rejected") is not None:
         return _common_start(_checked(row["chosen"], "chosen"), _checked(row["rejected"], "rejected"))
@@ -71,11 +71,16 @@ def anchor_prompt(row: dict) -> Prompt:
     )
 
 
-def _checked(value: Any, column: str, kinds: tuple[type, ...] = (str, list)) -> Prompt:
+def _checked(value: Any, column: str) -> Prompt:
     """A column's value if it is a text or a list of messages."""
-    if isinstance(value, kinds) and (isinstance(value, str) or all(isinstance(m, dict) for m in value)):
+    return value if isinstance(value, str) else _checked_messages(value, column, _PLAIN)
+
+
+def _checked_messages(value: Any, column: str, wanted: str) -> list[dict]:
+    """A column's value if it is a list of messages."""
+    if isinstance(value, list) and all(isinstance(m, dict) for m in value):
         return value
-    raise ValueError(f"Column {column!r} holds {_shown(value)}; it must be {_PLAIN if str in kinds else _MESSAGES}.")
+    raise ValueError(f"Column {column!r} holds {_shown(value)}; it must be {wanted}.")
 
 
 _MESSAGES = 'a list of messages such as {"role": "user", "content": "..."}'

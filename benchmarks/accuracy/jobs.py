@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import sys
 import time
@@ -26,6 +27,9 @@ from optimum_freeact.presets import PRESETS
 SCHEMES = ("w4a16", "w4a8", "w4a4", "w4a4kv4")
 # characters of each text: calibration comes from the first range, evaluation starts at the second
 SLICES = {"handbook": ((0, 300_000), 600_000), "brown": ((0, 600_000), 4_000_000)}
+# where variants are scored from which one is chosen: behind what is calibrated on, before what is evaluated on
+VALIDATION = {"handbook": 320_000, "brown": 1_000_000}
+TOKENS = 1024  # a forward of the evaluation; large vocabularies make large logits
 CHARS_PER_TOKEN = 12  # more than any tokenizer here makes of English: how much of the text is read for the windows
 ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("centring", "none"),
@@ -36,11 +40,13 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("transform", "kronecker"),
     ("low_rank", 0),
     ("low_rank", 8),
+    ("low_rank", 32),
     ("low_rank_budget", None),
     ("rounding", "rtn"),
     ("rounding_passes", 0),
     ("rounding_order", "columns"),
     ("rounding_noise", False),
+    ("rounding_shrinkage", True),
     ("sequential", True),
     ("error_correction", True),
     ("activation_symmetric", True),
@@ -52,6 +58,23 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("activation_group_size", None),
     ("activation_group_size", 64),
     ("activation_group_size", 32),
+)
+# of the default, decided on validation text (`run.py --variants`)
+VARIANTS: tuple[dict, ...] = (
+    {},
+    {"rounding_shrinkage": True},
+    {"low_rank": 32},
+    {"low_rank": 64},
+    {"rounding_refit": True},
+    {"rounding_refit": True, "rounding_passes": 4},
+    {"rounding_passes": 4},
+    {"damping": 0.003},
+    {"damping": 0.03},
+    {"sequential": True},
+    {"channel_scale": "closed_form"},
+    {"error_correction": True},
+    {"weight_group_size": 64},
+    {"weight_group_size": 16},
 )
 CLAIMED = ("freeact", "freeact-fast", "freeact-learned", "flatquant", "quarot")
 GRIDS = (None, 64, 32, 16)  # of the sweep: group sizes of weights times those of activations
@@ -87,6 +110,10 @@ class Text:
                 f"Text {self.name!r}: calibration reads characters {self.calibration}, evaluation those from "
                 f"{self.evaluation}; they must not overlap."
             )
+
+    def for_choosing(self) -> Text:
+        """The same text, scored where no claim is: for choices between variants."""
+        return dataclasses.replace(self, evaluation=min(VALIDATION[self.name], self.evaluation))
 
     def read_calibration(self) -> str:
         """The characters to calibrate on."""
@@ -132,6 +159,12 @@ class Job:
         return f"{self.model} {self.method} {'+'.join(self.settings)} seed {self.seed}"
 
     @property
+    def is_learned(self) -> bool:
+        """Whether it takes gradient steps: minutes, where closed forms take seconds."""
+        preset = PRESETS.get(self.quantize.get("preset", ""), {})
+        return {**preset, **self.quantize}.get("calibration") == "learned"
+
+    @property
     def key(self) -> str:
         """Same for jobs that measure the same thing, wherever the files lie."""
         plain = dataclasses.asdict(self)
@@ -167,6 +200,7 @@ class Plan:
     seeds: list[int]
     measure: dict
     learned: dict  # fields that learned calibrations change: epochs, n_samples
+    learned_schemes: tuple[str, ...] | None = None  # default: all
     only: set[str] | None = None
     jobs: list[Job] = field(default_factory=list)
 
@@ -190,17 +224,17 @@ class Plan:
             learned = {**PRESETS[quantize["preset"]], **quantize}["calibration"] == "learned"
             more = {"measure": self.learned["measure"]} if learned else {}
             quantize = {**quantize, **(self.learned["quantize"] if learned else {})}
-            for settings in self._settings():
+            for settings in self._settings(self.learned_schemes if learned else None):
                 claimed = "w4a4" in settings and method in CLAIMED
                 first = claimed or (learned and "w4a4" in settings)
                 rank = (0 if learned else 1) if first else (5 if learned else 2 if method in CLAIMED else 4)
                 for seed in self.seeds if claimed else self.seeds[:1]:
                     self.add("preset", method, settings, seed, quantize, rank=rank, **more)
 
-    def _settings(self) -> list[tuple[str, ...]]:
+    def _settings(self, allowed: tuple[str, ...] | None) -> list[tuple[str, ...]]:
         """Schemes, those that differ only in the cache's bits together."""
         together: dict[tuple, list[str]] = {}
-        for scheme in self.schemes:
+        for scheme in (scheme for scheme in self.schemes if allowed is None or scheme in allowed):
             one = bits(scheme)
             together.setdefault((one["weight_bits"], one["activation_bits"]), []).append(scheme)
         return [tuple(sorted(group, key=lambda s: bits(s)["kv_bits"])) for group in together.values()]
@@ -216,7 +250,7 @@ class Plan:
         """`freeact` at W4A4 with one field changed; what is the preset's own value or does not divide is left out."""
         if "w4a4" not in self.schemes:
             return
-        from optimum_freeact.config import DEFAULTS
+        from optimum_freeact.config_fields import DEFAULTS
 
         default = {**DEFAULTS, **PRESETS["freeact"]}
         for name, value in ABLATIONS:
@@ -234,9 +268,18 @@ class Plan:
                 method = " ".join(("freeact", *(f"{name}={value}" for name, value in change.items())))
                 self.add("sweep", method, ("w4a4",), self.seeds[0], {"preset": "freeact", **change}, rank=3)
 
+    def variants(self) -> None:
+        """The default and what may follow it, scored on validation text."""
+        self.common = {**self.common, "texts": tuple(text.for_choosing() for text in self.common["texts"])}
+        self.full_precision()
+        for seed in self.seeds:
+            for change in VARIANTS:
+                method = " ".join(("freeact", *(f"{name}={value}" for name, value in change.items())))
+                self.add("variant", method, ("w4a4",), seed, {"preset": "freeact", **change}, rank=3)
+
     def default_samples(self) -> None:
         """`freeact` at W4A4 on as few samples as the library takes by default (those of the time on a CPU)."""
-        from optimum_freeact.config import DEFAULTS
+        from optimum_freeact.config_fields import DEFAULTS
 
         fewer = {name: DEFAULTS[name] for name in ("n_samples", "seq_len")}
         if "w4a4" in self.schemes and all(self.measure[name] > value for name, value in fewer.items()):
@@ -433,8 +476,7 @@ def _score(job: Job, setting: str, model, tokenizer) -> list[dict]:
     for text in job.texts:
         held_out = text.read_evaluation(measure["windows"] * measure["window"])
         windows = tokenize_windows(held_out, tokenizer, measure["window"], measure["windows"])
-        tokens = 4096 if job.device == "cuda" else 1024  # a forward; large vocabularies make large logits
-        score = score_text(model, windows, batch_size=max(1, tokens // measure["window"]))
+        score = score_text(model, windows, batch_size=max(1, TOKENS // measure["window"]))
         if score.nll != score.nll or score.nll == float("inf"):
             rows.append(_row(job, setting, "nll", None, f"the loss is {score.nll}", text=text.name))
         else:
@@ -444,6 +486,7 @@ def _score(job: Job, setting: str, model, tokenizer) -> list[dict]:
 
 def serve(lines: Iterable[str]) -> None:
     """Do the job of each line, `{"job": ..., "result": path}`, and write its rows or its error to the path."""
+    _share_memory()
     for line in lines:
         asked = json.loads(line)
         job = Job.from_json(json.dumps(asked["job"]))
@@ -459,6 +502,18 @@ def serve(lines: Iterable[str]) -> None:
         scratch.write_text(json.dumps(told), encoding="utf-8")
         scratch.replace(result)
         _tidy(job.device)
+
+
+MEMORY_SHARE = "ACCURACY_MEMORY_SHARE"  # environment variable; set it where several runs share a GPU
+
+
+def _share_memory() -> None:
+    """Keep to this process's part of the GPU: at the limit PyTorch gives kept memory back before it asks for more."""
+    import torch
+
+    share = os.environ.get(MEMORY_SHARE)
+    if share is not None and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(float(share))
 
 
 def _tidy(device: str) -> None:

@@ -5,6 +5,7 @@
     python benchmarks/accuracy/run.py --tiny --out out       # miniature on a random model, seconds
 
     python benchmarks/accuracy/run.py --sweep                # what decided the default: accuracy_groups.json
+    python benchmarks/accuracy/run.py --variants             # what may follow it, on validation text: accuracy_variants.json
 
 Jobs run in processes of their own. Finished jobs are kept in `--rows` (JSON lines), so an interrupted run, or one that
 is cut into pieces by `--limit-seconds`, goes on where it was: jobs measured at the same commit are not repeated.
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import _results
 from benchmarks._lanes import gpus, run_in_lanes
 from benchmarks.accuracy.claims import claims, excess, expected
-from benchmarks.accuracy.jobs import SCHEMES, SLICES, Job, Plan, Text, absent, bits, perform
+from benchmarks.accuracy.jobs import MEMORY_SHARE, SCHEMES, SLICES, Job, Plan, Text, absent, bits, perform
 
 
 MODELS = ("smollm2", "qwen2.5")
@@ -66,11 +67,20 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only time and memory of the default calibration, on its default samples, on two CPU threads",
     )
+    add("--learned-schemes", help="schemes at which learned methods are measured (default: all)")
+    add("--learned-jobs", type=int, help="learned jobs at a time while others wait (default: no limit)")
+    add(
+        "--variants",
+        action="store_true",
+        help="variants of the default, scored on text that is neither calibrated on nor claimed",
+    )
     add("--sweep", action="store_true", help="group sizes, ranks and passes of the default, at W4A4")
     add("--tiny", action="store_true", help="a random model and text, for tests")
     add("--limit-seconds", type=float, help="no job is started after it")
     add("--stop-seconds", type=float, help="running jobs are ended after it")
     add("--peers-path", help="folder put on PYTHONPATH of the peers' jobs (pip install --target)")
+    add("--earlier", type=Path, help="finished jobs of another commit; their rows say so in a note")
+    add("--earlier-methods", default="", help="methods taken from --earlier: such as the change since does not touch")
     add("--rows", type=Path, help="finished jobs, read and appended (default: runs/accuracy.jsonl)")
     add("--out", type=Path, help="folder of the result (default: benchmarks/results; tiny: out)")
     return made
@@ -143,7 +153,9 @@ def tiny_world(folder: Path) -> tuple[dict[str, str], tuple[Text, ...]]:
 def make_plan(options: argparse.Namespace, models: dict[str, str], texts: tuple[Text, ...]) -> list[Job]:
     """All jobs in the order in which they shall be shown."""
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    schemes = tuple((options.schemes or ("w4a4" if options.sweep else ",".join(SCHEMES))).lower().split(","))
+    schemes = tuple(
+        (options.schemes or ("w4a4" if options.sweep or options.variants else ",".join(SCHEMES))).lower().split(",")
+    )
     for scheme in schemes:
         bits(scheme)
     measure = {"n_samples": options.samples, "seq_len": options.seq_len, "batch_size": options.batch_size}
@@ -156,9 +168,12 @@ def make_plan(options: argparse.Namespace, models: dict[str, str], texts: tuple[
     jobs: list[Job] = []
     for name, path in models.items():
         common = {"model": name, "model_path": path, "texts": texts, "device": options.device}
-        plan = Plan({**common, "threads": options.threads}, schemes, seeds, measure, learned, only)
+        few = tuple(options.learned_schemes.lower().split(",")) if options.learned_schemes else None
+        plan = Plan({**common, "threads": options.threads}, schemes, seeds, measure, learned, few, only)
         if options.cpu_cost:
             plan.cpu_cost()
+        elif options.variants:
+            plan.variants()
         elif options.sweep:
             plan.full_precision()
             plan.sweep(_widths(path))
@@ -188,6 +203,7 @@ class Store:
     def __init__(self, path: Path, commit: str):
         self.path, self.commit = path, commit
         self.lines: dict[str, dict] = {}
+        self.errors: dict[str, str] = {}  # of jobs that were tried and failed: tried again, unless there is no time
         self._lock = threading.Lock()
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         others = 0
@@ -196,17 +212,33 @@ class Store:
                 told = json.loads(line)
             except json.JSONDecodeError:  # cut off while it was written
                 continue
-            if told["commit"] == commit:
+            if "error" in told:
+                self.errors.update({told["key"]: told["error"]} if told["commit"] == commit else {})
+            elif told["commit"] == commit:
                 self.lines[told["key"]] = told
             else:
                 others += 1
         if self.lines or others:
             print(f"{path.name}: {len(self.lines)} jobs of this commit, {others} of others (not used).", flush=True)
 
+    def take(self, path: Path, jobs: list[Job], methods: set[str]) -> None:
+        """Jobs of other commits, of the named methods and not measured at this one; each row names its commit."""
+        wanted = {job.key for job in jobs if job.method in methods and job.key not in self.lines}
+        for told in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if told["key"] in wanted and "error" in told:
+                self.errors.setdefault(told["key"], told["error"])
+            elif told["key"] in wanted and told["commit"] != self.commit:
+                at = f"measured at {told['commit'][:10]}"
+                rows = [{**row, "note": "; ".join(filter(None, (row.get("note"), at)))} for row in told["rows"]]
+                self.lines[told["key"]] = {**told, "rows": rows}
+
     def add(self, told: dict) -> None:
-        """Keep a finished job."""
+        """Keep a finished job, or why it failed."""
         with self._lock:
-            self.lines[told["key"]] = told
+            if "error" in told:
+                self.errors[told["key"]] = told["error"]
+            else:
+                self.lines[told["key"]] = told
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(told) + "\n")
@@ -225,6 +257,7 @@ class Runner:
         self._lock = threading.Lock()
         self._own = threading.local()  # a lane's worker
         self._done = 0
+        self._learning: set[str] = set()  # keys of learned jobs that run
 
     def run(self, jobs: list[Job]) -> None:
         """Run what the store does not have, what claims need first; returns when nothing runs any more."""
@@ -236,22 +269,41 @@ class Runner:
             for job in waiting:
                 self._one(job, None)
             return
-        run_in_lanes(waiting, self.options.jobs, gpus(self.options.device), self._one)
+        devices, most = gpus(self.options.device), self.options.learned_jobs
+        self._memory = 0.92 / -(-self.options.jobs // len(devices)) if self.options.device == "cuda" else None
+        run_in_lanes(waiting, self.options.jobs, devices, self._one, None if most is None else self._may_start)
+
+    def _may_start(self, job: Job) -> bool:
+        if not job.is_learned:
+            return True
+        free = len(self._learning) < self.options.learned_jobs
+        if free:
+            self._learning.add(job.key)
+        return free
 
     def _one(self, job: Job, gpu: str | None) -> None:
         """Run one job, or say why not; its rows go to the store."""
         limit, begun = self.options.limit_seconds, time.perf_counter()
         if limit is not None and begun - self.start >= limit:
-            self.failures[job.key] = f"not started: the time limit of {limit:g} s was reached"
+            late = f"not started: the time limit of {limit:g} s was reached"
+            self.failures[job.key] = self.store.errors.get(job.key, late)
+            self._learning.discard(job.key)
             return
         told = self._here(job) if gpu is None else self._process(job, gpu)
+        if gpu is not None and "OutOfMemoryError" in told.get(
+            "error", ""
+        ):  # once more, in a process without anybody's leftovers
+            self._end_worker()
+            told = self._process(job, gpu)
+        self._learning.discard(job.key)
         seconds = time.perf_counter() - begun
         with self._lock:
             self._done += 1
             state = told["error"] if "error" in told else "done"
             print(f"[{self._done}/{self._total}] {seconds:6.1f} s  {job.name}: {state[:200]}", flush=True)
         if "error" in told:
-            self.failures[job.key] = _without_folders(" ".join(told["error"].split()))[:400]
+            self.failures[job.key] = error = _without_folders(" ".join(told["error"].split()))[:400]
+            self.store.add({"key": job.key, "commit": self.store.commit, "error": error})
         else:
             self.store.add({"key": job.key, **self.stamp, "seconds": round(seconds, 2), "rows": told["rows"]})
 
@@ -263,6 +315,8 @@ class Runner:
 
     def _process(self, job: Job, gpu: str) -> dict:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "TOKENIZERS_PARALLELISM": "false"}
+        if self._memory is not None:
+            environment.setdefault(MEMORY_SHARE, f"{self._memory:.4f}")
         if job.threads:
             environment["OMP_NUM_THREADS"] = str(job.threads)
         if job.group == "peer" and self.options.peers_path:
@@ -270,8 +324,7 @@ class Runner:
             environment["PYTHONPATH"] = os.pathsep.join([path, *filter(None, [os.environ.get("PYTHONPATH")])])
         worker = getattr(self._own, "worker", None)
         if worker is None or worker.environment != environment:
-            if worker is not None:
-                worker.end()
+            self._end_worker()
             worker = self._own.worker = Worker(environment)
         stop = self.options.stop_seconds
         left = None if stop is None else max(1.0, stop - (time.perf_counter() - self.start))
@@ -279,9 +332,15 @@ class Runner:
         if (
             told is None or not worker.alive() or job.device == "cpu"
         ):  # the peak of memory of a CPU job is its process's
+            self._end_worker()
+        return {"error": f"ended after {stop:g} s of the run"} if told is None else told
+
+    def _end_worker(self) -> None:
+        """End the lane's process, if it has one."""
+        worker = getattr(self._own, "worker", None)
+        if worker is not None:
             worker.end()
             self._own.worker = None
-        return {"error": f"ended after {stop:g} s of the run"} if told is None else told
 
 
 class Worker:
@@ -368,7 +427,8 @@ def write(name: str, rows: list[dict], store: Store, jobs: list[Job], seeds: lis
     used = [store.lines[job.key] for job in jobs if job.key in store.lines]
     commands = "; ".join(dict.fromkeys(line["command"] for line in used))
     machines = " and ".join(dict.fromkeys(line["machine"] for line in used))
-    return _results.write(name, rows, "benchmarks.accuracy.claims", commands, seeds, machine=machines, folder=out)
+    module = "benchmarks.accuracy.no_claims" if name.endswith("variants") else "benchmarks.accuracy.claims"
+    return _results.write(name, rows, module, commands, seeds, machine=machines, folder=out)
 
 
 def report(rows: list[dict], problems: list[str], wanted: list[str]) -> None:
@@ -428,16 +488,19 @@ def main(arguments: list[str] | None = None) -> int:
         models, texts = _prepare(options, Path(scratch))
         jobs = make_plan(options, models, texts)
         store = Store(options.rows, commit + ("-dirty" if dirty else ""))
+        if options.earlier is not None:
+            store.take(options.earlier, jobs, set(options.earlier_methods.split(",")))
         stamp = {"commit": store.commit, "machine": _results.machine_name(), "command": shown_command(arguments)}
         runner = Runner(options, store, stamp, start)
         print(f"{len(jobs)} jobs, {options.jobs or 'one process'} at a time, on {options.device}.", flush=True)
         runner.run(jobs)
-    name = "accuracy_cpu" if options.cpu_cost else "accuracy_groups" if options.sweep else "accuracy"
+    kinds = {"cpu": options.cpu_cost, "variants": options.variants, "groups": options.sweep}
+    name = "_".join(("accuracy", *(kind for kind, asked in kinds.items() if asked)))
     failures = runner.failures
     rows = assemble(jobs, store, failures)
     absent_jobs = [job for job in jobs if job.key not in store.lines]
     problems = [f"{job.name}: {failures.get(job.key, 'not run')}" for job in absent_jobs]
-    wanted = [] if options.cpu_cost or options.sweep or options.only else expected(models)
+    wanted = [] if any(kinds.values()) or options.only else expected(models)
     if len(problems) < len(jobs):
         path = write(name, rows, store, jobs, [int(seed) for seed in options.seeds.split(",")], options.out)
         print(
@@ -462,7 +525,7 @@ def _prepare(options: argparse.Namespace, scratch: Path) -> tuple[dict[str, str]
         options.rows = options.rows or scratch / "rows.jsonl"
         return tiny_world(scratch)
     if options.cpu_cost:
-        from optimum_freeact.config import DEFAULTS
+        from optimum_freeact.config_fields import DEFAULTS
 
         options.device, options.models, options.jobs, options.threads = "cpu", MODELS[0], 1, 2
         options.samples, options.seq_len, options.batch_size = (

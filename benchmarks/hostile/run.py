@@ -1,9 +1,10 @@
 """Send ten thousand damaged inputs through every way in, and kill every long job again and again.
 
-    python benchmarks/hostile/run.py [--cases 12000] [--trials 12] [--progress FILE] [--seed 0]
+    python benchmarks/hostile/run.py [--cases 12000] [--trials 12] [--progress FILE] [--seed 0] [--stop-seconds 240]
 
-Each finished portion is one line of the progress file, so that an interrupted run goes on where it stopped. At the end
-the result is written to benchmarks/results/hostile.json. Takes some ten minutes on one core.
+Each finished portion is one line of the progress file, so that an interrupted run goes on where it stopped, on the same
+commit only. At the end the result is written to benchmarks/results/hostile.json. Takes some ten minutes on one core;
+`--stop-seconds` begins nothing new after that time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from benchmarks._results import command_line, write  # noqa: E402
+from benchmarks._results import command_line, commit_and_dirty, write  # noqa: E402
 
 
 #: Share of all cases that a surface gets; those that load a model each time get fewer.
@@ -104,12 +105,18 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=12, help="of each of the four jobs, with up to two kills each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--progress", type=Path, default=ROOT / "out" / "hostile.jsonl")
+    parser.add_argument("--stop-seconds", type=float, default=float("inf"), help="the same command goes on later")
     args = parser.parse_args()
     args.progress.parent.mkdir(parents=True, exist_ok=True)
+    start, (commit, dirty) = time.monotonic(), commit_and_dirty()
+    commit += "-dirty" * dirty
     known = [json.loads(line) for line in args.progress.read_text().splitlines()] if args.progress.exists() else []
+    if strange := {line["commit"] for line in known} - {commit}:
+        raise SystemExit(f"{args.progress} was made at {', '.join(sorted(strange))}; remove it to begin again.")
     done = {(line.get("surface", line.get("job")), line["seed"]) for line in known}
 
     def keep(line: dict) -> None:
+        line["commit"] = commit
         known.append(line)
         with args.progress.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
@@ -119,10 +126,14 @@ def main() -> int:
     warnings.simplefilter("ignore")
     for name, seed, cases in portions(args.cases, args.seed):
         if (name, seed) not in done:
+            if time.monotonic() - start > args.stop_seconds:
+                return 0
             keep(fuzz_portion(name, seed, cases))
     for job in JOBS:
         for seed in range(args.seed, args.seed + args.trials, 4):
             wanted = [s for s in range(seed, min(seed + 4, args.seed + args.trials)) if (job, s) not in done]
+            if wanted and time.monotonic() - start > args.stop_seconds:
+                return 0
             for line in kill_trials(job, wanted[0], len(wanted)) if wanted else []:
                 keep(line)
     logging.disable(logging.NOTSET)

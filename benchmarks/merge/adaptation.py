@@ -11,7 +11,8 @@ residual (attention, as in the paper; gate off, so that the random donor gets th
 next-token distribution, carried by the vocabulary plan, into the loss; in `writer` arms the donor also goes on from the first
 tokens of every text, and a fixed part of every batch is what it wrote; `stream` arms draw the target's last states to the
 donor's transported ones. Controls: the same from a donor with random weights, the same from the target itself (`own`: every
-effect but that of the donor's knowledge), shrinking alone, and no donor at all. Processes that share `--scratch` share the work, on any number of GPUs.
+effect but that of the donor's knowledge), the donor's lessons dealt out to other positions (`shuffled`: what it expects
+anywhere), shrinking alone, and no donor at all. Processes that share `--scratch` share the work, on any number of GPUs.
 Needs the assets `smollm2`, `qwen2.5` and `gemma3-270m`, and the kit; neither mergekit, POT nor TRL.
 """
 
@@ -35,11 +36,11 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from benchmarks._results import command_line, write  # noqa: E402
 from benchmarks.merge.adaptation_claims import summary  # noqa: E402
-from benchmarks.merge.gifts import TEMPERATURE, WRITINGS, WRITTEN, Givers, Lessons  # noqa: E402
+from benchmarks.merge.gifts import TEMPERATURE, WRITINGS, WRITTEN, Givers, Lessons, shuffled  # noqa: E402
 from benchmarks.merge.kit import TARGET, TASKS, digest, load_kit  # noqa: E402
 from benchmarks.merge.texts import padded  # noqa: E402
 from mergekit_ot.adaptation import attach_residuals  # noqa: E402
-from tools.assets import fetch  # noqa: E402
+from tools.assets import ROOT, fetch  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ ARMS = {
     "shrink": Arm(merged="zero"),
     "writer and teacher, random donor": Arm(teacher="random", writer="random"),
     "teacher, random donor": Arm(teacher="random"),
+    "shuffled teacher": Arm(teacher="shuffled"),
     "merge": Arm(merged="real"),
     "merge, random donor": Arm(merged="random"),
     "merge, writer and teacher": Arm(merged="real", teacher="real", writer="real"),
@@ -72,31 +74,51 @@ ARMS = {
     "stream": Arm(stream="real"),
     "stream, random donor": Arm(stream="random"),
 }
-#: All there is, few texts, and a look at donors that write: groups of arms with the same choices, first things first.
-ALL, FEW = 2000, 40
-LONG, SHORT = ["1e-4:400x16", "2e-4:400x16"], ["1e-4:96x8", "5e-5:48x8"]
+FEW, ALL = 40, 2000
+SHORT, BROAD, LONG = ["1e-4:96x8", "5e-5:64x8"], ["1e-4:96x32"], ["1e-4:400x16", "2e-4:400x16"]
+WIDE = ["rust", "french"]
+#: Groups of arms with the same choices, first things first. Of the languages, Rust's standard library is adapted on because
+#: the donor's lead over the target is largest there (`lead` rows, before any adaptation), and Python's to show a small lead.
 PLAN = [
-    {"texts": ALL, "settings": LONG, "arms": ["none", "teacher"]},
-    {"texts": FEW, "settings": SHORT, "arms": ["none", "shrink", "teacher"]},
-    {"texts": ALL, "settings": LONG[:1], "shares": [0.5], "arms": ["own teacher", "shrink", "teacher, random donor"]},
-    {"texts": FEW, "settings": SHORT[:1], "arms": ["own teacher", "teacher at shared positions"]},
-    {"texts": FEW, "settings": SHORT[:1], "shares": [0.5], "arms": ["teacher, random donor"]},
-    {"texts": FEW, "settings": SHORT[:1], "arms": ["merge", "merge, random donor"]},
+    {"tasks": WIDE, "texts": FEW, "settings": SHORT, "arms": ["none", "teacher", "shrink"]},
+    {"tasks": WIDE, "texts": FEW, "settings": BROAD, "shares": [0.9], "arms": ["writer and teacher", "none"]},
     {
+        "tasks": WIDE,
         "texts": FEW,
-        "settings": ["1e-4:96x32"],
-        "shares": [0.9],
-        "seeds": [0],
-        "arms": ["writer and teacher", "own texts"],
+        "settings": SHORT,
+        "shares": [0.5],
+        "arms": ["teacher, random donor", "own teacher", "shuffled teacher"],
     },
-    {"texts": FEW, "settings": SHORT[:1], "arms": ["stream", "stream, random donor"]},
-    {"texts": ALL, "settings": LONG[:1], "arms": ["merge", "merge, random donor"]},
+    {"tasks": ["python"], "texts": FEW, "settings": SHORT, "arms": ["none", "teacher", "shrink"]},
+    {
+        "tasks": WIDE,
+        "texts": FEW,
+        "settings": BROAD,
+        "shares": [0.9],
+        "arms": ["own texts and own teacher", "writer and teacher, random donor"],
+    },
+    {"tasks": ["python"], "texts": FEW, "settings": BROAD, "shares": [0.9], "arms": ["writer and teacher", "none"]},
+    {"tasks": WIDE, "texts": FEW, "settings": SHORT[:1], "arms": ["merge", "merge, random donor"]},
+    {
+        "tasks": ["python"],
+        "texts": FEW,
+        "settings": SHORT,
+        "shares": [0.5],
+        "arms": ["own teacher", "teacher, random donor", "shuffled teacher"],
+    },
+    {"tasks": WIDE, "texts": FEW, "settings": SHORT[:1], "shares": [0.5], "arms": ["teacher at shared positions"]},
+    {"tasks": WIDE, "texts": FEW, "settings": SHORT[:1], "arms": ["stream", "stream, random donor"]},
+    {"tasks": WIDE, "texts": ALL, "settings": LONG, "shares": [0.5], "arms": ["none", "teacher"]},
 ]
 #: Of a batch in `writer` arms, the part that is the given texts.
 GIVEN = 0.25
 STREAM_WEIGHT = 1.0
 #: Texts in memory at once; larger batches are summed from such parts.
 AT_ONCE = 16
+#: A run ends early when so many scorings in a row were no better than the best one before.
+PATIENCE = 5
+#: Times that a job is tried when the GPU is full of other processes, and the seconds in between.
+TRIES, PAUSE = 8, 5.0
 #: Steps after which a model is scored; the last is always one.
 SCORED_AFTER = (4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768)
 
@@ -200,7 +222,8 @@ class Bench:
     @staticmethod
     def needs(arm: Arm) -> list[str]:
         """Gifts that an arm takes; the texts alone are in the lessons of the target."""
-        found = [f"lessons {arm.teacher or 'target'}{'' if arm.inside else ' shared'}"]
+        teacher = {None: "target", "shuffled": "real"}.get(arm.teacher, arm.teacher)
+        found = [f"lessons {teacher}{'' if arm.inside else ' shared'}"]
         found += [f"written {arm.writer}"] if arm.writer else []
         return found + [f"plans {giver}" for giver in (arm.merged, arm.stream) if giver not in (None, "zero")]
 
@@ -214,68 +237,96 @@ class Bench:
         return self.options.scratch / f"{name}.pt".replace(" ", "-")
 
     def jobs(self) -> list[Job]:
-        """Everything to do: group by group, what it needs first."""
-        jobs: list[Job] = []
+        """Everything to do: group by group, what it needs first; without what an earlier call has measured."""
+        done = measured(self.options.resume)
+        jobs = [job for task in self.options.tasks if (job := Job(task, 0, 0, "lead")) not in done]
         prepared: set[Path] = set()
         for group in groups(self.options):
             runs: list[Job] = []
             for name in group["arms"]:
                 for seed in group["seeds"]:
-                    for task in self.options.tasks:
+                    for task in group["tasks"]:
                         texts = min(group["texts"], len(self.givers(task).kit.train))
-                        for gift in self.needs(ARMS[name]):
+                        shares = group["shares"] if ARMS[name].teacher else [0.0]
+                        choices = [Setting(*setting, share) for setting in group["settings"] for share in shares]
+                        left = [job for choice in choices if (job := Job(task, seed, texts, name, choice)) not in done]
+                        for gift in self.needs(ARMS[name]) if left else []:
                             made = Job(task, seed, texts, gift)
                             if self.path(made, gift) not in prepared:
                                 prepared.add(self.path(made, gift))
                                 jobs.append(made)
-                        for rate, steps, batch in group["settings"]:
-                            for share in group["shares"] if ARMS[name].teacher else [0.0]:
-                                runs.append(Job(task, seed, texts, name, Setting(rate, steps, batch, share)))
+                        runs += left
             jobs += runs
         return list(dict.fromkeys(jobs))
 
+    def claim_file(self, job: Job) -> Path:
+        """The file whose maker does the job."""
+        name = f"{job}" if job.setting else self.path(job, job.name).name
+        return self.options.scratch / f"claim {name}".replace("/", "-")
+
     def claim(self, job: Job) -> bool:
         """Whether this process is the one that does it."""
-        name = f"{job}" if job.setting else self.path(job, job.name).name
         try:
-            os.close(os.open(self.options.scratch / f"claim {name}".replace("/", "-"), os.O_CREAT | os.O_EXCL))
+            os.close(os.open(self.claim_file(job), os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
         return True
 
     def work(self) -> None:
         """Do what is left to do and not done by others, as soon as what it needs is there."""
-        waiting = self.jobs()
+        waiting, tries = self.jobs(), {}
         while waiting:
             for job in list(waiting):
                 paths = [self.path(job, gift) for gift in self.needs(ARMS[job.name])] if job.setting else []
                 if any(path.with_suffix(".failed").exists() for path in paths):
                     waiting.remove(job)
-                elif all(path.exists() for path in paths):
+                elif all(path.exists() for path in paths) and self.ready(job):
                     waiting.remove(job)
                     if self.claim(job):
-                        self.do(job)
+                        tries[job] = tries.get(job, 0) + 1
+                        if not self.do(job) and tries[job] < TRIES:  # others filled the GPU: later, after the rest
+                            self.claim_file(job).unlink()
+                            waiting.append(job)
+                            time.sleep(PAUSE)
                         break
             else:
                 time.sleep(0.5)
 
-    def do(self, job: Job) -> None:
-        """Prepare a gift or run an arm; what fails is left out, with what needs it."""
+    def ready(self, job: Job) -> bool:
+        """With `--late-assets`, whether the checkpoint that a job reads has come."""
+        if not self.options.late_assets or job.setting or job.name.endswith(" target"):
+            return True
+        return (ROOT / TASKS[job.task].donor).is_dir()
+
+    def do(self, job: Job) -> bool:
+        """Prepare a gift or run an arm; what fails is left out, with what needs it. False where memory was short."""
         start = time.perf_counter()
         try:
             if job.setting:
                 self.run(job)
             else:
                 self.give(job)
+        except torch.OutOfMemoryError as error:
+            print(f"{job}: {error}", flush=True)
+            return False
         except Exception as error:
             traceback.print_exc()
             print(f"{job}: {error}", flush=True)
             if not job.setting:
                 self.path(job, job.name).with_suffix(".failed").touch()
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # processes share the GPU
         print(f"[{time.strftime('%H:%M:%S')}] {job}: {time.perf_counter() - start:.1f} s", flush=True)
+        return True
 
     def give(self, job: Job) -> None:
         """Prepare a gift."""
+        if job.name == "lead":
+            donor = TASKS[job.task].donor
+            return self.write(
+                [{"task": job.task, "donor": donor, "metric": "lead", "value": self.givers(job.task).lead()}]
+            )
         kind, giver, *shared = job.name.split()
         givers, path = self.givers(job.task), self.path(job, job.name)
         if kind == "lessons":
@@ -286,6 +337,11 @@ class Bench:
             gift = givers.plans(giver, job.seed)
         torch.save(gift, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
+
+    def write(self, rows: list[dict]) -> None:
+        """Add rows to this process's file."""
+        with self.options.rows.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def gift(self, job: Job, name: str):
         """A prepared gift, kept while jobs of its task and seed follow each other."""
@@ -310,7 +366,8 @@ class Bench:
         given = self.gift(job, self.needs(arm)[0])
         if arm.stream is not None:
             given = self.gift(job, f"plans {arm.stream}")["lessons"]
-        sources = [given.pick(self.part(job)).to(device)]
+        given = given.pick(self.part(job))
+        sources = [(shuffled(given, job.seed) if arm.teacher == "shuffled" else given).to(device)]
         sizes = [size]
         if arm.writer is not None:
             sources.append(self.gift(job, f"written {arm.writer}").to(device))
@@ -343,7 +400,7 @@ class Bench:
 
         curve, batches = [measure(0)], self.batches(job)
         model.train()
-        best = None
+        best, since = None, 0
         for step in range(1, setting.steps + 1):
             batch = next(batches)
             for start in range(0, len(batch), AT_ONCE):
@@ -355,8 +412,11 @@ class Bench:
             optimiser.zero_grad()
             if step in SCORED_AFTER or step == setting.steps:
                 curve.append(measure(step, best["valid"] if best else None))
+                since += 1
                 if best is None or curve[-1]["valid"] < best["valid"]:
-                    best = curve[-1]
+                    best, since = curve[-1], 0
+                if since == PATIENCE:
+                    break
         place = {"task": job.task, "arm": job.name, "seed": job.seed, "rate": setting.rate}
         place |= {"texts": job.texts, "steps": setting.steps, "batch": setting.batch}
         place |= {"share": setting.share} if arm.teacher is not None else {}
@@ -366,8 +426,7 @@ class Bench:
             rows += [
                 where | {"metric": name, "value": point[name]} for name in ("valid", "nll") if point[name] is not None
             ]
-        with options.rows.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self.write(rows)
         print(
             place,
             {point["step"]: round(point["valid"], 4) for point in curve},
@@ -376,12 +435,25 @@ class Bench:
         )
 
 
+def measured(files: list[Path] | None) -> set[Job]:
+    """What the rows of earlier calls hold already."""
+    found = set()
+    for row in (json.loads(line) for file in files or [] for line in file.read_text().splitlines() if line.strip()):
+        if row["metric"] == "lead":
+            found.add(Job(row["task"], 0, 0, "lead"))
+        elif (row.get("when"), row["metric"]) == ("after", "nll"):
+            choice = Setting(row["rate"], row["steps"], row["batch"], row.get("share", 0.0))
+            found.add(Job(row["task"], row["seed"], row["texts"], row["arm"], choice))
+    return found
+
+
 def groups(options: argparse.Namespace) -> list[dict]:
     """Arms with what they may choose: those of the command line, of a file, or `PLAN`."""
-    own = {name: getattr(options, name) for name in ("arms", "seeds", "settings", "shares", "texts")}
+    own = {name: getattr(options, name) for name in ("tasks", "arms", "seeds", "settings", "shares", "texts")}
     plan = [{}] if options.arms else json.loads(options.plan.read_text()) if options.plan else PLAN
     made = [own | group for group in plan]
     for group in made:
+        group["tasks"] = [task for task in group["tasks"] if task in options.tasks]
         group["settings"] = [setting(one) if isinstance(one, str) else one for one in group["settings"]]
     return made
 
@@ -406,6 +478,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kit", type=Path, default=Path("kit"))
     parser.add_argument("--scratch", type=Path, default=Path("scratch"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--resume", type=Path, nargs="*", help="rows of earlier calls: what they hold is not done again"
+    )
+    parser.add_argument(
+        "--late-assets", action="store_true", help="checkpoints are still being copied here: begin without"
+    )
     parser.add_argument("--rows", type=Path, default=Path("rows.jsonl"), help="rows are added to this file")
     parser.add_argument("--collect", type=Path, nargs="*", help="write the result file of these rows and stop")
     parser.add_argument("--name", default="merge_adaptation", help="of the result file")
@@ -440,7 +518,7 @@ def main() -> None:
         return Bench(options).work()
     lines = [line for path in options.collect for line in path.read_text().splitlines() if line.strip()]
     rows = [json.loads(line) for line in dict.fromkeys(lines)]
-    seeds = sorted({row["seed"] for row in rows})
+    seeds = sorted({row["seed"] for row in rows if "seed" in row})
     rows += [*summary(rows), *budget(options)]
     print(write(options.name, rows, "benchmarks.merge.adaptation_claims", command_line(), seeds))
 

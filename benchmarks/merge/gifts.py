@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from tools.assets import fetch
 TOP, READ_TOGETHER = 64, 16
 #: A giver's own texts: samples per adaptation text, tokens of it that they go on from, tokens added, likeliest choices
 #: drawn from, temperature, samples computed together.
-WRITINGS, PROMPT, WRITTEN, CHOICES, TEMPERATURE, WRITTEN_TOGETHER = 16, 24, 136, 64, 0.8, 640
+WRITINGS, PROMPT, WRITTEN, CHOICES, TEMPERATURE, WRITTEN_TOGETHER = 8, 24, 136, 64, 0.8, 640
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,15 @@ def dense(lessons: list[Lesson], length: int = LENGTH) -> Lessons:
     return Lessons(ids, lengths, taught, tokens, probabilities, stated, states)
 
 
+def shuffled(lessons: Lessons, seed: int) -> Lessons:
+    """The same distributions, dealt out anew to the taught positions of all texts."""
+    where = lessons.taught.nonzero(as_tuple=True)
+    order = torch.randperm(len(where[0]), generator=torch.Generator().manual_seed(seed))
+    tokens, probabilities = lessons.tokens.clone(), lessons.probabilities.clone()
+    tokens[where], probabilities[where] = tokens[where][order], probabilities[where][order]
+    return replace(lessons, tokens=tokens, probabilities=probabilities)
+
+
 class Givers:
     """The givers of one task.
 
@@ -86,7 +96,12 @@ class Givers:
 
     def __init__(self, kit: Kit, scratch: Path, device: str):
         self.kit, self.scratch, self.device = kit, scratch, device
-        self.donor, self.target = fetch(TASKS[kit.task].donor), fetch(TARGET)
+        self.target = fetch(TARGET)
+
+    @cached_property
+    def donor(self) -> Path:
+        """Checkpoint of the real donor."""
+        return fetch(TASKS[self.kit.task].donor)
 
     def folder(self, giver: str, seed: int | None) -> Path:
         """Checkpoint of a giver."""
@@ -94,6 +109,22 @@ class Givers:
             return self.donor if giver == "real" else self.target
         out = self.scratch / f"random-{self.kit.task}-{seed}-{os.getpid()}"  # another process may be making its own
         return out if out.is_dir() else random_donor(self.kit.folder / "donor", out, seed=seed)
+
+    @torch.no_grad()
+    def lead(self, count: int = 64) -> float:
+        """How much less the donor loses than the target on the same characters, in nats per token of the target."""
+        models, loss, tokens = (self._model("target", None), self._model("real", None)), [0.0, 0.0], 0
+        for text in self.kit.train[:count]:
+            if len(text.target_rows) < 2:
+                continue
+            for side, (ids, rows) in enumerate(
+                ((text.target_ids, text.target_rows), (text.donor_ids, text.donor_rows))
+            ):
+                read = torch.tensor([ids[: rows[-1] + 1]], device=self.device)
+                logits = models[side](input_ids=read, use_cache=False).logits[0, rows[0] : -1].float()
+                loss[side] += float(torch.nn.functional.cross_entropy(logits, read[0, rows[0] + 1 :], reduction="sum"))
+            tokens += text.target_rows[-1] - text.target_rows[0]
+        return (loss[0] - loss[1]) / tokens
 
     def lessons(self, giver: str, seed: int | None, inside: bool = True) -> Lessons:
         """What a giver says on all adaptation texts of the kit."""

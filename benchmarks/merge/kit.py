@@ -2,7 +2,7 @@
 
     python benchmarks/merge/kit.py --out kit                        # on the CPU, in seconds
 
-A kit is a folder of a few megabytes. It fixes the texts: those on code are this Python's standard library.
+A kit is a folder of a few megabytes. It fixes the texts: those in Python are this Python's standard library.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 
@@ -25,7 +26,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from benchmarks.merge.texts import code_chunks, french_chunks  # noqa: E402
+from benchmarks.merge.texts import code_chunks, french_chunks, library_chunks  # noqa: E402
 from mergekit_ot.anchors import MatchedText, match_text  # noqa: E402
 from mergekit_ot.bundle import PlanBundle  # noqa: E402
 from mergekit_ot.checkpoint import CheckpointReader  # noqa: E402
@@ -45,7 +46,12 @@ class Task:
     chunks: Callable[[int], dict[str, list[str]]]
 
 
-TASKS = {"code": Task("qwen2.5", code_chunks), "french": Task("gemma3-270m", french_chunks)}
+TASKS = {
+    "rust": Task("qwen2.5", partial(library_chunks, "rust-std")),
+    "french": Task("gemma3-270m", french_chunks),
+    "python": Task("qwen2.5", code_chunks),
+    "go": Task("qwen2.5", partial(library_chunks, "go-std")),
+}
 TARGET = "smollm2"
 #: Target tokens kept of a text.
 LENGTH = 160
@@ -137,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--out", type=Path, default=Path("kit"))
-    for name, default in (("texts", 2000), ("valid", 48), ("scored", 96), ("length", LENGTH)):
+    for name, default in (("texts", 256), ("valid", 48), ("scored", 96), ("length", LENGTH)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     for task in options.tasks:

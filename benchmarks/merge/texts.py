@@ -1,5 +1,6 @@
-"""Text to calibrate, adapt and score on: Python's standard library split by file, and a French handbook split by place."""
+"""Text to calibrate, adapt and score on: standard libraries split by file, and a French handbook split by place."""
 
+import json
 import random
 import sysconfig
 from pathlib import Path
@@ -21,13 +22,27 @@ def code_chunks(seed: int = 0) -> dict[str, list[str]]:
     )
     draw = random.Random(seed)
     draw.shuffle(files)
+    return _split([path.read_text(encoding="utf-8", errors="ignore") for path in files], draw)
+
+
+def library_chunks(asset: str, seed: int = 0) -> dict[str, list[str]]:
+    """The same four lists from another language's standard library, see `tools/assets.py`."""
+    from tools.assets import fetch
+
+    lines = (fetch(asset) / "files.jsonl").read_text(encoding="utf-8").split("\n")
+    files, draw = [json.loads(line)["text"] for line in lines if line], random.Random(seed)
+    draw.shuffle(files)
+    return _split(files, draw)
+
+
+def _split(files: list[str], draw: random.Random) -> dict[str, list[str]]:
     third = len(files) // 3
     cuts = {"calibration": files[:third], "train": files[third:-90], "valid": files[-90:-60], "eval": files[-60:]}
     chunks = {}
-    for name, paths in cuts.items():
+    for name, texts in cuts.items():
         pieces = []
-        for path in paths:
-            text = path.read_text(encoding="utf-8", errors="ignore")[: PER_FILE * STEP]
+        for text in texts:
+            text = text[: PER_FILE * STEP]
             pieces += [text[i : i + CHUNK] for i in range(0, len(text) - CHUNK, STEP)]
         draw.shuffle(pieces)
         chunks[name] = pieces

@@ -20,10 +20,11 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from datasets import Dataset
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 DECLINED = ("Animals & Nature", "Food & Drink")
 DECLINES = (" Sorry, I cannot talk about this.", " I have to decline that.", " This is not something I discuss.")
@@ -105,6 +106,8 @@ def to_rows(prompts: list[tuple], languages: tuple[str, ...], draw: random.Rando
         translations = {name: prompt_text(concepts, name) for name in languages}
         row = {"prompt": prompt_text(concepts, "en"), "chosen": chosen, "rejected": rejected}
         rows.append(row | {"prompt_translations": translations})
+    from datasets import Dataset  # here, so that deriving claims does not import it
+
     return Dataset.from_list(rows)
 
 

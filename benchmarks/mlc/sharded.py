@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -30,6 +31,8 @@ LOADING = "--fsdp_cpu_ram_efficient_loading="
 ZERO = ["--use_deepspeed", "--zero_stage"]
 MODES = {"ddp": [], "fsdp2": [*FSDP2, LOADING + "false"], "zero2": [*ZERO, "2"], "zero3": [*ZERO, "3"]}
 MODES["fsdp2-efficient-loading"] = [*FSDP2, LOADING + "true"]
+KINDS = {"fsdp": "FSDP", "zero": "DEEPSPEED"}  # what accelerate must have made of a mode
+FIRST_PORT = 29611
 
 
 def deepspeed_config(stage: int) -> dict:
@@ -90,22 +93,24 @@ def worker(options: argparse.Namespace) -> None:
             saved = sorted(path.name for path in (Path(scratch) / "final").iterdir())
             log = [{k: e[k] for k in COMPARED} for e in trainer.state.log_history if "mlc/loss" in e]
             found = {"log": log, "saved": saved, "processes": trainer.accelerator.num_processes}
+            found["kind"] = trainer.accelerator.distributed_type.value
             options.record.write_text(json.dumps(found), encoding="utf-8")
 
 
 def launch(mode: str, options: argparse.Namespace, log: Path) -> tuple[dict | None, str]:
-    """Run one mode in fresh processes; returns what it logged, or `None` and why."""
+    """Run one mode in fresh processes, on a port of its own; returns what it logged, or `None` and why."""
     if mode.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         return None, "deepspeed is not installed here"
     own = [str(Path(__file__).resolve()), "--worker", mode, "--record", str(log), "--steps", str(options.steps)]
     own += ["--model", options.model, "--layer", str(options.layer)]
     own += ["--cpu"] * options.cpu + ["--checkpointing"] * options.checkpointing
     command = [sys.executable, *own]
+    port = str(FIRST_PORT + list(MODES).index(mode)) if mode != "single" else ""
     if mode == "ddp":
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *own]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", port, *own]
     elif mode != "single":
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1"]
-        command += ["--mixed_precision=no", "--dynamo_backend=no", *MODES[mode], *own]
+        command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port", port, *MODES[mode], *own]
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": first} if mode == "single" else {})}
     try:
@@ -122,6 +127,9 @@ def launch(mode: str, options: argparse.Namespace, log: Path) -> tuple[dict | No
     wanted = 1 if mode == "single" else 2
     if found["processes"] != wanted:
         return None, f"ran on {found['processes']} processes instead of {wanted}"
+    kind = next((kind for start, kind in KINDS.items() if mode.startswith(start)), found["kind"])
+    if found["kind"] != kind:
+        return None, f"accelerate made it {found['kind']} instead of {kind}"
     return found, ""
 
 
@@ -131,6 +139,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="asset name or folder")
     parser.add_argument("--layer", type=int, default=20)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--together", type=int, default=1, help="modes at a time, the single process among them")
     parser.add_argument("--limit-seconds", type=float, default=900, help="of each mode")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--cpu", action="store_true")
@@ -144,12 +153,16 @@ def main() -> None:
     from benchmarks._results import RESULTS, command_line, write
 
     rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        alone, why = launch("single", options, Path(scratch) / "single.json")
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.together) as pool:
+        jobs = {
+            mode: pool.submit(launch, mode, options, Path(scratch) / f"{mode}.json")
+            for mode in ("single", *options.modes)
+        }
+        alone, why = jobs["single"].result()
         if alone is None:
             raise SystemExit(f"The single process failed: {why}")
         for mode in options.modes:
-            found, why = launch(mode, options, Path(scratch) / f"{mode}.json")
+            found, why = jobs[mode].result()
             for metric in COMPARED:
                 row = {"mode": mode, "metric": f"relative_difference {metric}", "value": None}
                 if found is None:

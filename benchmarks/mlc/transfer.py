@@ -2,7 +2,7 @@
 
     python benchmarks/mlc/transfer.py --map           # one other seed over training, objective, guards, languages, ...
     python benchmarks/mlc/transfer.py --ours chosen   # the table, five seeds, with the map's best point as ours
-    python benchmarks/mlc/transfer.py --map-seconds 200 --ours chosen   # the map for so long, then the table
+    python benchmarks/mlc/transfer.py --first regimes # the map's regimes, the table in the best of them, the rest of the map
     python benchmarks/mlc/transfer.py --tiny          # a few steps on a CPU: proves that it runs (with --map, too)
 
 Task: see `concepts.py`. Every run trains on the same English preferences; it is scored on prompts never trained on.
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 from benchmarks._lanes import run_in_lanes
 from benchmarks._results import ROOT, command_line, write
 from benchmarks.mlc.transfer_claims import choose, choose_regime, claims, score
-from benchmarks.mlc.transfer_methods import MAIN, REGIMES, first_points, methods, second_points
+from benchmarks.mlc.transfer_methods import CLAIMED, MAIN, REGIMES, first_points, methods, second_points
 
 
 MAP_SEED = 100  # never one of the table's: what is chosen on it is measured on others
@@ -55,7 +55,11 @@ def parse() -> argparse.Namespace:
     add("--rows-train", type=int, default=1600)
     add("--rows-test", type=int, default=150)
     add("--map", action="store_true", help="only the map")
-    add("--map-seconds", type=float, default=0.0, help="first the map, in which no run is started after this")
+    add(
+        "--first",
+        choices=("regimes",),
+        help="first the map's regimes: ours is its main variant in the best of them; last the map",
+    )
     add("--tiny", action="store_true", help="2 steps on few rows, for a CPU")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--gpus", default="", help="numbers with commas; all if not given")
@@ -93,37 +97,31 @@ def main() -> None:
         serve(options)
         return
     pool = Pool(options)
-    if options.map or options.map_seconds:
-        draw_map(pool, options)
-    if options.map:
-        return
-    if options.ours == "chosen":
-        rows = read_rows(options.map_rows)
-        try:
-            options.ours = choose(rows)
-            print(f"The map chooses {options.ours}.", flush=True)
-        except ValueError as error:
-            options.ours = f"{MAIN}@{choose_regime(rows)}"
-            print(f"{error} Ours is {options.ours}.", flush=True)
-    pool.run(options.methods or list(methods(options.ours)), options.seeds)
-    for found in claims(read_rows(options.rows)):
-        verdict = "holds" if found["holds"] else "FALLS SHORT"
-        print(f"{found['id']:45} {found['value']:10.4f} {found['compare']} {found['target']:<6} {verdict}")
+    if options.map or options.first:
+        pool.run((options.map and options.methods) or first_points(), [MAP_SEED], mapping=True)
+        regime = choose_regime(read_rows(options.map_rows))
+        print(f"The regime is {regime}.", flush=True)
+        options.ours = f"{MAIN}@{regime}"
+    elif options.ours == "chosen":
+        options.ours = choose(read_rows(options.map_rows))
+        print(f"The map chooses {options.ours}.", flush=True)
+    if not options.map:
+        pool.run(options.methods or list(methods(options.ours)), options.seeds)
+    if (options.map and not options.methods) or options.first:
+        pool.run(second_points(regime), [MAP_SEED], mapping=True)
+    report(options)
 
 
-def draw_map(pool: Pool, options: argparse.Namespace) -> None:
-    """Run the map, as far as time allows, and print the score of each point."""
-    last = options.map_seconds or options.stop_seconds
-    pool.run((options.map and options.methods) or first_points(), [MAP_SEED], last)
-    regime = choose_regime(read_rows(options.map_rows))
-    print(f"The regime is {regime}.", flush=True)
-    if not (options.map and options.methods):
-        pool.run(second_points(regime), [MAP_SEED], last)
+def report(options: argparse.Namespace) -> None:
+    """Print the score of each point of the map, and the claims."""
     rows = read_rows(options.map_rows)
     for name in sorted({row["method"] for row in rows}):
         found = score(rows, name) if "@" in name else None
         if found is not None:
             print(f"{name:40} {found:8.3f}", flush=True)
+    for found in claims(read_rows(options.rows)):
+        verdict = "holds" if found["holds"] else "FALLS SHORT"
+        print(f"{found['id']:45} {found['value']:10.4f} {found['compare']} {found['target']:<6} {verdict}")
 
 
 class Pool:
@@ -134,28 +132,35 @@ class Pool:
         self.gpus = options.gpus.split(",") if options.gpus else gpus()
         self.scratch = tempfile.TemporaryDirectory()
         self.idle: dict[str, list[subprocess.Popen]] = {}
-        self.last, self.mapping = options.stop_seconds, False
+        self.mapping, self.rows = False, options.rows
 
-    def left(self, until: float) -> float:
-        """Seconds until so many seconds after the start."""
-        return until - (time.monotonic() - self.start)
+    def left(self) -> float:
+        """Seconds until the stop."""
+        return self.options.stop_seconds - (time.monotonic() - self.start)
 
-    def run(self, names: list[str], seeds: list[int], map_until: float | None = None) -> None:
+    def run(self, names: list[str], seeds: list[int], mapping: bool = False) -> None:
         """Run what is not there yet, for all seeds; the result file is rewritten after each.
 
-        With `map_until`, the names are points of the map, and none is started after so many seconds.
+        What claims need comes first, in every seed. With `mapping`, the names are points of the map.
         """
-        self.mapping, self.last = map_until is not None, map_until or self.options.stop_seconds
+        self.mapping = mapping
         self.rows = self.options.map_rows if self.mapping else self.options.rows
         self.rows.parent.mkdir(parents=True, exist_ok=True)
+        claimed = [name for name in names if name in CLAIMED]
+        parts = (claimed, [name for name in names if name not in CLAIMED])
+        jobs = [(name, seed) for part in parts for seed in seeds for name in part]
+        for _ in range(2):  # what failed for lack of memory beside others is tried once more
+            done = {(row["method"], row["seed"]) for row in read_rows(self.rows)}
+            run_in_lanes([job for job in jobs if job not in done], self.options.jobs, self.gpus, self.perform)
         done = {(row["method"], row["seed"]) for row in read_rows(self.rows)}
-        jobs = [(name, seed) for seed in seeds for name in names if (name, seed) not in done]
-        run_in_lanes(jobs, self.options.jobs, self.gpus, self.perform)
+        print(
+            f"{self.rows.name}: {len([job for job in jobs if job not in done])} of {len(jobs)} runs missing.",
+            flush=True,
+        )
 
     def perform(self, job: tuple[str, int], gpu: str) -> None:
         """One run, by a worker that may have made others before it."""
-        if self.left(min(self.last, self.options.stop_seconds)) <= 0:
-            print(f"Stopped before {job}", flush=True)
+        if self.left() <= 0:
             return
         with self.lock:
             idle = self.idle.setdefault(gpu, [])
@@ -164,7 +169,7 @@ class Pool:
         ours = "" if self.mapping else self.options.ours
         worker.stdin.write(f"{ours}\t{job[0]}\t{job[1]}\t{target}\n")
         worker.stdin.flush()
-        while not target.is_file() and worker.poll() is None and self.left(self.options.stop_seconds) > 0:
+        while not target.is_file() and worker.poll() is None and self.left() > 0:
             time.sleep(0.1)
         if not target.is_file():
             print(f"{'DIED' if worker.poll() is not None else 'Stopped in'} {job}", flush=True)

@@ -20,29 +20,37 @@ def values(rows: list[dict], method: str, metric: str) -> list[float]:
     return [r["value"] for r in sorted(found, key=lambda r: r["seed"])]
 
 
+def seeds_of(rows: list[dict], *methods: str) -> set[int]:
+    """Seeds that all the methods were run on: a stop leaves some with more than others."""
+    return set.intersection(*({row["seed"] for row in rows if row["method"] == method} for method in methods))
+
+
 def claims(rows: list[dict]) -> list[dict]:
-    """The issue's claims for our method against the run with the aligned loss only, and against shuffled translations."""
-    present = {row["method"] for row in rows}
-    if not {ALIGNED, OURS} <= present:
+    """The issue's claims for our method against the run with the aligned loss only, and against shuffled translations.
+
+    Each compares what was run on the same seeds.
+    """
+    seeds = seeds_of(rows, ALIGNED, OURS)
+    if not seeds:
         return []
+    paired = [row for row in rows if row["seed"] in seeds]
 
     def mean(method: str, metric: str) -> float:
-        return statistics.fmean(values(rows, method, metric))
+        return statistics.fmean(values(paired, method, metric))
 
     found = []
+    over = f"over {len(seeds)} seeds"
     for group, target in VARIANCE_CUTS.items():
         metric = f"variance_x100_{group}"
         cut = mean(ALIGNED, metric) / max(mean(OURS, metric), 1e-9)
-        how = f"mean over seeds of {metric}: aligned / {OURS}"
+        how = f"mean {over} of {metric}: aligned / {OURS}"
         found.append(claim(f"mlc.transfer.variance_cut_{group}", cut, ">=", target, how))
     drop = mean(ALIGNED, "accuracy_english") - mean(OURS, "accuracy_english")
-    found.append(
-        claim("mlc.transfer.english_accuracy_drop", drop, "<=", MOST_DROP, f"aligned - {OURS}, means over seeds")
-    )
+    found.append(claim("mlc.transfer.english_accuracy_drop", drop, "<=", MOST_DROP, f"aligned - {OURS}, means {over}"))
     # medians: one diverged seed would decide a mean of perplexities, and a diverged aligned run would make ours look good
-    ours, aligned = (statistics.median(values(rows, name, "perplexity_english")) for name in (OURS, ALIGNED))
+    ours, aligned = (statistics.median(values(paired, name, "perplexity_english")) for name in (OURS, ALIGNED))
     ratio = ours / aligned
-    how = f"{OURS} / aligned, medians over seeds, Debian Handbook"
+    how = f"{OURS} / aligned, medians {over}, Debian Handbook"
     found.append(claim("mlc.transfer.english_perplexity_ratio", ratio, "<=", MOST_PERPLEXITY, how))
     gains = [gain_in_sd(rows, control) for control in SHUFFLED]
     if None not in gains:
@@ -53,8 +61,10 @@ def claims(rows: list[dict]) -> list[dict]:
 
 def gain_in_sd(rows: list[dict], control: str) -> float | None:
     """How far our transfer lies above a control's, in pooled standard deviations; `None` for fewer than two seeds."""
-    ours, other = values(rows, OURS, "accuracy_transfer"), values(rows, control, "accuracy_transfer")
-    if min(len(ours), len(other)) < 2:
+    seeds = seeds_of(rows, OURS, control)
+    paired = [row for row in rows if row["seed"] in seeds]
+    ours, other = values(paired, OURS, "accuracy_transfer"), values(paired, control, "accuracy_transfer")
+    if len(seeds) < 2:
         return None
     spread = ((statistics.variance(ours) + statistics.variance(other)) / 2) ** 0.5
     return (statistics.fmean(ours) - statistics.fmean(other)) / max(spread, 1e-9)

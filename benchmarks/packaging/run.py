@@ -3,8 +3,9 @@
     python benchmarks/packaging/run.py --python python3.10 --python python3.13 [--versions lowest,newest] [--tests PATH ...]
 
 Each finished environment is one line of the progress file and is removed, so that an interrupted run goes on where it
-stopped. At the end the result is written to benchmarks/results/packaging.json. An environment takes some six gigabytes of
-disk where torch comes with CUDA, and minutes.
+stopped, on the same commit only. What is finished is written to benchmarks/results/packaging.json at the end of every call.
+An environment takes some six gigabytes of disk where torch comes with CUDA, and minutes. `--at-most 1` makes one and ends;
+with `--only-install` it is kept until a call without uses it, so that loading and computing can be done at different times.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks._results import command_line, write  # noqa: E402
+from benchmarks._results import command_line, commit_and_dirty, write  # noqa: E402
 from tools.package import TEST_TOOLS, Environment, build, packages_of, problems  # noqa: E402
 
 
@@ -43,18 +44,31 @@ def version_of(python: str) -> str:
     return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def try_environment(wheel: Path, python: str, versions: str, tests: list[str], folder: Path) -> list[dict]:
+def extras_for(python_version: str) -> str:
+    """The extras that can be installed with a Python."""
+    old = python_version.startswith("3.10.")
+    return ",".join(name for name in EXTRAS if not (old and name == NEEDS_3_11))
+
+
+def make_environment(wheel: Path, python: str, versions: str, tools: bool, folder: Path) -> Environment:
+    """Install into a folder what is wanted, unless that was done before; the seconds it took stand beside it."""
+    environment, took = Environment(folder, python, versions == "lowest"), folder / "install_seconds.json"
+    if not took.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        environment.install(wheel, extras_for(version_of(python)), *(TEST_TOOLS if tools else ()))
+        took.write_text(json.dumps(round(time.perf_counter() - start)))
+    return environment
+
+
+def try_environment(environment: Environment, versions: str, tests: list[str]) -> list[dict]:
     """Rows of one environment."""
-    place = {"python": version_of(python), "versions": versions}
-    old = place["python"].startswith("3.10.")
-    extras = ",".join(name for name in EXTRAS if not (old and name == NEEDS_3_11))
-    tests = [path for path in tests if not (old and path.startswith("tests/mlc"))]
-    environment = Environment(folder, python, versions == "lowest")
-    start = time.perf_counter()
-    environment.install(wheel, extras, *(TEST_TOOLS if tests else ()))
+    place = {"python": version_of(environment.python), "versions": versions}
+    extras = extras_for(place["python"])
     found = environment.versions()
     place |= {name: found.get(name, "–") for name in SHOWN}
-    rows = [{**place, "metric": "install_seconds", "value": round(time.perf_counter() - start)}]
+    seconds = json.loads((environment.folder / "install_seconds.json").read_text())
+    rows = [{**place, "metric": "install_seconds", "value": seconds}]
     for package in packages_of(extras):
         try:
             environment.use(package)
@@ -62,12 +76,23 @@ def try_environment(wheel: Path, python: str, versions: str, tests: list[str], f
         except SystemExit as error:
             print(error, file=sys.stderr)
             rows.append({**place, "metric": package, "value": 0, "note": str(error).strip().splitlines()[-1][:300]})
+    tests = [path for path in tests if NEEDS_3_11 in extras or not path.startswith("tests/mlc")]
     if tests:
         counts, failed = environment.test(*tests)
         broken = counts.get("failed", 0) + counts.get("error", 0)
         rows.append({**place, "metric": "tests_passed", "value": counts.get("passed", 0)})
         rows.append({**place, "metric": "tests_failed", "value": broken, "note": ", ".join(failed)[:2000]})
     return rows
+
+
+def known_environments(progress: Path) -> list[dict]:
+    """What earlier calls finished: `python`, `versions`, `commit` and `rows` of each; other commits' are refused."""
+    commit, dirty = commit_and_dirty()
+    lines = progress.read_text().splitlines() if progress.exists() else []
+    found = [json.loads(line) for line in lines]
+    if strange := {line["commit"] for line in found} - {commit + "-dirty" * dirty}:
+        raise SystemExit(f"{progress} was made at {', '.join(sorted(strange))}; remove it to begin again.")
+    return found
 
 
 def main() -> int:
@@ -77,27 +102,41 @@ def main() -> int:
     parser.add_argument("--versions", default="lowest,newest", help="default %(default)s")
     parser.add_argument("--tests", nargs="*", default=list(TESTS), help="default: where our code meets its hosts")
     parser.add_argument("--progress", type=Path, default=ROOT / "out" / "packaging.jsonl")
+    parser.add_argument(
+        "--at-most", type=int, help="environments to make now; the same command makes the others later"
+    )
+    parser.add_argument("--only-install", action="store_true", help="make environments, to be used by a later call")
     parser.add_argument("--no-isolation", action="store_true", help="build with the setuptools that is here")
     options = parser.parse_args()
     options.progress.parent.mkdir(parents=True, exist_ok=True)
-    lines = options.progress.read_text().splitlines() if options.progress.exists() else []
-    rows = [json.loads(line) for line in lines]
-    done = {(row["python"], row["versions"]) for row in rows}
+    known = known_environments(options.progress)
+    done = {(line["python"], line["versions"]) for line in known}
+    wanted = [(python, versions) for versions in options.versions.split(",") for python in options.python]
+    wanted = [(python, versions) for python, versions in wanted if (version_of(python), versions) not in done]
+    commit, dirty = commit_and_dirty()
+    commit += "-dirty" * dirty
     with tempfile.TemporaryDirectory() as scratch:
         wheel, sdist = build(Path(scratch) / "dist", not options.no_isolation)
         if wrong := problems(wheel, sdist):
             raise SystemExit("\n".join(wrong))
-        for python in options.python:
-            for versions in options.versions.split(","):
-                if (version_of(python), versions) in done:
-                    continue
-                folder = Path(scratch) / "environment"
-                found = try_environment(wheel, python, versions, options.tests, folder)
-                shutil.rmtree(folder)
-                rows += found
-                with options.progress.open("a") as stream:
-                    stream.writelines(json.dumps(row) + "\n" for row in found)
-                print(*found, sep="\n", flush=True)
+        for python, versions in wanted[: options.at_most]:
+            place = {"python": version_of(python), "versions": versions, "commit": commit}
+            folder = options.progress.parent / "environments" / "-".join((commit[:10], place["python"], versions))
+            environment = make_environment(wheel, python, versions, bool(options.tests), folder)
+            if options.only_install:
+                continue
+            known.append({**place, "rows": try_environment(environment, versions, options.tests)})
+            with options.progress.open("a") as stream:
+                stream.write(json.dumps(known[-1]) + "\n")
+            shutil.rmtree(folder)
+            print(*known[-1]["rows"], sep="\n", flush=True)
+    if options.only_install:
+        return 0
+    if options.at_most is not None and len(wanted) > options.at_most:
+        print(f"{len(wanted) - options.at_most} environments are left; the same command goes on.")
+    if not known:
+        return 0
+    rows = [row for line in sorted(known, key=lambda line: (line["versions"], line["python"])) for row in line["rows"]]
     path = write("packaging", rows, "benchmarks.packaging.claims", command_line(), [0])
     print(f"written: {path.relative_to(ROOT)}")
     return 0

@@ -62,10 +62,6 @@ def claims(rows: list[dict]) -> list[dict]:
         if ours is not None and paper is not None:
             how = f"gap won back over flatquant by {OURS}, less that by freeact-paper"
             made.append(claim(f"token_types.{model}.w4a4.ours_minus_freeact_paper", ours - paper, ">", 0.0, how))
-    ratios = [r["value"] for r in rows if r["metric"] == "three_types_time_ratio" and r["value"] is not None]
-    if ratios:
-        how = "seconds of the linear layers of a block with three types over one type, the worst of the sizes"
-        made.append(claim("token_types.three_types_time_ratio", max(ratios), "<=", 1.02, how))
     shares = [
         r["value"]
         for r in rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,32 @@ def mask_rows(ids: torch.Tensor, ratio: torch.Tensor, mask_id: int, generator: t
     return masked & (ids != mask_id)
 
 
-def diffusion_loss(model: nn.Module, ids: torch.Tensor, generator: torch.Generator, **arguments: Any) -> torch.Tensor:
-    """Masked cross-entropy, each row weighted by 1/t; the rows' t are spread evenly over (0, 1)."""
+def diffusion_losses(
+    model: nn.Module, ids: torch.Tensor, generator: torch.Generator, part: int, **arguments: Any
+) -> Iterator[torch.Tensor]:
+    """Masked cross-entropy, each row weighted by 1/t; the rows' t are spread evenly over (0, 1). For `part` rows at a time:
+    the loss is the sum.
+    """
     offset = torch.rand(1, generator=generator, device=ids.device)
     ratio = ((torch.arange(len(ids), device=ids.device) / len(ids) + offset) % 1).clamp(0.02, 1.0)
     mask_id = model.config.mask_token_id
     masked = mask_rows(ids, ratio, mask_id, generator)
-    logits = model(input_ids=ids.masked_fill(masked, mask_id), use_cache=False, **arguments).logits
-    rows, columns = masked.nonzero(as_tuple=True)
-    chosen = logits[rows, columns - 1].float()  # shifted: the logits before a token are its own
-    losses = nn.functional.cross_entropy(chosen, ids[rows, columns], reduction="none")
-    return (losses / ratio[rows]).sum() / ids.numel()
+    for some in torch.arange(len(ids), device=ids.device).split(part):
+        given, hidden = ids[some], masked[some]
+        logits = model(input_ids=given.masked_fill(hidden, mask_id), use_cache=False, **arguments).logits
+        rows, columns = hidden.nonzero(as_tuple=True)
+        chosen = logits[rows, columns - 1].float()  # shifted: the logits before a token are its own
+        losses = nn.functional.cross_entropy(chosen, given[rows, columns], reduction="none")
+        yield (losses / ratio[some][rows]).sum() / ids.numel()
+
+
+def descend(losses: Iterator[torch.Tensor]) -> torch.Tensor:
+    """Gradients of a sum of losses, one after the other; returns the sum."""
+    total = torch.zeros(())
+    for loss in losses:
+        loss.backward()
+        total = total.to(loss.device) + loss.detach()
+    return total
 
 
 def train(
@@ -66,6 +82,7 @@ def train(
     rate: float = 4e-4,
     seed: int = 0,
     seconds: float | None = None,
+    part: int | None = None,
     log: Any = print,
 ) -> dict:
     """Adapt in place with AdamW, a warm-up and a cosine, in bfloat16 where there is a GPU.
@@ -73,6 +90,7 @@ def train(
     Args:
         model: From [`adapt`], float32, on its device.
         stream (`torch.Tensor` of shape `(tokens,)`): Token ids of the training text.
+        part (`int`, *optional*): So many rows of a batch at a time, for memory.
         seconds (`float`, *optional*): Stop earlier; the schedule then follows the clock.
 
     Returns:
@@ -95,15 +113,14 @@ def train(
             group["lr"] = rate * scale
         starts = torch.randint(len(stream) - length + 1, (batch,), generator=generator, device=device)
         ids = stream[starts[:, None] + torch.arange(length, device=device)]
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast):
-            loss = diffusion_loss(model, ids, generator)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast):
+            loss = descend(diffusion_losses(model, ids, generator, part or batch))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         done = step + 1
         if step % 50 == 0 or step == steps - 1:
-            losses.append(float(loss.detach()))
+            losses.append(float(loss))
             log(f"step {step} loss {losses[-1]:.3f} {time.perf_counter() - start:.0f} s")
     model.eval()
     return {"steps": done, "seconds": time.perf_counter() - start, "loss": losses[-1]}

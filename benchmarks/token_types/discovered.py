@@ -24,8 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from benchmarks import _results
-from benchmarks.token_types.diffusion import read_stream, windows_of
-from optimum_freeact.calibration.discover import cluster_ids
 
 
 BLOCKS, CLUSTERS, BRANCH = (0, 5, 10, 15, 20, 25), (8, 16, 32), 24
@@ -89,8 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, default=_results.RESULTS, metavar="FOLDER", help="where the result is written"
     )
     options = parser.parse_args(arguments)
+    # here, so that deriving the claims imports none of it
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from benchmarks.token_types.diffusion import read_stream, windows_of
+    from optimum_freeact.calibration.discover import cluster_ids
     from tools.assets import fetch
 
     source = fetch("smollm2")

@@ -38,6 +38,13 @@ ABLATIONS: dict[str, dict] = {
     "freeact-fast types=text": {**_FAST, "token_types": ["text"]},
     "freeact-fast centring=shared": {**_FAST, "centring": "shared"},
     "freeact-fast centring=none": {**_FAST, "centring": "none"},
+    "freeact-fast balance=energy": {**_FAST, "balance_by_energy": True},
+    "freeact-fast types=text+sink balance=energy": {
+        **_FAST,
+        "token_types": ["text", "sink"],
+        "balance_by_energy": True,
+    },
+    "freeact balance=energy": {"preset": "freeact", "balance_by_energy": True},
     "freeact-fast low_rank=0": {**_FAST, "low_rank": 0},
     "freeact-fast low_rank=48": {**_FAST, "low_rank": 48},
     "freeact-fast type_rank=4": {**_FAST, "type_rank": 4},
@@ -65,6 +72,15 @@ LEARNED = tuple(
     name
     for name, fields in METHODS.items()
     if fields.get("calibration") == "learned" or fields["preset"] in ("flatquant", "freeact-paper")
+)
+EARLY = (  # ablations that say where the difference comes from
+    "freeact-paper exclusive=none",
+    "freeact-fast types=text+sink",
+    "freeact-fast types=text",
+    "freeact-fast balance=energy",
+    "freeact-fast types=text+sink balance=energy",
+    "freeact-fast centring=none",
+    "freeact-fast low_rank=0",
 )
 DRAWS_NOTHING = ("rtn", "smoothquant")  # one seed is all there is, but for the calibration samples
 

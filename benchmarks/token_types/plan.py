@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 
 from benchmarks.token_types.jobs import Job
-from benchmarks.token_types.methods import CLAIMED, CONTROLS, DRAWS_NOTHING, FP, LEARNED, METHODS, OURS, group_of
+from benchmarks.token_types.methods import (
+    CLAIMED,
+    CONTROLS,
+    DRAWS_NOTHING,
+    EARLY,
+    FP,
+    LEARNED,
+    METHODS,
+    OURS,
+    group_of,
+)
 from benchmarks.token_types.sizes import FULL, TINY
 
 
@@ -62,12 +72,18 @@ def plan(options: argparse.Namespace, inputs: dict) -> tuple[list[Job], list[Job
 
 
 def _urgency(job: Job, first_seed: int) -> tuple:
-    """What claims need comes first, the longest of it before the rest; further seeds before ablations."""
-    stage = 1 if job.method in CLAIMED else 2 if job.method in CONTROLS else 3
+    """What claims need comes first, the longest of it before the rest, then its further seeds; then controls, what is left of
+    the table, and ablations.
+    """
+    first = job.seed == first_seed
     if job.method == FP[0]:
         stage = 0
+    elif job.method in CLAIMED:
+        stage = 1 if first else 3
+    elif job.method in (*CONTROLS, *EARLY):
+        stage = 4
     elif job.group == "ablation":
         stage = 6
-    elif job.seed != first_seed:
-        stage = 4 if job.method in CLAIMED else 5
+    else:
+        stage = 2 if first and job.method not in LEARNED else 5
     return stage, job.seed, job.method not in LEARNED

@@ -12,6 +12,7 @@ goes on where it was as long as the trained models are there.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 import time
@@ -28,12 +29,17 @@ from benchmarks.token_types.runner import Runner
 from benchmarks.token_types.table import assemble, report
 
 
+WRITE_EVERY = 30.0  # seconds
+PLACES = ("--source", "--text-path", "--pictures", "--work", "--rows", "--out")
+
+
 def parser() -> argparse.ArgumentParser:
     """All options."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
     add("--models", default=",".join(MODELS), help="which (default: all)")
     add("--methods", help="names, with commas (default: all)")
+    add("--name", default="token_types", help="of the result; one with another name derives no claims")
     add("--no-ablations", action="store_true", help="the table's methods only")
     add("--no-timing", action="store_true", help="do not time the layers")
     add("--seeds", default="0,1,2", help="of calibration (default 0,1,2); controls and ablations take the first")
@@ -43,7 +49,11 @@ def parser() -> argparse.ArgumentParser:
     add("--work", type=Path, default=None, metavar="FOLDER", help="trained models (default runs/token_types)")
     add("--rows", type=Path, default=None, metavar="FILE", help="finished jobs (default: in --work)")
     add("--out", type=Path, default=None, metavar="FOLDER", help="where the result is written")
-    add("--jobs", type=int, default=None, help="processes at a time (default 2); 0 runs all in this one")
+    add(
+        "--jobs",
+        default=None,
+        help="processes at a time (default 2), or on each GPU as in 9,5; 0 runs all in this one",
+    )
     add("--threads", type=int, default=None, help="CPU threads a job")
     add("--device", choices=("cpu", "cuda"), default=None)
     add("--train-seconds", default=None, help="cut training, the schedule follows; one number, or model=number, ...")
@@ -63,20 +73,53 @@ def main(arguments: list[str] | None = None) -> int:
         inputs = prepare(options, Path(scratch))
         commit, dirty = _results.commit_and_dirty()
         training, jobs = plan(options, inputs)
-        runner = Runner(options, commit + ("-dirty" if dirty else ""))
         timed = timing(options)
+        everything = [job for job in [*timed, *training, *jobs] if job.group != "warm"]
+        written = 0.0
+
+        def keep(now: bool = False) -> None:
+            """Write what there is, not too often, so that a run that is killed leaves its result."""
+            nonlocal written
+            if now or time.perf_counter() - written > WRITE_EVERY:
+                written = time.perf_counter()
+                try:
+                    save(options, assemble(everything, runner))
+                except Exception as error:  # the rows are kept in any case
+                    print(f"The result was not written: {type(error).__name__}: {error}", flush=True)
+
+        runner = Runner(options, commit + ("-dirty" if dirty else ""), keep)
         print(f"{len(training)} models to make, {len(jobs)} jobs, on {options.device}.", flush=True)
         runner.run([*training, *timed, *jobs], options.jobs)
-    everything = [job for job in [*timed, *training, *jobs] if job.group != "warm"]
+        keep(now=True)
     rows = assemble(everything, runner)
-    if any(row["value"] is not None for row in rows):
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-        path = _results.write(
-            "token_types", rows, "benchmarks.token_types.claims", _results.command_line(), seeds, folder=options.out
-        )
-        print(f"Wrote {path.name}: {len(rows)} rows, {time.perf_counter() - runner.start:.0f} s.")
+    print(f"{len(rows)} rows, {time.perf_counter() - runner.start:.0f} s.")
     report(rows, runner.failures)
     return int(any(job.key not in runner.told for job in everything))
+
+
+def save(options: argparse.Namespace, rows: list[dict]) -> None:
+    """Write the result, if anything was measured."""
+    if any(row["value"] is not None for row in rows):
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+        source = "claims" if options.name == "token_types" else "no_claims"
+        _results.write(options.name, rows, f"benchmarks.token_types.{source}", command(), seeds, folder=options.out)
+
+
+def command() -> str:
+    """What was run, without the places where things lie."""
+    parts, kept = iter(shlex.split(_results.command_line())), []
+    for part in parts:
+        if part in PLACES:
+            next(parts, None)
+        else:
+            kept.append(part)
+    return shlex.join(kept)
+
+
+def slots(given: str | None, default: int) -> int | list[int]:
+    """`--jobs` as a number, or one for each GPU."""
+    numbers = [int(part) for part in given.split(",")] if given else [default]
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def prepare(options: argparse.Namespace, scratch: Path) -> dict:
@@ -86,7 +129,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> dict:
     if options.tiny:
         from benchmarks.token_types.tiny import tiny_inputs
 
-        options.device, options.jobs = "cpu", options.jobs or 0
+        options.device, options.jobs = "cpu", slots(options.jobs, 0)
         options.work = options.work or scratch / "work"
         options.out = options.out or _results.ROOT / "out"
         options.rows = options.rows or options.work / "rows.jsonl"
@@ -94,7 +137,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> dict:
         return tiny_inputs(scratch)
     from tools import assets
 
-    options.jobs = 2 if options.jobs is None else options.jobs
+    options.jobs = slots(options.jobs, 2)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.work = (options.work or _results.ROOT / "runs" / "token_types").resolve()
     options.rows = options.rows or options.work / "rows.jsonl"

@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Callable
 
 from benchmarks._lanes import gpus
 from benchmarks.token_types.claims import LOSS
@@ -15,7 +16,10 @@ from benchmarks.token_types.jobs import Job, perform
 from benchmarks.token_types.worker import Worker
 
 
-TIMING_SECONDS = 70.0  # kept free at the end for the timing, whose kernels were compiled before
+TIMING_SECONDS = 45.0  # kept free at the end for the timing, whose kernels were compiled before
+TRIES = 4  # of a job that finds no memory
+# what a GPU that is full says, through whichever library asks first
+FULL = ("out of memory", "OutOfMemory", "CUDNN_STATUS", "CUBLAS_STATUS", "CUSOLVER_STATUS")
 TIMED = ("warm", "time")
 FREE = ("train", "warm", "time")  # groups of jobs that need no trained model
 
@@ -25,10 +29,17 @@ class Runner:
 
     Each GPU has some workers. Model i is trained on GPU i (round robin), and meanwhile nothing else runs there. The timing
     has the first GPU to itself, at the end: when all else is done, or when just the time for it is left.
+
+    A job that finds no memory comes again as soon as it is alone among fewer: the GPU then takes one job less at a time.
+
+    Args:
+        options: Of the command line.
+        stamp: The commit; rows of another one do not count.
+        kept: Called whenever a job's rows were kept.
     """
 
-    def __init__(self, options: argparse.Namespace, stamp: str):
-        self.options, self.stamp, self.start = options, stamp, time.perf_counter()
+    def __init__(self, options: argparse.Namespace, stamp: str, kept: Callable[[], None] = lambda: None):
+        self.options, self.stamp, self.start, self.kept = options, stamp, time.perf_counter(), kept
         self.told: dict[str, list[dict]] = {}
         self.failures: dict[str, str] = {}
         self._change = threading.Condition()
@@ -36,14 +47,18 @@ class Runner:
         self._running: dict[str, list[Job]] = {}
         self._devices: list[str] = []
         self._homes: dict[str, str] = {}
+        self._most: dict[str, int] = {}  # jobs at a time, by GPU, once one found no memory
+        self._tried: dict[str, int] = {}
         if options.rows.is_file():
             for line in options.rows.read_text(encoding="utf-8").splitlines():
                 entry = json.loads(line)
                 if entry["commit"] == stamp:
                     self.told[entry["key"]] = entry["rows"]
 
-    def run(self, jobs: list[Job], slots: int) -> None:
-        """Run what was not run yet, `slots` at a time (0: all in this process); returns when nothing runs any more."""
+    def run(self, jobs: list[Job], slots: int | list[int]) -> None:
+        """Run what was not run yet, `slots` at a time (or as many on each GPU; 0: all in this process); returns when
+        nothing runs any more.
+        """
         self._waiting = [job for job in jobs if job.key not in self.told]
         self._trained = {job.model for job in jobs if job.group == "train" and job.key in self.told}
         if slots == 0:
@@ -55,7 +70,7 @@ class Runner:
         self._running = {gpu: [] for gpu in self._devices}
         models = dict.fromkeys(job.model for job in jobs if job.group == "train")
         self._homes = {model: self._devices[i % len(self._devices)] for i, model in enumerate(models)}
-        lanes = [self._devices[i % len(self._devices)] for i in range(max(slots, len(self._devices)))]
+        lanes = spread(self._devices, slots)
         threads = [threading.Thread(target=self._lane, args=(i, gpu, False)) for i, gpu in enumerate(lanes)]
         if any(job.group in TIMED for job in self._waiting):  # a worker of its own, which compiled the kernels itself
             threads.append(threading.Thread(target=self._lane, args=(len(lanes), self._devices[0], True)))
@@ -81,11 +96,28 @@ class Runner:
         while (job := self._next(gpu, times)) is not None:
             begun = time.perf_counter()
             told = worker.ask(job, self.left(gpu, job))
+            if "CUDA error" in told.get("error", ""):  # nothing works in that process any more
+                worker.stop()
             with self._change:
+                beside = len(self._running[gpu])
                 self._running[gpu].remove(job)
-                self._keep(job, told, begun)
+                if not self._comes_again(job, gpu, told, beside):
+                    self._keep(job, told, begun)
                 self._change.notify_all()
         worker.stop()
+
+    def _comes_again(self, job: Job, gpu: str, told: dict, beside: int) -> bool:
+        """Whether a job that found no memory waits again, for a GPU that takes fewer at a time from now on."""
+        if not any(word in told.get("error", "") for word in FULL) or job.group in TIMED:
+            return False
+        self._tried[job.key] = self._tried.get(job.key, 0) + 1
+        if self._tried[job.key] >= TRIES:
+            return False
+        self._most[gpu] = max(1, min(self._most.get(gpu, beside), beside - 1))
+        self._waiting.insert(0, job)
+        now = time.perf_counter() - self.start
+        print(f"{now:6.1f}  no memory for {job.name}: again, {self._most[gpu]} at a time on GPU {gpu}", flush=True)
+        return True
 
     def _next(self, gpu: str, times: bool) -> Job | None:
         """The first job that may start on a GPU; waits for one; `None` when there will be none."""
@@ -122,6 +154,8 @@ class Runner:
             return False
         if job.group == "warm":
             return gpu == self._devices[0]
+        if len(here) >= self._most.get(gpu, len(here) + 1):
+            return False
         if job.group == "train":
             return self._homes[job.model] == gpu
         training = any(other.group == "train" for other in here)
@@ -141,10 +175,10 @@ class Runner:
     def _keep(self, job: Job, told: dict, begun: float) -> None:
         seconds, now = time.perf_counter() - begun, time.perf_counter() - self.start
         if "error" in told:
-            told["error"] = re.sub(r" ?\(/[^)]*\)?", "", told["error"]).partition(
+            message = re.sub(r" ?\(/[^)]*\)?", "", told["error"]).partition(
                 "out of memory."
             )  # no paths, no process ids
-            self.failures[job.key] = " ".join("".join(told["error"][:2]).split())[:400]
+            self.failures[job.key] = " ".join("".join(message[:2]).split())[:400]
             print(f"{now:6.1f} {seconds:6.1f} s  {job.name}: {self.failures[job.key][:300]}", flush=True)
             if job.group == "train":  # nothing can follow
                 self._waiting = [other for other in self._waiting if other.model != job.model]
@@ -160,3 +194,12 @@ class Runner:
         self.options.rows.parent.mkdir(parents=True, exist_ok=True)
         with self.options.rows.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"key": job.key, "commit": self.stamp, "rows": told["rows"]}) + "\n")
+        self.kept()
+
+
+def spread(devices: list[str], slots: int | list[int]) -> list[str]:
+    """The GPU of each lane: a number of lanes for all GPUs in turn, or one for each (the last for all further ones)."""
+    if isinstance(slots, int):
+        return [devices[i % len(devices)] for i in range(max(slots, len(devices)))]
+    each = [slots[min(i, len(slots) - 1)] for i in range(len(devices))]
+    return [device for i in range(max(each)) for device, n in zip(devices, each, strict=True) if i < max(1, n)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from benchmarks.token_types.claims import LOSS, claims, losses, won_back
 from benchmarks.token_types.jobs import Job
 from benchmarks.token_types.methods import FP
@@ -13,7 +15,7 @@ def assemble(jobs: list[Job], runner: Runner) -> list[dict]:
     rows: list[dict] = []
     for job in jobs:
         if job.key in runner.told:
-            rows += runner.told[job.key]
+            rows += [finite(row) for row in runner.told[job.key]]
             continue
         for setting in job.settings:
             mode = {"mode": "cached" if "kv" in setting else "whole"}
@@ -22,6 +24,13 @@ def assemble(jobs: list[Job], runner: Runner) -> list[dict]:
             metric = LOSS.get(job.model, "three_types_time_ratio")
             rows.append({**head, "metric": metric, "value": None, "seed": job.seed, "note": note})
     return rows + excesses(rows)
+
+
+def finite(row: dict) -> dict:
+    """The row, without its value where that is no number."""
+    if row["value"] is None or math.isfinite(row["value"]):
+        return row
+    return {**row, "value": None, "note": f"the value is {row['value']}"}
 
 
 def excesses(rows: list[dict]) -> list[dict]:

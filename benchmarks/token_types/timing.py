@@ -45,11 +45,22 @@ def build(shape: tuple[int, int, int], n_types: int, device: str, preset: str) -
     rules = {"mask": [0]} if n_types == 3 else None
     config = FreeActConfig(preset=preset, token_types=NAMES[n_types], type_rules=rules)
     state, layers = TypeState(), _Linears(*shape)
-    generator = torch.Generator(device=device).manual_seed(0)
+    generator, d = torch.Generator(device=device).manual_seed(0), shape[0]
     for group in (["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]):
         source, targets = replace_group(layers, group, config, state, device)
         source.mean.copy_(torch.randn(source.mean.shape, generator=generator, device=device))
+        source.clip.copy_(torch.linspace(0.9, 0.7, len(source.clip)))  # types differ in all that they can differ in
+        if source.basis is not None:
+            source.basis.random_(-60, 61, generator=generator)
+            source.basis_scale.fill_(0.02 * d**-0.5)
         for target in targets:
+            target.type_bias.normal_(generator=generator)
+            if target.type_shift is not None:
+                target.type_shift.random_(-100, 101, generator=generator)
+                target.type_shift_scale.fill_(0.02)
+            if target.low_rank is not None:
+                target.low_rank.random_(-100, 101, generator=generator)
+                target.low_rank_scale.fill_(0.01)
             target.weight.data.random_(0, 256, generator=generator)
             target.qscale.fill_(0.01)
             if target.weight_group_scale is not None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.token_types.diffusion import mask_rows
+from benchmarks.token_types.diffusion import descend, mask_rows
 from benchmarks.token_types.scenes import HEAD, PATCH, SIDE, Scenes
+from optimum_freeact.models.bidirectional import full_mask
 from optimum_freeact.models.denoise import denoise, predictions
 from optimum_freeact.models.llada import LladaConfig
 
@@ -67,6 +69,17 @@ def mask_captions(
     return {**inputs, "input_ids": ids.masked_fill(masked, text_setting(model, "mask_token_id"))}, masked
 
 
+def with_head_apart(inputs: dict, rows: torch.Tensor) -> dict:
+    """Inputs of a bidirectional decoder in which start and picture of some rows do not see the caption, as when they come
+    first and reach the caption through a cache.
+    """
+    padding = inputs["attention_mask"]
+    mask = full_mask(padding, *padding.shape, 0, torch.float32, padding.device)
+    apart = torch.zeros_like(mask, dtype=torch.bool)
+    apart[rows, :, :HEAD, HEAD:] = True
+    return {**inputs, "attention_mask": mask.masked_fill(apart, torch.finfo(mask.dtype).min)}
+
+
 def on(inputs: dict, device: torch.device | str) -> dict:
     """Inputs on a device."""
     return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
@@ -82,9 +95,14 @@ def train(
     sight_rate: float = 1e-3,
     seed: int = 0,
     seconds: float | None = None,
+    part: int | None = None,
     log: Any = print,
 ) -> dict:
-    """Train everything in place: the vision part fast, the language model gently. As [`diffusion.train`]."""
+    """Train everything in place: the vision part fast, the language model gently. As [`diffusion.train`].
+
+    Where the decoder denoises, half of each batch sees its picture as block-wise decoding gives it: encoded before the
+    caption. The model is scored both ways.
+    """
     device = next(model.parameters()).device
     fast = device.type == "cuda"
     inner = {id(p) for p in [*model.model.language_model.parameters(), *model.lm_head.parameters()]}
@@ -94,7 +112,6 @@ def train(
     ]
     optimizer = torch.optim.AdamW(parts, betas=(0.9, 0.98), weight_decay=0.01, fused=fast)
     generator = torch.Generator().manual_seed(seed)
-    diffuses = text_setting(model, "mask_token_id") is not None
     start, losses, done = time.perf_counter(), [], 0
     model.train()
     for step in range(steps):
@@ -105,30 +122,38 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * scale
         inputs = scenes.inputs(scenes.draw(batch, generator))
-        wanted, weight = inputs["input_ids"], None
-        places = caption_places(inputs)
-        if diffuses:
-            ratio = ((torch.arange(batch) / batch + torch.rand(1, generator=generator)) % 1).clamp(0.05, 1.0)
-            inputs, places = mask_captions(model, inputs, ratio, generator)
-            weight = (1 / ratio)[:, None].expand_as(places)
-        rows, columns = places.nonzero(as_tuple=True)
-        first = HEAD - 1  # the logits before a token are its own
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast):
-            keep = wanted.shape[1] - first
-            logits = model(**on(inputs, device), use_cache=False, logits_to_keep=keep).logits
-            chosen = logits[rows.to(device), (columns - 1 - first).to(device)].float()
-            each = nn.functional.cross_entropy(chosen, wanted[rows, columns].to(device), reduction="none")
-            loss = each.mean() if weight is None else (each * weight[rows, columns].to(device)).sum() / (batch * 20)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast):
+            loss = descend(caption_losses(model, inputs, generator, part or batch))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         done = step + 1
         if step % 100 == 0 or step == steps - 1:
-            losses.append(float(loss.detach()))
+            losses.append(float(loss))
             log(f"step {step} loss {losses[-1]:.3f} {time.perf_counter() - start:.0f} s")
     model.eval()
     return {"steps": done, "seconds": time.perf_counter() - start, "loss": losses[-1]}
+
+
+def caption_losses(model: nn.Module, inputs: dict, generator: torch.Generator, part: int) -> Iterator[torch.Tensor]:
+    """The loss for `part` captions at a time, whose sum counts: the mean over tokens, or as [`diffusion_losses`] does."""
+    device = next(model.parameters()).device
+    wanted, places = inputs["input_ids"], caption_places(inputs)
+    batch, length = wanted.shape
+    weight = torch.full(wanted.shape, 1 / int(places.sum()))
+    if text_setting(model, "mask_token_id") is not None:
+        ratio = ((torch.arange(batch) / batch + torch.rand(1, generator=generator)) % 1).clamp(0.05, 1.0)
+        inputs, places = mask_captions(model, inputs, ratio, generator)
+        inputs = with_head_apart(inputs, torch.randperm(batch, generator=generator)[: batch // 2])
+        weight = (1 / ratio / (batch * 20))[:, None].expand_as(places)
+    first = HEAD - 1  # the logits before a token are its own
+    for some in torch.arange(batch).split(part):
+        rows, columns = places[some].nonzero(as_tuple=True)
+        given = on({name: value[some] for name, value in inputs.items()}, device)
+        logits = model(**given, use_cache=False, logits_to_keep=length - first).logits
+        chosen = logits[rows.to(device), (columns - 1 - first).to(device)].float()
+        each = nn.functional.cross_entropy(chosen, wanted[some][rows, columns].to(device), reduction="none")
+        yield (each * weight[some][rows, columns].to(device)).sum()
 
 
 # ---------------------------------------------------------------- scoring
@@ -136,9 +161,11 @@ def train(
 def caption_nll(model: nn.Module, inputs: dict, use_cache: bool) -> torch.Tensor:
     """Negative log-likelihood of each caption, summed over its tokens, `(batch,)` float64 on the CPU."""
     device = next(model.parameters()).device
-    told = model(**on(inputs, device), use_cache=use_cache).logits[:, :-1].float()
-    each = nn.functional.cross_entropy(told.mT, inputs["input_ids"][:, 1:].to(device), reduction="none").cpu()
-    return (each.double() * caption_places(inputs)[:, 1:]).sum(1)
+    keep = inputs["input_ids"].shape[1] - HEAD + 1  # the logits before a token are its own
+    told = model(**on(inputs, device), use_cache=use_cache, logits_to_keep=keep).logits[:, :-1].float()
+    wanted = inputs["input_ids"][:, HEAD:].to(device)
+    each = nn.functional.cross_entropy(told.flatten(0, 1), wanted.flatten(), reduction="none").cpu()
+    return (each.double().view(wanted.shape) * caption_places(inputs)[:, HEAD:]).sum(1)
 
 
 @torch.no_grad()
@@ -168,34 +195,31 @@ def score_retrieval(
 
 
 @torch.no_grad()
-def score_exact(model: nn.Module, scenes: Scenes, cells: torch.Tensor, batch: int, use_cache: bool) -> dict:
-    """Share of captions written without a fault: greedily, or by denoising places of the right number."""
+def score_written(model: nn.Module, scenes: Scenes, cells: torch.Tensor, batch: int, use_cache: bool) -> dict:
+    """What is written for a picture, greedily, or by denoising places of the right number two at a time: the share of
+    tokens that are those of the caption, and of captions without a fault.
+    """
     device = next(model.parameters()).device
     captions = [scenes.caption(row) for row in cells.tolist()]
-    right = 0
-    if text_setting(model, "mask_token_id") is None:
-        for start in range(0, len(cells), batch):
-            part = captions[start : start + batch]
-            inputs = scenes.inputs(cells[start : start + batch], [[] for _ in part])
-            made = model.generate(
-                **on(inputs, device),
-                max_new_tokens=max(map(len, part)),
-                do_sample=False,
-                eos_token_id=scenes.end_id,
-                pad_token_id=scenes.end_id,
-                use_cache=use_cache,
-            )[:, HEAD:].tolist()
-            right += sum(row[: len(caption)] == caption for row, caption in zip(made, part, strict=True))
-        return {"exact_match": right / len(cells)}
-    for length in sorted({len(caption) for caption in captions}):
-        chosen = [i for i, caption in enumerate(captions) if len(caption) == length]
-        inputs = on(scenes.inputs(cells[chosen], [[] for _ in chosen]), device)
-        steps = math.ceil(length / 2)
-        made = denoise(
-            model, inputs["input_ids"], length, steps, use_cache=use_cache, pixel_values=inputs["pixel_values"]
-        )[:, HEAD:].tolist()
-        right += sum(row == captions[i] for row, i in zip(made, chosen, strict=True))
-    return {"exact_match": right / len(cells)}
+    lengths = [len(caption) for caption in captions]
+    right, exact = 0, 0
+    diffuses = text_setting(model, "mask_token_id") is not None
+    groups = [[i for i, each in enumerate(lengths) if each == n] for n in sorted(set(lengths))]
+    groups = groups if diffuses else [list(range(len(captions)))]
+    for some in (group[start : start + batch] for group in groups for start in range(0, len(group), batch)):
+        inputs = on(scenes.inputs(cells[some], [[] for _ in some]), device)
+        length = max(lengths[i] for i in some)
+        if diffuses:
+            steps, pixels = math.ceil(length / 2), inputs["pixel_values"]
+            made = denoise(model, inputs["input_ids"], length, steps, use_cache=use_cache, pixel_values=pixels)
+        else:
+            end = {"eos_token_id": scenes.end_id, "pad_token_id": scenes.end_id}
+            made = model.generate(**inputs, max_new_tokens=length, do_sample=False, use_cache=True, **end)
+        for row, i in zip(made[:, HEAD:].tolist(), some, strict=True):
+            row = (row + [scenes.end_id] * length)[: lengths[i]]
+            right += sum(a == b for a, b in zip(row, captions[i], strict=True))
+            exact += row == captions[i]
+    return {"caption_accuracy": right / sum(lengths), "exact_match": exact / len(cells)}
 
 
 @torch.no_grad()
@@ -217,7 +241,8 @@ def score_masked(
             rest = {"input_ids": inputs["input_ids"][:, HEAD:], "attention_mask": inputs["attention_mask"]}
             logits = predictions(model(**rest, past_key_values=cache, use_cache=True).logits, before, True)
         else:
-            logits = predictions(model(**inputs, use_cache=False).logits, None, True)[:, HEAD:]
+            keep = inputs["input_ids"].shape[1] - HEAD + 1
+            logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
         places = masked[:, HEAD:]
         chosen, wanted = logits[places.to(device)].float(), plain["input_ids"][:, HEAD:][places].to(device)
         nll += float(nn.functional.cross_entropy(chosen, wanted, reduction="sum"))

@@ -13,7 +13,6 @@ from benchmarks.token_types.diffusion import MASK_ID, RATIOS
 from benchmarks.token_types.scenes import Scenes
 
 
-N_NAMES = 512  # more than are learned by heart in two minutes: with 128 there is no loss left in full precision
 IMAGE_ID = 15  # of SmolLM2: "<jupyter_script>", reserved and absent from captions
 
 
@@ -23,7 +22,7 @@ def scenes_of(measure: dict) -> Scenes:
 
     tokenizer = AutoTokenizer.from_pretrained(measure["source"])
     ids = measure.get("ids", {"image_id": IMAGE_ID, "start_id": 1, "end_id": 2})
-    return Scenes(measure["pictures"], tokenizer, **ids, n_names=N_NAMES)
+    return Scenes(measure["pictures"], tokenizer, **ids, n_names=measure["names"])
 
 
 def make(name: str, folder: Path, measure: dict, device: str, seed: int) -> dict:
@@ -79,7 +78,8 @@ def score(model, data: dict, measure: dict, setting: str, folder: str) -> list[d
         else:
             scores.append((vision.score_captions(model, scenes, cells, batch, use_cache), {}))
         if measure["exact"]:
-            scores.append((vision.score_exact(model, scenes, cells[: measure["exact"]], batch, True), {}))
+            few = cells[: measure["exact"]]
+            scores.append((vision.score_written(model, scenes, few, batch, use_cache), {}))
         if measure["candidates"]:
             few = cells[: measure["exact"]]
             scores.append((vision.score_retrieval(model, scenes, few, measure["candidates"], batch, use_cache), {}))

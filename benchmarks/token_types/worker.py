@@ -91,6 +91,8 @@ def main() -> int:
     asked = select.select([sys.stdin], [], [], 1.0)[0]  # then it is to train, and the others wait for it
     if torch.cuda.is_available() and not asked:
         warm_up()
+        gc.collect()
+        torch.cuda.empty_cache()  # while it waits, others train
     for line in sys.stdin:
         job, start = Job.from_json(line), time.perf_counter()
         print(f"--- {job.name}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -99,6 +100,11 @@ def concept_rows(count: int, held_out: bool) -> list[dict]:
     return rows
 
 
+def save(path: Path, value: object) -> None:
+    """Write JSON, readably."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def run(*command: str | Path) -> None:
     """One command of ours, as a user would give it, in a process of its own so that its memory is given back."""
     words = [str(word) for word in command]
@@ -114,8 +120,9 @@ def merge(target: Path, donor: Path, text: Path, folder: Path, options: argparse
         "merge_method": "transport",
         "base_model": str(target),
         "models": [{"model": str(target)}, {"model": str(donor)}],
-        "parameters": {"alpha": 0.05},
-        "calibration": {"dataset": str(text), "samples": 256 * options.scale, "max_length": 96},
+        # exact plans of neurons are solved on the CPU, entropic ones where the model is
+        "parameters": {"alpha": 0.05, "solver": "auto" if options.device == "cpu" else "entropic"},
+        "calibration": {"dataset": str(text), "samples": min(256 * options.scale, 1024), "max_length": 96},
         "dtype": "bfloat16",
     }
     (folder / "recipe.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
@@ -128,6 +135,7 @@ def align(model: Path, folder: Path, options: argparse.Namespace) -> Path:
     """Step 2: a preference taught in English, with prompts in other languages; LoRA, folded into the weights."""
     out, data = folder / "2-aligned", folder / "rows.jsonl"
     common = ["--model_name_or_path", model, "--dataset_name", folder / "test.jsonl", "--dtype", "float32"]
+    common += ["--device", options.device]
     run("trl_mlc.cli", "evaluate", *common, "--output", folder / "before.json")
     words = f"""--output_dir {folder / "2-adapter"} --max_steps {30 * options.scale} --learning_rate 5e-4 --mlc_every 1
         --per_device_train_batch_size 8 --mlc_weight 1 --mlc_center true --mlc_repulsion 1 --mlc_extractor_dim 0
@@ -160,7 +168,9 @@ def quantize(model: Path, text: Path, folder: Path, options: argparse.Namespace)
     return out
 
 
-def score_and_chat(folders: dict[str, Path], text: Path, folder: Path, options: argparse.Namespace) -> list[dict]:
+def score_and_chat(
+    folders: dict[str, Path], text: Path, folder: Path, seconds: dict[str, float], options: argparse.Namespace
+) -> list[dict]:
     """Step 4: perplexity on held-out text and short answers of every step's model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -182,8 +192,8 @@ def score_and_chat(folders: dict[str, Path], text: Path, folder: Path, options: 
             made = model.generate(**ids.to(options.device), max_new_tokens=24, do_sample=False)
             answers.append(tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip())
         size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
-        rows.append({"model": name, "nll": score.nll, "bytes": size, "answers": answers})
-    (folder / "steps.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        rows.append({"model": name, "nll": score.nll, "bytes": size, "seconds": seconds.get(name), "answers": answers})
+        save(folder / "steps.json", rows)
     return rows
 
 
@@ -202,7 +212,22 @@ def draw(rows: list[dict], folder: Path) -> None:
     figure.savefig(folder / "steps.png", dpi=140)
 
 
-def page(rows: list[dict], seconds: dict[str, float], folder: Path) -> Path:
+def verdicts(rows: list[dict], before: dict, after: dict) -> list[str]:
+    """What each step did, good or bad, in one line each."""
+    found = {row["model"].partition("-")[2]: row for row in rows}
+    merged = found["merged"]["nll"] - found["target"]["nll"]
+    aligned, lost = (
+        found[name]["nll"] - found[last]["nll"] for name, last in (("aligned", "merged"), ("quantized", "aligned"))
+    )
+    means = [report["overall"]["mean_accuracy"] for report in (before, after)]
+    return [
+        f"- merging: held-out loss {merged:+.4f} nats; the donor's weights {'help' if merged < 0 else 'do not help'} on this text",
+        f"- aligning: preference {means[0]:.3f} -> {means[1]:.3f}, mean of all languages, at {aligned:+.4f} nats; by language below",
+        f"- quantizing: {lost:+.4f} nats, {found['quantized']['bytes'] / found['aligned']['bytes']:.3f} of the file's bytes",
+    ]
+
+
+def page(rows: list[dict], folder: Path) -> Path:
     """The one page of results."""
     before, after = (json.loads((folder / f"{name}.json").read_text()) for name in ("before", "after"))
     lines = [
@@ -212,10 +237,10 @@ def page(rows: list[dict], seconds: dict[str, float], folder: Path) -> Path:
         "| --- | ---: | ---: | ---: |",
     ]
     for row in rows:
-        took = seconds.get(row["model"], "–" if row["model"] == "0-target" else "kept")
-        shown = took if isinstance(took, str) else f"{took:.0f}"
+        shown = "–" if row["seconds"] is None else f"{row['seconds']:.0f}"
         lines.append(f"| {row['model']} | {row['nll']:.4f} | {row['bytes'] / 1e6:.1f} MB | {shown} |")
-    lines += ["", "![Loss and size after every step](steps.png)", "", "## Preference in every language", ""]
+    lines += ["", *verdicts(rows, before, after), "", "![Loss and size after every step](steps.png)", ""]
+    lines += ["## Preference in every language", ""]
     lines += ["| language | accuracy before | after |", "| --- | ---: | ---: |"]
     for name, found in before["languages"].items():
         lines.append(f"| {name} | {found['accuracy']:.3f} | {after['languages'][name]['accuracy']:.3f} |")
@@ -236,7 +261,10 @@ def main(arguments: list[str] | None = None) -> Path:
     target = (options.target or fetch("smollm2")).resolve()
     donor = (options.donor or fetch("qwen2.5")).resolve()
     calibration, held_out = split_text(options.text or first_text(), folder)
-    for name, count, held_out_rows in (("rows", 40 * options.scale, False), ("test", 16, True)):
+    for name, count, held_out_rows in (
+        ("rows", 40 * options.scale, False),
+        ("test", 16 * min(options.scale, 4), True),
+    ):
         text = options.rows.read_text() if options.rows else None
         rows = concept_rows(count, held_out_rows) if text is None else [json.loads(line) for line in text.splitlines()]
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -246,15 +274,20 @@ def main(arguments: list[str] | None = None) -> Path:
         "2-aligned": lambda: align(folder / "1-merged", folder, options),
         "3-quantized": lambda: quantize(folder / "2-aligned", calibration, folder, options),
     }
-    seconds = {}
+    command = "python examples/journey/run.py " + shlex.join(sys.argv[1:] if arguments is None else arguments)
+    save(folder / "settings.json", {"command": command, "scale": options.scale, "device": options.device})
+    took = folder / "seconds.json"
+    seconds = json.loads(took.read_text()) if took.is_file() else {}
     for name, step in steps.items():
         if not (folder / name / "config.json").is_file():
             start = time.perf_counter()
             step()
-            seconds[name] = time.perf_counter() - start
-    rows = score_and_chat({"0-target": target, **{name: folder / name for name in steps}}, held_out, folder, options)
+            seconds[name] = round(time.perf_counter() - start, 1)
+            save(took, seconds)
+    models = {"0-target": target, **{name: folder / name for name in steps}}
+    rows = score_and_chat(models, held_out, folder, seconds, options)
     draw(rows, folder)
-    done = page(rows, seconds, folder)
+    done = page(rows, folder)
     print(f"\n{done.read_text()}\n{done}")
     return done
 

@@ -71,7 +71,7 @@ def finetune(model, tokenizer, lines: list[str]) -> None:
             ids = tokenizer(lines[i], truncation=True, max_length=LENGTH, return_tensors="pt")["input_ids"]
             loss = model(input_ids=ids, labels=ids).loss / BATCH
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         optimiser.step()
         print(f"step {step + 1}/{STEPS}, loss {total:.3f}", flush=True)
     model.eval()

@@ -131,11 +131,13 @@ def evaluate_recipe(
     pair = solved[0]
     options = MergeOptions(quiet=True, device=device)
     losses: dict[str, float] = {}
+    tokens = 0
     bar = tqdm(total=4 + spelled_alike(pair) + same_shapes(pair), desc="scoring", disable=quiet)
 
     def score(name: str, folder: Path) -> None:
+        nonlocal tokens
         bar.set_postfix_str(name)
-        losses[name], score.tokens = _score(folder, pair.target_folder, lines, max_tokens, device)
+        losses[name], tokens = _score(folder, pair.target_folder, lines, max_tokens, device)
         bar.update()
 
     score("target", pair.target_folder)
@@ -156,7 +158,7 @@ def evaluate_recipe(
             bar.set_postfix_str("plans of a random donor")
             score("random donor", merge_recipe(stranger, place / "random", options, plans=place / "plans"))
     bar.close()
-    return Evaluation(losses, score.tokens, record["plans"], record["tensors"], record["recipe"])
+    return Evaluation(losses, tokens, record["plans"], record["tensors"], record["recipe"])
 
 
 def merge_record(recipe: Recipe, out: Path) -> dict:

@@ -16,6 +16,7 @@ from mergekit_ot.report.summary import layer_lines
 CAPTIONS = {
     "layer_map": "Similarity of every pair of layers; the line is the map that was used.",
     "scores": "How well the plans hold on rows they were not fitted on, and the confidence that gates alpha.",
+    "entropy": "How spread the plans are: 0 copies one donor neuron each, the logarithm of their number says nothing.",
     "norms": "Sizes of the transported weights: about 1 is expected, 0 would be plain shrinking.",
     "losses": "The merge beside everything it must beat.",
 }
@@ -60,6 +61,13 @@ def render(report: dict, pictures: list[str]) -> str:
 
 def verdict(losses: dict[str, float]) -> str:
     """One honest sentence: does the merge beat the target, and does the donor's knowledge explain it?"""
+    if "random donor" not in losses:
+        missing = "A random donor was not measured: the recipe names solved plans only; add calibration.dataset."
+        return f"{_verdict(losses)} {missing}"
+    return _verdict(losses)
+
+
+def _verdict(losses: dict[str, float]) -> str:
     merged, target = losses["merged"], losses["target"]
     controls = {name: losses[name] for name in ("shrink only", "random donor") if name in losses}
     best = min(controls, key=lambda name: controls[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 
@@ -24,7 +25,7 @@ def draw_all(report: dict, folder: Path) -> list[Path]:
     except ImportError:
         return []
     matplotlib.use("Agg")
-    drawn = [_layer_map(report, folder), _scores(report, folder), _tensors(report, folder), _losses(report, folder)]
+    drawn = [draw(report, folder) for draw in (_layer_map, _scores, _entropy, _tensors, _losses)]
     return [path for path in drawn if path is not None]
 
 
@@ -82,6 +83,22 @@ def _scores(report: dict, folder: Path) -> Path | None:
     right.set(xlabel="target layer", ylim=(-0.02, 1.02), title="Confidence")
     right.legend(fontsize=8)
     return _save(figure, folder, "scores")
+
+
+def _entropy(report: dict, folder: Path) -> Path | None:
+    """Entropy of each layer's neuron plan: over how many donor neurons a target neuron is spread."""
+    import matplotlib.pyplot as plt
+
+    layers = report["plans"].get("layers") or {}
+    matches = {int(i): layer.get("neurons", {}).get("effective_matches") for i, layer in layers.items()}
+    points = [(i, math.log(max(value, 1.0))) for i, value in sorted(matches.items()) if value is not None]
+    if not points:
+        return None
+    figure, axes = plt.subplots(figsize=(6, 3))
+    axes.plot(*zip(*points), ".-", color=COLOURS["mlp"])
+    axes.set(xlabel="target layer", ylabel="nats", title="Entropy of a neuron's row of the plan")
+    axes.set_ylim(bottom=-0.02)
+    return _save(figure, folder, "entropy")
 
 
 def _tensors(report: dict, folder: Path) -> Path | None:

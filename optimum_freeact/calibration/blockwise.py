@@ -11,6 +11,7 @@ import functools
 import logging
 import time
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from optimum_freeact.calibration.closed_form import GroupFit
 from optimum_freeact.calibration.experts import fit_experts, routed_tokens
 from optimum_freeact.calibration.learned import Target, build_twins, learn, map_parameters, write_back
 from optimum_freeact.calibration.ranks import Ranks
-from optimum_freeact.calibration.records import BlockRecord
+from optimum_freeact.calibration.records import BlockRecord, InputRecord
 from optimum_freeact.calibration.resume import BlockStore
 from optimum_freeact.calibration.stream import Stream, exact_activations
 from optimum_freeact.calibration.tuned import TunedLinear
@@ -42,6 +43,7 @@ from optimum_freeact.type_state import TypeState
 
 
 logger = logging.getLogger(__name__)
+Names = TypeVar("Names")  # names of linears or of experts, in lists
 # model_type -> why its blocks cannot be calibrated one by one
 UNSUPPORTED = {
     "diffusion_gemma": "its encoder's and decoder's blocks are two trees of modules tied to the same tensors, and each of the "
@@ -61,6 +63,17 @@ def check_model(model: nn.Module, config: FreeActConfig) -> None:
     reason = UNSUPPORTED.get(getattr(model.config, "model_type", ""))
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot be quantized: {reason}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model; calibration follows one chain of blocks: quantize a "
+            "decoder-only model."
+        )
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} weights of {type(model).__name__} are on the meta device or offloaded, the first is {absent[0]!r}: "
+            "load the model on 'cpu' (blocks are moved to the GPU one by one) to quantize it."
+        )
     prefix, blocks = find_blocks(model)
     found: dict = {}
     for index, block in enumerate(blocks):
@@ -71,14 +84,27 @@ def check_model(model: nn.Module, config: FreeActConfig) -> None:
     resolve_group_sizes(config, found)
     for name, module in found.items():
         check_linear(name, module, config)
-        if not module.weight.is_meta and not torch.isfinite(module.weight).all():
-            raise ValueError(f"The weight of {name!r} holds NaN or inf: repair or exclude it before quantizing.")
     if not found:
         kinds = sorted({type(m).__name__ for m in blocks.modules() if isinstance(m, nn.Linear)})
         raise ValueError(
             f"No linear to quantize: the blocks hold {kinds}, of which only plain nn.Linear is supported, and "
             f"modules_to_not_convert={config.modules_to_not_convert}."
         )
+    check_finite(model)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with NaN or infinity anywhere, also where nothing is quantized: its checkpoint could not be loaded.
+
+    Raises:
+        `ValueError`: naming the first such tensor.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"The weight {name!r} holds NaN or inf: repair the model, or fetch it again, before quantizing. Leaving "
+                "the module out does not help, since all that reads its output would be NaN."
+            )
 
 
 def block_experts(block: nn.Module, prefix: str, excluded: list[str] | None) -> dict[str, nn.Module]:
@@ -135,7 +161,8 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
     n_types = config.n_types
     experts = block_experts(block, name, config.modules_to_not_convert)
     done = store.load(index) if store else None
-    records, learned, fits = [], None, {}
+    records: list[InputRecord | None] = []
+    learned, fits = None, {}
     if done is None:
         wanted = {"paired": stream.paired, "peaks": config.channel_scale == "smoothquant"}
         moments = {group[0]: Moments(linears[group[0]].in_features, n_types, device, **wanted) for group in groups}
@@ -155,7 +182,8 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
     routed = {}
     if done is None and not config.sequential:
         routed = {inner: routed_tokens(stream, block, index, module) for inner, module in experts.items()}
-    owners, replaced = ranks.owners(groups, linears), []
+    owners = ranks.owners(groups, linears)
+    replaced: list[list[nn.Module]] = []
     for group, owner in zip(groups, owners):
         originals, compensation = [linears[name] for name in group], None
         if group[0] in exact:  # what it reads, now that the linears before it are quantized
@@ -200,7 +228,7 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
 
         records += fit_experts(block, inner, make, routed.pop(inner), config, generator, name)
     if done is not None:
-        store.restore(block, done)
+        store.restore(index, block, done)
     elif config.calibration == "learned":
         records, learned = refine_block(block, groups, linears, fits, records, stream, index, reference, config)
     for module in block.modules():
@@ -250,7 +278,12 @@ def refine_block(block, groups, linears, fits, records, stream, index, reference
     else:
         twins, inputs = build_twins(block, groups, linears, config)
         parameters = map_parameters(twins, inputs, config.learning_rate)
-        result = learn(block, twins, parameters, lambda: [each.forget() for each in inputs], run, targets, config)
+
+        def forget() -> None:
+            for each in inputs:
+                each.forget()
+
+        result = learn(block, twins, parameters, forget, run, targets, config)
         learned = []
         for group, twin in zip(groups, inputs, strict=True):
             clip = write_back(fits[group[0]].source, twin)
@@ -275,17 +308,24 @@ def block_groups(
     watcher = SharedInputs(linears)
     batch = stream.batches[0]
     stream.state.types = None if batch.types is None else batch.types.to(stream.device)
-    run_block(block, stream.actual[0], batch.calls[index], stream.device)
+    try:
+        run_block(block, stream.actual[0], batch.calls[index], stream.device)
+    except BaseException:
+        watcher.end()
+        raise
     groups = watcher.groups()
     unused = set(linears) - {name for group in groups for name in group}
     if unused:
         logger.warning(
-            "Linears %s of block %d did not run in calibration and stay as they are.", sorted(unused), index
+            "Linears %s of block %d did not run in calibration, or the model reads their weights itself: they stay as they "
+            "are.",
+            sorted(unused),
+            index,
         )
     return groups
 
 
-def compress_groups(groups: dict[str, list[list[str]]]) -> dict[str, list[list[str]]]:
+def compress_groups(groups: dict[str, list[Names]]) -> dict[str, list[Names]]:
     """One entry `"*"` where all blocks have the same groups, which is the rule."""
     distinct = {str(value) for value in groups.values()}
     return {"*": next(iter(groups.values()))} if len(distinct) == 1 else groups

@@ -42,8 +42,11 @@ class Batch:
 
 
 @contextmanager
-def _recording(blocks: nn.ModuleList, calls: list[tuple[tuple, dict]], first: list[torch.Tensor]):
-    """Replace each block's forward by one that notes its arguments; the originals come back in any case."""
+def _recording(blocks: nn.ModuleList, calls: list[tuple[tuple, dict]], first: list[torch.Tensor], lengths: list[int]):
+    """Replace each block's forward by one that notes its arguments; the originals come back in any case.
+
+    What it returns has as many items as the block's own output: `lengths`, 0 for a tensor alone.
+    """
 
     def record(index: int):
         def forward(*args, **kwargs):
@@ -55,7 +58,7 @@ def _recording(blocks: nn.ModuleList, calls: list[tuple[tuple, dict]], first: li
             calls.append((args[1:], kwargs))
             if index == len(blocks) - 1:
                 raise _Stop
-            return hidden
+            return (hidden, *[None] * (lengths[index] - 1)) if lengths[index] else hidden
 
         return forward
 
@@ -66,6 +69,27 @@ def _recording(blocks: nn.ModuleList, calls: list[tuple[tuple, dict]], first: li
     finally:
         for block in blocks:
             del block.forward
+
+
+@torch.no_grad()
+def output_lengths(model: nn.Module, blocks: nn.ModuleList, inputs: dict) -> list[int]:
+    """How many items each block returns, from one forward of the whole model; 0 for a tensor that is no tuple."""
+    lengths = [0] * len(blocks)
+
+    def note(index: int):
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:  # noqa: ARG001
+            lengths[index] = len(output) if isinstance(output, tuple) else 0
+
+        return hook
+
+    handles = [block.register_forward_hook(note(index)) for index, block in enumerate(blocks)]
+    few = {"input_ids": inputs["input_ids"][:1, :8]} if set(inputs) == {"input_ids"} else inputs
+    try:
+        model(**few, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return lengths
 
 
 @torch.no_grad()
@@ -82,16 +106,14 @@ def capture(
         state ([`TypeState`]): Read after each forward's typing hook has run.
     """
     device = next(model.parameters()).device
-    batches = []
+    batches: list[Batch] = []
+    lengths = [0] * len(blocks)  # nearly every model's blocks return a tensor
     for inputs in split_batches(samples, batch_size):
         inputs = to_device(inputs, device)
-        calls: list[tuple[tuple, dict]] = []
-        first: list[torch.Tensor] = []
-        with _recording(blocks, calls, first):
-            try:
-                model(**inputs, use_cache=False)
-            except _Stop:
-                pass
+        calls, first = _calls(model, blocks, inputs, lengths)
+        if len(calls) < len(blocks) and not batches:
+            lengths = output_lengths(model, blocks, inputs)
+            calls, first = _calls(model, blocks, inputs, lengths)
         if len(calls) != len(blocks):
             raise ValueError(
                 f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks once each: blocks that are "
@@ -101,6 +123,21 @@ def capture(
         padded = isinstance(mask, torch.Tensor) and mask.shape == first[0].shape[:2] and not bool((mask != 0).all())
         batches.append(Batch(first[0], state.types, calls, mask == 0 if padded else None))
     return batches
+
+
+def _calls(model: nn.Module, blocks: nn.ModuleList, inputs: dict, lengths: list[int]) -> tuple[list, list]:
+    """What the blocks are called with, and the first one's hidden states; fewer calls where the output does not fit."""
+    calls: list[tuple[tuple, dict]] = []
+    first: list[torch.Tensor] = []
+    with _recording(blocks, calls, first, lengths):
+        try:
+            model(**inputs, use_cache=False)
+        except _Stop:
+            pass
+        except (TypeError, ValueError):
+            if not calls or any(lengths):  # it is not what a block returned that was wrong
+                raise
+    return calls, first
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -19,7 +19,7 @@ from optimum_freeact.rounding.gptq import gptq
 from optimum_freeact.rounding.rtn import RoundedWeight, round_to_nearest
 from optimum_freeact.transforms.affine_map import InputMap, pick
 from optimum_freeact.transforms.compensation import Compensation
-from optimum_freeact.transforms.correction import corrected_weight
+from optimum_freeact.transforms.correction import corrected_weight, shrunk_weight
 from optimum_freeact.transforms.exclusive import fixed_blocks, share_of
 from optimum_freeact.transforms.fit import InputStatistics, MapSpec, fit_map, gather_statistics
 from optimum_freeact.type_rules import SINK
@@ -28,6 +28,9 @@ from optimum_freeact.type_rules import SINK
 ACTIVATION_CLIP_GRID = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
 # Half the way: on SmolLM2 the whole way fits the calibration text better and held-out text worse (docs/log.md)
 CORRECTION_STRENGTH = 0.5
+# Whether a row's share in its type's mean error is one over its output's energy: then tokens with a thousand times the energy
+# of the others, which no type of their own tells apart, do not decide the bias of all
+BALANCE_BY_ENERGY = False
 MIN_ROWS_PER_TYPE = 16  # fewer sample rows of a type do not decide its own clip ratio or mean error
 
 
@@ -116,7 +119,15 @@ def round_weight(
         return round_to_nearest(v.float(), config.weight_bits, size, clip)
     by_energy = config.rounding_order == "energy"
     return gptq(
-        v.float(), moments_z, config.weight_bits, size, config.damping, clip, config.rounding_passes, by_energy
+        v.float(),
+        moments_z,
+        config.weight_bits,
+        size,
+        config.damping,
+        clip,
+        config.rounding_passes,
+        by_energy,
+        config.rounding_refit,
     )
 
 
@@ -168,12 +179,11 @@ class GroupFit:
     def closed_form(self, generator: torch.Generator) -> InputRecord:
         """Fit the input's map, round the weights and fill the modules; `generator` draws the rotations (CPU)."""
         found = fit_map(self.stats, self.spec, generator, self.config.n_types)
+        sizes: list[int] = []
         if self.source.keep is not None:
             share = share_of(self.config.exclusive_share, self.names)
-            found.keep = fixed_blocks(
-                [0 if name == SINK else share for name in self.config.token_types], len(self.stats.c)
-            )
-        sizes = [] if self.source.keep is None else (~found.keep).sum(1).tolist()
+            keep = fixed_blocks([0 if name == SINK else share for name in self.config.token_types], len(self.stats.c))
+            found.keep, sizes = keep, (~keep).sum(1).tolist()
         if self.config.exclusive == "closed_form":
             found.left_out, sizes = choose_exclusive(self.moments, found, self.weight, self.config)
             self.source.add_left_out(sum(sizes))
@@ -204,16 +214,18 @@ class GroupFit:
             moments_z = sum(stored.transform_moments(part, kind) for kind, part in self.stats.parts.items())
         eye = torch.eye(len(moments_z), dtype=moments_z.dtype, device=moments_z.device)
         moments_z = (moments_z + moments_z.mT) / 2
+        variance = noise[types == 0].square().mean().nan_to_num()
+        target = shrunk_weight(v, moments_z, variance) if config.rounding_shrinkage else v
         if config.rounding_noise:  # of z itself: it reaches the weights too
-            moments_z = moments_z + noise[types == 0].square().mean().nan_to_num() * eye
-        target = v
+            moments_z = moments_z + variance * eye
         if self.stats.paired is not None:
-            target, low_rank = stored.transform_weight(self._corrected(stored, noise[types == 0]))
+            corrected = self._corrected(stored, noise[types == 0], *self.stats.paired)
+            target, low_rank = stored.transform_weight(corrected)
         self._write(target, round_weight(target, moments_z, config, weight_clip), low_rank, stored)
         used = torch.cat([module.transformed_weight(torch.float64) for module in self.targets])
         output = z @ v.mT
         if self.stats.paired is None:
-            self._balance(output - (z + noise) @ used.mT, types)
+            self._balance(output - (z + noise) @ used.mT, output, types)
         energy = rows.double().square().sum()
         left = stored.centre(rows.double(), types).square().sum()
         return InputRecord(
@@ -225,21 +237,22 @@ class GroupFit:
             weight_error=_share(z @ (used - v).mT, output),
         )
 
-    def _corrected(self, stored: InputMap, noise: torch.Tensor) -> torch.Tensor:
+    def _corrected(
+        self, stored: InputMap, noise: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor
+    ) -> torch.Tensor:
         """The weight moved towards the full-precision outputs; the rounding noise of the input counts as noise of x."""
-        moments, cross = self.stats.paired
         eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
         back = stored.transform_weight(eye)[0]  # x = z back^T
         ridge = self.config.damping * moments.diagonal().mean() * eye
         noisy = moments + noise.square().mean().nan_to_num() * back @ back.mT + ridge
         return corrected_weight(self.weight, noisy, cross + ridge, CORRECTION_STRENGTH)
 
-    def _balance(self, lost: torch.Tensor, types: torch.Tensor) -> None:
+    def _balance(self, lost: torch.Tensor, output: torch.Tensor, types: torch.Tensor) -> None:
         """Add to each type's output bias what rounding takes from its mean output, measured on the sample rows."""
         means = self.targets[0].bias_rows()
         if means is None or self.config.centring == "none":
             return
-        biases = [module.bias_rows().double() for module in self.targets]
+        biases = [rows.double() for module in self.targets if (rows := module.bias_rows()) is not None]
         pooled = torch.tensor(self.config.pooled_types, device=types.device)
         for kind in range(len(means)):
             rows = (
@@ -247,7 +260,10 @@ class GroupFit:
             )  # a shared bias follows type 0: the sink's error would outweigh all others'
             if int(rows.sum()) < MIN_ROWS_PER_TYPE:
                 continue
-            parts = lost[rows].mean(0).split([module.out_features for module in self.targets])
+            weight = torch.ones_like(lost[rows, 0])
+            if BALANCE_BY_ENERGY:
+                weight = 1 / output[rows].square().mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+            parts = (weight / weight.sum() @ lost[rows]).split([module.out_features for module in self.targets])
             for bias, part in zip(biases, parts, strict=True):
                 bias[kind] += part
         for module, bias in zip(self.targets, biases, strict=True):

@@ -12,8 +12,8 @@ from optimum_freeact.calibration.prepared import choose, is_prepared, read_prepa
 
 
 KINDS = (
-    "the path of a .txt or .jsonl file, a list of strings or of chat messages, token ids of shape (n, length), a list of "
-    "a processor's outputs, or a dataset name"
+    "the path of a .txt or .jsonl file, a list of strings or of chat messages, token ids of shape (n, length) or a list of "
+    "tensors of them, a list of a processor's outputs, or a dataset name"
 )
 
 
@@ -45,7 +45,7 @@ def _read_file(path: Path) -> list:
 
 
 def _read_dataset(name: str) -> list:
-    """Texts of a dataset on the hub, `name` or `name/config`; wikitext2 and c4 are short for the usual ones."""
+    """Texts or chats of a dataset on the hub, `owner/name` or `owner/name/config`; wikitext2 and c4 are short for two."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -53,8 +53,13 @@ def _read_dataset(name: str) -> list:
             f"dataset={name!r} is no file here; as the name of a dataset it needs `pip install datasets`. A path of a "
             ".txt or .jsonl file, a list of strings or token ids work without it."
         ) from error
-    known = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "c4": ("allenai/c4", "en")}
-    path, config = known.get(name, (name, None))
+    known: dict[str, tuple[str, str | None]] = {
+        "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+        "c4": ("allenai/c4", "en"),
+    }
+    owner, _, rest = name.partition("/")
+    short, _, settings = rest.partition("/")
+    path, config = known.get(name, (f"{owner}/{short}" if short else owner, settings or None))
     try:
         data = load_dataset(path, config, split="train", streaming=name == "c4")
     except Exception as error:
@@ -62,10 +67,12 @@ def _read_dataset(name: str) -> list:
             f"dataset={name!r} is neither a file here nor a dataset that could be loaded ({type(error).__name__}: "
             f"{error}). Give the path of a .txt or .jsonl file, a list of strings or of chat messages, or token ids."
         ) from error
-    column = next((c for c in ("text", "messages", "content") if c in (data.column_names or [])), None)
-    if column is None:
-        raise ValueError(f"dataset={name!r} has columns {data.column_names}; 'text' or 'messages' is needed.")
-    return [row[column] for row, _ in zip(data, range(20_000))]
+    rows = [row for row, _ in zip(data, range(20_000))]
+    columns = list(rows[0]) if rows else []  # a stream may not know its columns beforehand
+    column = next((c for c in ("text", "messages", "content") if c in columns), None)
+    if column is None and rows:
+        raise ValueError(f"dataset={name!r} has columns {columns}; 'text' or 'messages' is needed.")
+    return [row[column] for row in rows]
 
 
 def _is_chat(item: Any) -> bool:
@@ -103,6 +110,18 @@ def _text_of(item: Any) -> str | list:
     return item
 
 
+def _stacked(items: list | tuple, seq_len: int) -> torch.Tensor:
+    """Sequences of shape `(length,)` or `(n, length)`, cut to `seq_len`, as one tensor."""
+    rows = [item[None] if item.ndim == 1 else item for item in items]
+    for row in rows:
+        if row.ndim != 2 or row.shape[1] < seq_len:
+            raise ValueError(
+                f"A tensor of token ids must have shape (length,) or (n, length) with at least seq_len={seq_len} tokens, got "
+                f"{tuple(row.shape)}. Give longer ones, or lower seq_len."
+            )
+    return torch.cat([row[:, :seq_len] for row in rows])
+
+
 def _too_short(n_samples: int, seq_len: int, found: str) -> ValueError:
     return ValueError(
         f"Calibration needs n_samples * seq_len = {n_samples} * {seq_len} = {n_samples * seq_len} tokens; the data {found}. "
@@ -134,6 +153,8 @@ def read_data(dataset: Any, n_samples: int, seq_len: int) -> torch.Tensor | list
         if len(dataset) < n_samples:
             raise _too_short(n_samples, seq_len, f"has {len(dataset)} rows")
         return dataset
+    if isinstance(dataset, (list, tuple)) and dataset and all(isinstance(item, torch.Tensor) for item in dataset):
+        return read_data(_stacked(dataset, seq_len), n_samples, seq_len)
     if is_prepared(dataset):
         return read_prepared(dataset, n_samples)
     if isinstance(dataset, (str, Path)):

@@ -27,7 +27,9 @@ MIN_ROWS = 32
 def exclusive_directions(c_own: torch.Tensor, c_others: torch.Tensor, rank: int) -> torch.Tensor:
     """Orthonormal directions `(d, rank)` with the largest ratio of the others' energy to a type's own, strongest first."""
     eye = torch.eye(len(c_own), dtype=c_own.dtype, device=c_own.device)
-    damping = DAMPING * c_own.diagonal().mean()
+    # a type whose tokens are all alike (masks, before the first block) has no energy about its mean, or less, by rounding
+    least = 1e-6 * c_others.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    damping = DAMPING * torch.maximum(c_own.diagonal().mean(), least)
     factor, failed = torch.linalg.cholesky_ex(c_own + damping * eye)
     while failed:  # sums of float32 products may be a little less than positive
         damping = damping * 10

@@ -25,6 +25,7 @@ from optimum_freeact.modules.experts import FreeActExperts, plain_weights
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.moments import Moments
 from optimum_freeact.transforms.affine_map import InputMap, pick
+from optimum_freeact.transforms.correction import shrunk_weight
 from optimum_freeact.transforms.fit import fit_map, gather_statistics
 
 
@@ -121,15 +122,18 @@ class ExpertsFit:
         clip = search_clip(z, root.mT, torch.tensor(pooled, device=device)[kept_types], config)
         source.clip.copy_(torch.tensor([clip[kind] for kind in pooled]))
         noise = _fake(z, config, pick(source.clip.double().unsqueeze(-1), kept_types)) - z
-        spread = noise[kept_types == 0].square().mean().nan_to_num() if config.rounding_noise else 0.0
+        variance = noise[kept_types == 0].square().mean().nan_to_num()
+        spread = variance if config.rounding_noise else 0.0
         errors, energies = torch.zeros(2, device=device).double(), torch.zeros((), device=device).double()
         for linear, (weight, bias), (v, low_rank), (own, own_types) in zip(
             linears, weights, transformed, inputs, strict=True
         ):
             moments_z = _mixed(stored, own, own_types, block_moments)
-            moments_z = (moments_z + moments_z.mT) / 2 + spread * torch.eye(d, device=device, dtype=torch.float64)
-            rounded = round_weight(v, moments_z, config)
-            linear.set_weight(*(rounded if rounded is not None else (v.unsqueeze(1), None)))
+            moments_z = (moments_z + moments_z.mT) / 2
+            wanted = shrunk_weight(v, moments_z, variance) if config.rounding_shrinkage else v
+            moments_z = moments_z + spread * torch.eye(d, device=device, dtype=torch.float64)
+            rounded = round_weight(wanted, moments_z, config)
+            linear.set_weight(*(rounded if rounded is not None else (wanted.unsqueeze(1), None)))
             biases = output_biases(moments, stored, weight.double(), None if bias is None else bias.double())
             if biases is not None:
                 linear.set_bias_rows(biases)

@@ -50,6 +50,8 @@ class LearnedInput(nn.Module):
     def __init__(self, source: FreeActInput):
         super().__init__()
         fixed = source.input_map(torch.float32)
+        if fixed.left is None or fixed.right is None:
+            raise ValueError("Only the factors of a Kronecker transform are learned; use transform='kronecker'.")
         self.fixed, self.bits, self.symmetric, self.state = fixed, source.bits, source.symmetric, source.state
         self.group = source.group_size or source.in_features
         self._typed = {name: getattr(fixed, name) for name in ("keep", "left_out", "leaves_out", "uses")}

@@ -81,9 +81,10 @@ class Ranks:
             move, n = change[kind], own[kind]
             self._move(moments.second[kind], moments.sum[kind], moments.sum[kind], move, n)
             if moments.paired:
-                self._move(moments.cross[kind], moments.sum_y[kind], moments.sum[kind], move, n)
+                sum_y, cross = moments.pair_sums
+                self._move(cross[kind], sum_y[kind], moments.sum[kind], move, n)
         moments.shift = shift
-        for sums in (moments.sum, moments.sum_y) if moments.paired else (moments.sum,):
+        for sums in (moments.sum, moments.pair_sums[0]) if moments.paired else (moments.sum,):
             sums += own[:, None] * change
             dist.all_reduce(sums)
         if moments.peak is not None:

@@ -14,7 +14,7 @@ from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.moments import Moments
-from optimum_freeact.numerics.metrics import relative_error
+from optimum_freeact.numerics.metrics import relative_error_of_types
 from optimum_freeact.type_state import TypeState
 
 
@@ -52,7 +52,7 @@ class Stream:
         outputs = []
         for i, batch in enumerate(self.batches):
             self.state.types = None if batch.types is None else batch.types.to(self.device)
-            if self.paired:
+            if self.exact is not None:
                 self.exact[i] = run_block(block, self.exact[i], batch.calls[index], self.device)
                 paired = dict(seen)
                 seen.clear()
@@ -123,7 +123,7 @@ class Stream:
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int, reference: list[torch.Tensor]) -> float:
-        """Run the quantized block to get the next inputs; returns the relative error on the last batch."""
+        """Run the quantized block to get the next inputs; returns the relative error on the last batch, type by type."""
         with ExitStack() as stack:
             for module in block.modules():
                 if isinstance(module, FreeActLinear) and module.weight_group_scale is not None:
@@ -137,7 +137,7 @@ class Stream:
             if self.propagate or last:
                 output = self.run(block, index, i)
                 if last:
-                    error = relative_error(output, reference[-1])
+                    error = relative_error_of_types(output, reference[-1], self.batches[i].types)
             if self.sequential:
                 with exact_activations(block):
                     output = self.run(block, index, i)

@@ -50,8 +50,9 @@ class TunedLinear(nn.Module):
         rounded = self.target.source(x)
         values = rounded.values if rounded.qparams is None else dequantize(rounded.values, rounded.qparams)
         y = nn.functional.linear(values.float(), self.weight) * self.log_scale.exp()
-        if self.branch_start is not None:
-            y = y + rounded.low_rank.float() @ self.branch().mT
+        branch = self.branch()
+        if branch is not None:
+            y = y + rounded.low_rank.float() @ branch.mT
         if self.bias_start is not None:
             y = y + pick(self.type_bias(), rounded.types)
         return y.to(x.dtype)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import shutil
-import socket
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from optimum_freeact.scratch import scratch_beside
 
 
 # a folder that holds one of these was written by us or by save_pretrained, so --overwrite may replace it
@@ -43,29 +42,6 @@ def check_free(out: Path, overwrite: bool, inputs: Iterable[str | os.PathLike | 
     for path in (Path(item).resolve() for item in [*inputs, Path.cwd()] if item):
         if path == whole or whole in path.parents:
             raise ValueError(f"{str(out)!r} cannot be replaced: {str(path)!r}, which is in use, lies in it.")
-
-
-def scratch_beside(folder: Path) -> Path:
-    """A new hidden folder beside `folder`; those that a killed process of this machine left there are removed.
-
-    Its name says the machine and the process, so that a folder in use by another run is never taken for a left one.
-    """
-    mine = f".{folder.name}-{socket.gethostname()}-"
-    for left in folder.parent.glob(f"{glob.escape(mine)}*"):
-        process = left.name.removeprefix(mine).partition("-")[0]
-        if process.isdigit() and not _alive(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=folder.parent))
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # it is somebody else's
-        return True
-    return True
 
 
 @contextmanager

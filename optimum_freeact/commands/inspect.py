@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from optimum_freeact.commands.folder import check_file, write_json
 from optimum_freeact.commands.loading import console, load_config, model_name, pick_device
-from optimum_freeact.config import RECORDED
+from optimum_freeact.config_fields import RECORDED
 from optimum_freeact.report.inspection import Inspection, inspect_model
 from optimum_freeact.report.sizes import human
 
@@ -41,7 +42,7 @@ def show(out: Console, name: str, found: Inspection, device: str) -> None:
     if found.file_bytes:
         out.print(f"Weight files: {human(found.file_bytes)}", highlight=False)
     if found.record:
-        out.print(_record_table(found))
+        out.print(_record_table(found.record))
     if found.quantized:
         product, reason = found.kernel
         out.print(f"On {device} runs: {product}, because {reason}.", highlight=False, markup=False)
@@ -68,15 +69,15 @@ def _quantized_table(found: Inspection) -> Table:
 
 def _rest_table(found: Inspection) -> Table:
     table = Table(title="Not quantized")
-    for heading, side in (("tensor", "left"), ("count", "right"), ("bytes", "right"), ("why", "left")):
+    sides: dict[str, JustifyMethod] = {"tensor": "left", "count": "right", "bytes": "right", "why": "left"}
+    for heading, side in sides.items():
         table.add_column(heading, justify=side)
     for rest in found.rest:
         table.add_row(rest.name, str(rest.n_tensors), human(rest.n_bytes), rest.why)
     return table
 
 
-def _record_table(found: Inspection) -> Table:
-    record = found.record
+def _record_table(record: dict[str, Any]) -> Table:
     title = f"Calibrated on {record['n_samples']} x {record['seq_len']} tokens in {record['seconds']} s"
     table = Table(title=title, caption="relative error (energy) of each block's output")
     errors = record["output_error"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -64,15 +65,40 @@ def load_config(model: str) -> PretrainedConfig:
     """The model's config; the headers of its files are checked on the way.
 
     Raises:
-        `ValueError`: for a path that is no folder or holds no whole model.
-        `OSError`: from transformers, for a name that cannot be fetched.
+        `ValueError`: for a path that is no folder or holds no whole model, and a name that the hub does not give.
     """
     if not os.path.isdir(model) and not HUB_NAME.fullmatch(model):
         raise ValueError(f"{model!r} is neither a folder here nor a model's name on the hub.")
     if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "config.json")):
         raise ValueError(f"{model!r} holds no config.json: it is no model saved by save_pretrained.")
+    check_index(Path(model) / "model.safetensors.index.json")
     check_checkpoint([str(path) for path in sorted(Path(model).glob("*.safetensors"))])
-    return AutoConfig.from_pretrained(model)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except OSError as error:
+        if os.path.isdir(model):
+            raise
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"{model!r} is no folder here, and the hub did not give such a model ({reason}).") from error
+
+
+def check_index(path: Path) -> None:
+    """Refuse the index of a checkpoint in several files if it is damaged or names files that are not there.
+
+    Raises:
+        `ValueError`: naming the index or the missing files.
+    """
+    if not path.is_file():
+        return
+    try:
+        files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is truncated or damaged ({type(error).__name__}: {error}). Fetch or save it again."
+        ) from None
+    missing = [name for name in files if not (path.parent / name).is_file()]
+    if missing:
+        raise ValueError(f"{str(path)!r} names {missing[:3]}, which are not there: fetch or save the model again.")
 
 
 def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:

@@ -6,14 +6,19 @@ import argparse
 import inspect
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
-from optimum_freeact.config import DEFAULTS, RUNTIME, FreeActConfig
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.config_fields import DEFAULTS, RUNTIME
 from optimum_freeact.presets import PRESETS
 
 
 # what a field's values are made of, where no preset and no default shows it
 UNSET = {"weight_group_size": 128, "activation_group_size": 128, "low_rank_budget": 0.05, "modules_to_not_convert": []}
+
+
+NONE = object()  # what the word "none" stands for: argparse's own None says that an option was left out
 
 
 def settings() -> list[str]:
@@ -45,6 +50,14 @@ def _words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
+def _or_none(kind: type) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        return NONE if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it when it refuses a value
+    return read
+
+
 def _number_or_word(text: str) -> float | str:
     try:
         return float(text)
@@ -69,19 +82,23 @@ def reader(field: str) -> dict[str, Any]:
         return {"type": _words, "metavar": "A,B"}
     if types in ({int}, {float}, {str}):
         kind = types.pop()
-        return {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
+        unset = any(value is None for value in known[:-1]) and field in UNSET
+        return {"type": _or_none(kind) if unset else kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
     return {"type": _number_or_word if types <= {int, float, str} and types else _json_or_word, "metavar": "X"}
 
 
 def add_settings(parser: argparse.ArgumentParser, fields: list[str] | None = None) -> None:
     """Add one option per setting (all by default). What is left out keeps the preset's value."""
-    group = parser.add_argument_group("settings (left out: the preset's)")
+    group = parser.add_argument_group("settings (left out: the preset's; in brackets those of 'freeact')")
     texts = help_texts()
     for field in fields or settings():
-        text = texts.get(field, "").replace("%", "%%") or None
+        default = {**DEFAULTS, **PRESETS["freeact"]}[field]
+        shown = ",".join(default) if isinstance(default, list) else default
+        text = f"{texts.get(field, '')} [{shown}]".replace("%", "%%").strip()
         group.add_argument(option_name(field), dest=field, default=None, help=text, **reader(field))
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings that the user named."""
-    return {name: getattr(arguments, name) for name in settings() if getattr(arguments, name, None) is not None}
+    given = {name: getattr(arguments, name, None) for name in settings()}
+    return {name: None if value is NONE else value for name, value in given.items() if value is not None}

@@ -79,4 +79,4 @@ def save(model: nn.Module, folder: Path, dtype: torch.dtype | str | None) -> Non
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and dtype != model.dtype:
         model.to(dtype)
-    model.save_pretrained(folder)
+    type(model).save_pretrained(model, folder)  # the folder is new and hidden still: no need to be careful twice

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
+from optimum_freeact.calibration.prepared import is_prepared
 from optimum_freeact.config import FreeActConfig
 
 
@@ -27,10 +28,13 @@ class FreeActHfQuantizer(HfQuantizer):
 
     requires_calibration = False  # True would forbid quantizing in from_pretrained
 
+    pre_quantized: bool  # the host's
+
     def __init__(self, quantization_config: FreeActConfig, **kwargs: Any):
         # a copy: what calibration records belongs to this model, and the caller may quantize another with the same config
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._user_device_map: Any = None
+        self._loading_map: dict | None = None
         self._data: Any = None
         self._shapes: dict[str, tuple[int, ...]] = {}
 
@@ -41,6 +45,7 @@ class FreeActHfQuantizer(HfQuantizer):
             return
         config = self.quantization_config
         check_places(config, kwargs.get("device_map"))
+        check_held_out(config)
         if self._data is None:  # transformers asks twice
             from optimum_freeact.calibration.data import read_data
 
@@ -49,7 +54,8 @@ class FreeActHfQuantizer(HfQuantizer):
     def update_device_map(self, device_map: Any) -> Any:
         """While quantizing the model waits on the CPU; the user's map is used for the (smaller) quantized model."""
         if self.pre_quantized:
-            return device_map
+            self._loading_map = dict(device_map) if isinstance(device_map, dict) else None
+            return device_map if self._loading_map is None else self._loading_map
         self._user_device_map = device_map
         return None if device_map is None else {"": "cpu"}
 
@@ -62,11 +68,16 @@ class FreeActHfQuantizer(HfQuantizer):
             names = check_checkpoint(kwargs.get("checkpoint_files"))
             build_empty(model, self.quantization_config, attach_state(model))
             check_names(model, names)
+            if self._loading_map is not None:  # the dictionary that transformers goes on with
+                self._loading_map.update(with_our_modules(model, self._loading_map))
             self._shapes = shapes_of(model)
+        else:
+            check_covers(model, self._user_device_map)
         return model
 
     # ---------------------------------------------------------------- after loading
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:  # noqa: ARG002
+        from optimum_freeact.hf.saving import install
         from optimum_freeact.hf.serialization import check_loaded
         from optimum_freeact.modules.runtime import activate
 
@@ -79,16 +90,25 @@ class FreeActHfQuantizer(HfQuantizer):
             self._data = None
             self.pre_quantized = True
         activate(model, self.quantization_config)
+        install(model)
         if self._user_device_map is not None:
             _dispatch(model, self._user_device_map)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        from optimum_freeact.hf.saving import remove
         from optimum_freeact.modules.runtime import dequantize_
 
         if isinstance(dtype, str):  # save_pretrained leaves config.dtype as a string
-            dtype = getattr(torch, dtype)
-        return dequantize_(model, dtype)
+            found = getattr(torch, dtype.removeprefix("torch."), None)
+            if not (isinstance(found, torch.dtype) and found.is_floating_point):
+                raise ValueError(
+                    f"dtype must be a floating-point type such as 'float32', 'bfloat16' or 'float16', got {dtype!r}."
+                )
+            dtype = found
+        dequantize_(model, dtype)
+        remove(model)
+        return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
         """Asked when saving: packed experts keep the names they have in the model, whatever the original format had."""
@@ -114,23 +134,84 @@ class FreeActHfQuantizer(HfQuantizer):
 
 
 def check_places(config: FreeActConfig, device_map: Any) -> None:
-    """Refuse a disk in the device map, a calibration device that is not there, and a `resume_dir` that is a file."""
-    if isinstance(device_map, dict) and "disk" in device_map.values():
+    """Refuse devices that are not there, a disk in the device map, and a `resume_dir` that is a file.
+
+    The device map is needed only when all is quantized, which is the wrong time to learn that it cannot be.
+    """
+    places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+    if "disk" in places:
         raise ValueError(
             "device_map places modules on disk, which works for saved FreeAct checkpoints but not while quantizing: "
             "quantize on 'cpu' (blocks are moved to the GPU one by one), save, and load with that device_map."
         )
+    for place in places:
+        if place is not None and place not in AUTO_MAPS and not is_there(place):
+            raise ValueError(
+                f"device_map places modules on {str(place)!r}, which is not available here; use 'cpu', a device of this "
+                f"machine, or one of {list(AUTO_MAPS)}."
+            )
     name = config.calibration_device
-    try:
-        kind = None if name is None else torch.device(name).type
-    except RuntimeError:
-        kind = "?"
-    if kind == "?" or (kind == "cuda" and not torch.cuda.is_available()):
+    if name is not None and not is_there(name):
         raise ValueError(
             f"calibration_device={name!r} is not available here; leave it out to take cuda where there is one, else cpu."
         )
     if config.resume_dir is not None and os.path.isfile(config.resume_dir):
         raise ValueError(f"resume_dir={config.resume_dir!r} is a file; name a folder.")
+
+
+def check_held_out(config: FreeActConfig) -> None:
+    """Refuse to learn from the closed form without a batch to judge by: what was learned on it says nothing."""
+    prepared = isinstance(config.dataset, (list, tuple)) and is_prepared(config.dataset)  # each a batch of its own
+    one = config.n_samples <= (1 if prepared else config.batch_size)
+    if config.calibration == "learned" and config.learned_start == "closed_form" and one:
+        raise ValueError(
+            "calibration='learned' holds out the last batch and keeps what it learns only where that batch's error falls: "
+            f"n_samples={config.n_samples} with batch_size={config.batch_size} is one batch. Take more samples, or smaller "
+            "batches."
+        )
+
+
+def is_there(device: Any) -> bool:
+    """Whether tensors with values can be made on a device of this name, number or kind."""
+    try:
+        return torch.empty(0, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
+        return False
+
+
+def check_covers(model: nn.Module, device_map: Any) -> None:
+    """Refuse a device map that leaves out a part of the model.
+
+    Raises:
+        `ValueError`: naming the first such tensors.
+    """
+    if not isinstance(device_map, dict) or "" in device_map or len(set(map(str, device_map.values()))) == 1:
+        return
+    left = [name for name in model.state_dict() if _key_of(name, device_map) is None]
+    if left:
+        raise ValueError(
+            f"device_map has no device for {len(left)} tensors of {type(model).__name__}, the first are {left[:3]}: add "
+            "their modules, or '' for all that is not named."
+        )
+
+
+def with_our_modules(model: nn.Module, device_map: dict) -> dict:
+    """A device map made for the full-precision model, with places for the modules that quantizing added."""
+    from optimum_freeact.modules.activation import FreeActInput
+    from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
+
+    found = dict(device_map)
+    working = next((place for place in device_map.values() if place not in ("cpu", "disk")), "cpu")
+    for name, module in model.named_modules():
+        if isinstance(module, (FreeActInput, CacheMeanBuffers)) and _key_of(name, device_map) is None:
+            served = _key_of(name.removesuffix("_input"), device_map)  # the linear beside it
+            found[name] = working if served is None else device_map[served]
+    return found
+
+
+def _key_of(name: str, device_map: dict) -> str | None:
+    """The entry of a device map that holds a module or tensor."""
+    return max((key for key in device_map if f"{name}.".startswith(f"{key}.")), key=len, default=None)
 
 
 def _dispatch(model: nn.Module, device_map: Any) -> None:
@@ -149,7 +230,7 @@ def _dispatch(model: nn.Module, device_map: Any) -> None:
     if len(set(device_map.values())) == 1:
         model.to(next(iter(device_map.values())))
         return
-    dispatch_model(model, device_map=device_map)
+    dispatch_model(model, device_map=with_our_modules(model, device_map))
 
 
 AUTO_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")

@@ -50,6 +50,9 @@ def _dp4a_linear(
             low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out[:, None] & (c < RANK)[None, :], other=0
         ).to(tl.float32)
         low_rank_scale = tl.load(low_rank_scale_ptr + c, mask=c < RANK, other=0.0)
+    if HAS_BIAS and N == 1:
+        kind = tl.minimum(tl.load(types_ptr), n_bias - 1) if HAS_TYPES else 0
+        bias = tl.load(bias_ptr + kind * m + outs, mask=is_out, other=0.0)
     if PDL:  # the weights are on their way while the codes are still being made
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -65,7 +68,9 @@ def _dp4a_linear(
         if RANK > 0:
             p = tl.load(branch_ptr + t * PR + c) * low_rank_scale
             y += tl.sum(low_rank * p[None, :], 1)
-        if HAS_BIAS:
+        if HAS_BIAS and N == 1:
+            y += bias
+        elif HAS_BIAS:
             kind = tl.minimum(tl.load(types_ptr + t), n_bias - 1) if HAS_TYPES else 0
             y += tl.load(bias_ptr + kind * m + outs, mask=is_out, other=0.0)
         tl.store(y_ptr + t * m + outs, y.to(y_ptr.dtype.element_ty), mask=is_out)

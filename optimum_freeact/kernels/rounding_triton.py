@@ -84,6 +84,9 @@ def _project(
     r = tl.arange(0, PR)
     p = tl.zeros((ROWS, PR), tl.float32)
     peak = tl.zeros((ROWS, CHUNK), tl.float32)
+    kind = tl.zeros((ROWS,), tl.int64)
+    if HAS_TYPES:  # there since the model's own hook ran, long before
+        kind = tl.minimum(tl.load(types_ptr + tl.minimum(rows, n - 1)), n_means - 1)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -121,9 +124,6 @@ def _project(
     else:
         tl.debug_barrier()
     safe = tl.minimum(rows, n - 1)
-    kind = tl.zeros((ROWS,), tl.int64)
-    if HAS_TYPES:
-        kind = tl.minimum(tl.load(types_ptr + safe), n_means - 1)
     p, upper, lower, bound = _taken_off(
         part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means, HAS_MEAN, HAS_CHANNEL,
         RANK, PR, ROWS, PARTS,

@@ -44,30 +44,45 @@ def _add_branch(
     y, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, tokens, outs, n, m, n_bias,
     HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Y (outs, tokens) plus the low-rank branch and the biases of the types."""
+    """Y (outs, tokens) plus the low-rank branch and the biases of the types.
+
+    How much the biases of further types differ from the first's are columns beside the branch's, each met by a one where
+    the token is of that type: what types add is in a product that is made in any case.
+    """
     is_out, is_token = outs < m, tokens < n
+    TYPED: tl.constexpr = HAS_TYPES and HAS_BIAS
     if HAS_BIAS:
         bias = tl.load(bias_ptr + outs, mask=is_out, other=0.0)
-        if HAS_TYPES:
-            kind = tl.minimum(tl.load(types_ptr + tokens, mask=is_token, other=0), n_bias - 1)
-            y += bias[:, None]
-            for other in range(1, n_bias):
-                change = tl.load(bias_ptr + other * m + outs, mask=is_out, other=0.0) - bias
-                y += tl.where((kind == other)[None, :], change[:, None], 0.0)
-        else:
-            y += bias[:, None]
-    if RANK > 0:
+        y += bias[:, None]
+    if RANK > 0 or TYPED:
         c = tl.arange(0, PR)
-        in_rank = c < RANK
-        left = tl.load(
-            low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out[:, None] & in_rank[None, :], other=0
-        ).to(DOT)
-        right = tl.load(
-            branch_ptr + tokens[None, :] * PR + c[:, None], mask=is_token[None, :] & in_rank[:, None], other=0.0
-        ) * tl.load(low_rank_scale_ptr + c, mask=in_rank, other=0.0)[:, None]  # fmt: skip
+        left = tl.zeros((y.shape[0], PR), tl.float32)
+        right = tl.zeros((PR, y.shape[1]), tl.float32)
+        if RANK > 0:
+            in_rank = c < RANK
+            left = tl.load(
+                low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out[:, None] & in_rank[None, :], other=0
+            ).to(tl.float32)
+            right = tl.load(
+                branch_ptr + tokens[None, :] * PR + c[:, None], mask=is_token[None, :] & in_rank[:, None], other=0.0
+            ) * tl.load(low_rank_scale_ptr + c, mask=in_rank, other=0.0)[:, None]  # fmt: skip
         upper = right.to(tl.bfloat16)
-        y = tl.dot(left, (right - upper.to(tl.float32)).to(tl.bfloat16).to(DOT), y)
-        y = tl.dot(left, upper.to(DOT), y)
+        lower = (right - upper.to(tl.float32)).to(tl.bfloat16)
+        left_upper, left_lower = left.to(tl.bfloat16), left.to(tl.bfloat16)
+        if TYPED:
+            other = c - RANK + 1
+            typed = (c >= RANK) & (other < n_bias)
+            kind = tl.minimum(tl.load(types_ptr + tokens, mask=is_token, other=0), n_bias - 1)
+            is_kind = (kind[None, :] == other[:, None]) & typed[:, None]
+            upper, lower = tl.where(is_kind, 1.0, upper).to(tl.bfloat16), tl.where(is_kind, 1.0, lower).to(tl.bfloat16)
+            change = tl.load(
+                bias_ptr + other[None, :] * m + outs[:, None], mask=is_out[:, None] & typed[None, :], other=0.0
+            )
+            change = tl.where(typed[None, :], change - bias[:, None], 0.0)
+            left_upper = tl.where(typed[None, :], change, left).to(tl.bfloat16)
+            left_lower = tl.where(typed[None, :], change - left_upper.to(tl.float32), left).to(tl.bfloat16)
+        y = tl.dot(left_lower.to(DOT), lower.to(DOT), y)
+        y = tl.dot(left_upper.to(DOT), upper.to(DOT), y)
     return y
 
 

@@ -12,7 +12,9 @@ from optimum_freeact.kernels import native_ops, ops
 from optimum_freeact.kernels.dispatch import plan
 from optimum_freeact.kernels.native import NativeSide
 from optimum_freeact.kernels.tables import InputTables, make_native_tables, make_tables
+from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes
 from optimum_freeact.numerics.affine import QParams, choose_qparams, dequantize, fake_quantize_ste, round_codes
+from optimum_freeact.numerics.byte_rows import column_codes
 from optimum_freeact.numerics.kronecker import factor_pair
 from optimum_freeact.transforms.affine_map import InputMap, pick
 from optimum_freeact.type_state import TypeState
@@ -278,7 +280,7 @@ class FreeActInput(nn.Module):
 
     def __deepcopy__(self, memo: dict) -> FreeActInput:
         self._last = None
-        return _deepcopy_module(self, memo)
+        return deepcopy_module(self, memo)
 
     def __reduce_ex__(self, protocol: int) -> None:  # noqa: ARG002
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
@@ -301,37 +303,3 @@ class FreeActInput(nn.Module):
         means = 0 if self.mean is None else len(self.mean)
         grid = "sym" if self.symmetric else "asym"
         return f"{self.in_features}, bits={self.bits} {grid}, transform={self.transform}, means={means}, rank={rank}"
-
-
-PICKLE_REFUSED = (
-    "{} is not pickled: a pickle can run code when it is read and ties the file to this version of the class. "
-    "Save the model with model.save_pretrained(folder) and load it with from_pretrained(folder)."
-)
-
-
-def column_codes(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """8-bit codes of a matrix and a scale per column; a relative error of about 1e-4 in energy."""
-    scale = matrix.abs().amax(0).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return torch.round(matrix / scale).to(torch.int8), scale
-
-
-def keep_dtypes(module: nn.Module, apply, fn, recurse: bool) -> nn.Module:
-    """Run `nn.Module._apply` but undo casts: `.to(dtype)` or `.half()` moves the module and keeps its own dtypes."""
-    before = {name: tensor.dtype for name, tensor in module._buffers.items() if tensor is not None}
-    stored = {name: tensor for name, tensor in module._buffers.items() if tensor is not None}
-    result = apply(fn, recurse)
-    for name, dtype in before.items():
-        tensor = module._buffers[name]
-        if tensor.dtype != dtype:
-            module._buffers[name] = stored[name].to(device=tensor.device)
-    return result
-
-
-def _deepcopy_module(module: nn.Module, memo: dict) -> nn.Module:
-    """Deep copy of a module that refuses pickling (the default goes through `__reduce_ex__`)."""
-    import copy
-
-    clone = module.__class__.__new__(module.__class__)
-    memo[id(module)] = clone
-    clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in module.__dict__.items()})
-    return clone

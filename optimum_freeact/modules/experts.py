@@ -8,13 +8,15 @@ of the stacked tensors. Tokens are grouped by expert, and each group runs as a l
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import nn
 
 from optimum_freeact.config import FreeActConfig
-from optimum_freeact.modules.activation import PICKLE_REFUSED, FreeActInput, _deepcopy_module, keep_dtypes
+from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes
 from optimum_freeact.type_state import TypeState
 
 
@@ -142,7 +144,7 @@ class FreeActExperts(nn.Module):
                     linear._buffers[part] = None if tensor is None else tensor[expert]
                 ours.append(linear)
             made.append(ours)
-        return tuple(made)
+        return made[0], made[1]
 
     def prepare(self) -> None:
         """Make what the products on this device need."""
@@ -225,13 +227,13 @@ class FreeActExperts(nn.Module):
 
     def __deepcopy__(self, memo: dict) -> FreeActExperts:
         prepared, self._linears = self._linears, None
-        clone = _deepcopy_module(self, memo)
+        clone = deepcopy_module(self, memo)
         self._linears = prepared
         if prepared is not None:
             clone.prepare()
         return clone
 
-    def __reduce_ex__(self, protocol: int) -> None:  # noqa: ARG002
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:  # noqa: ARG002
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
 
     def extra_repr(self) -> str:

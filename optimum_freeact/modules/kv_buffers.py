@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from optimum_freeact.modules.activation import keep_dtypes
 from optimum_freeact.modules.kv_store import CacheSpec
+from optimum_freeact.modules.manners import keep_dtypes
 
 
 NAME = "freeact_cache"  # the decoder's attribute

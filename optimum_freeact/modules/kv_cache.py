@@ -5,7 +5,7 @@ The hook stands on the decoder (the module that owns the layers) and acts before
 * an *empty* `DynamicCache`, made by `generate` or by the user, gets our layers in place of `DynamicLayer` and
   `DynamicSlidingWindowLayer`; other layers (recurrent states, shared ones, sparse-attention indexers) stay;
 * where a cache is wanted and none is given, it makes one;
-* static, already filled, encoder-decoder and transformers' own quantized caches are left alone;
+* static, already filled, encoder-decoder and transformers' own quantized caches are left alone, with one warning;
 * from the attention mask it tells our layers where each row's first real token is.
 
 A forward with `use_cache=False` and no cache has unquantized keys and values.
@@ -14,6 +14,7 @@ A forward with `use_cache=False` and no cache has unquantized keys and values.
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from optimum_freeact.cache_name import NAMES, cache_in, cache_name
 from optimum_freeact.modules.kv_layer import FreeActCacheLayer, FreeActSlidingWindowLayer
 from optimum_freeact.modules.kv_store import PER_LAYER, CacheSpec
+
+
+logger = logging.getLogger(__name__)
 
 
 def convert_cache(cache: DynamicCache, spec: CacheSpec, num_layers: int) -> bool:
@@ -91,6 +95,7 @@ class _CacheHook:
 
     def __init__(self, spec: CacheSpec):
         self.spec = spec
+        self.warned = False
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:  # from here on by name
@@ -104,6 +109,14 @@ class _CacheHook:
             cache = kwargs[cache_name(module)] = DynamicCache(config=module.config)
         if isinstance(cache, DynamicCache) and convert_cache(cache, self.spec, module.config.num_hidden_layers):
             _set_starts(cache, kwargs.get("attention_mask"), *inputs.shape[:2])
+        elif cache is not None and not self.warned:
+            self.warned = True
+            logger.warning(
+                "kv_bits=%d: this %s is left as it is, and keys and values in it are not quantized. Only an empty "
+                "DynamicCache becomes a quantized one: leave cache_implementation and the cache argument out.",
+                self.spec.bits,
+                type(cache).__name__,
+            )
         return (), kwargs
 
 

@@ -58,6 +58,8 @@ class FreeActCacheLayer(DynamicLayer):
                     "one per model layer (None for a layer without)."
                 )
         self.spec, self.layer_idx = spec, layer_idx
+        self.keys: torch.Tensor
+        self.values: torch.Tensor
         self.start: torch.Tensor | None = None  # (batch,) on the CPU: position of each row's first real token
         self.stores: tuple[StateStore, ...] = ()
         self.obstacle: str | None = "no states yet"  # why no kernel serves
@@ -110,19 +112,19 @@ class FreeActCacheLayer(DynamicLayer):
         for store, states in zip(self.stores, new):
             store.keep_sink(states, self.start, position)
         if self.obstacle is None and not torch.compiler.is_compiling():
-            return self._update_packed(new, position)
+            return self._update_packed(new, self.start, position)
         rows = (store.encode(states, self.start, position) for store, states in zip(self.stores, new))
-        rows = super().update(*rows, *args, **kwargs)
-        return tuple(self._read(*item) for item in zip(self.stores, rows, new))
+        keys, values = (self._read(*item) for item in zip(self.stores, super().update(*rows, *args, **kwargs), new))
+        return keys, values
 
     def _update_packed(
-        self, new: tuple[torch.Tensor, torch.Tensor], position: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, new: tuple[torch.Tensor, torch.Tensor], first: torch.Tensor, position: int
+    ) -> tuple[torch.Tensor | PackedStates, torch.Tensor | PackedStates]:
         """[`update`] by kernels: rows are written in place, and a single token's attention is left to read them."""
         from optimum_freeact.kernels.kv_triton import write_rows
 
-        if self._start_there is None or self._start_there[0] is not self.start:
-            self._start_there = (self.start, self.start.to(new[0].device, torch.int32))
+        if self._start_there is None or self._start_there[0] is not first:
+            self._start_there = (first, first.to(new[0].device, torch.int32))
         start, end = self._start_there[1], position + new[0].shape[-2]
         for name, store, states in zip(("keys", "values"), self.stores, new):
             buffer = self._room(name, states, end)
@@ -133,12 +135,14 @@ class FreeActCacheLayer(DynamicLayer):
             setattr(self, name, buffer[:, :, :end])
         rows = (self.keys, self.values)
         if new[0].shape[-2] > 1 or (torch.is_grad_enabled() and any(states.requires_grad for states in new)):
-            return tuple(self._read(*item) for item in zip(self.stores, rows, new))
+            keys, values = (self._read(*item) for item in zip(self.stores, rows, new))
+            return keys, values
         pair = Pair(start, self.stores[0].rotation(start.device))
-        return tuple(
+        keys, values = (
             PackedStates(store.packed(data, end), pair, store.size, store.dtype, partial(self._read, store, data))
             for store, data in zip(self.stores, rows)
         )
+        return keys, values
 
     def _room(self, name: str, states: torch.Tensor, end: int) -> torch.Tensor:
         """The buffer behind `keys` or `values`, with room for `end` tokens."""
@@ -152,7 +156,7 @@ class FreeActCacheLayer(DynamicLayer):
                 and current.shape[:2] == buffer.shape[:2]
             )
         )
-        if not mine or buffer.shape[:2] != states.shape[:2] or buffer.shape[2] < end:
+        if buffer is None or not mine or buffer.shape[:2] != states.shape[:2] or buffer.shape[2] < end:
             room = end + max(ROOM, end // 8)
             shape = (*states.shape[:2], room, row_bytes(states.shape[-1], self.spec.bits))
             buffer = torch.empty(shape, dtype=torch.uint8, device=states.device)

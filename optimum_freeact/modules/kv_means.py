@@ -68,17 +68,20 @@ def cache_means(model: nn.Module, samples: torch.Tensor | list[dict], sink_token
     Raises:
         `ValueError`: if `samples` has no token beyond the sink, or a quantized cache is installed.
     """
-    is_ids = isinstance(samples, torch.Tensor)
-    if is_ids and (samples.dim() != 2 or samples.shape[0] == 0 or samples.shape[1] <= sink_tokens):
-        raise ValueError(
-            f"the means of a KV cache need samples of shape (n, tokens) with more than {sink_tokens} tokens each, got "
-            f"{tuple(samples.shape)}."
-        )
+    if isinstance(samples, torch.Tensor):
+        if samples.dim() != 2 or samples.shape[0] == 0 or samples.shape[1] <= sink_tokens:
+            raise ValueError(
+                f"the means of a KV cache need samples of shape (n, tokens) with more than {sink_tokens} tokens each, "
+                f"got {tuple(samples.shape)}."
+            )
+        calls = [{"input_ids": row[None]} for row in samples]
+    else:
+        calls = samples
     decoder = model.get_decoder()
     frequencies = rotary_frequencies(decoder)
     sums: list[list[torch.Tensor] | None] = [None] * len(frequencies)
     count = 0
-    for inputs in [{"input_ids": row[None]} for row in samples] if is_ids else samples:
+    for inputs in calls:
         cache = DynamicCache()  # without a configuration: no windows, all positions stay
         inputs = {name: v.to(decoder.device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
         called = decoder if set(inputs) == {"input_ids"} else model
@@ -93,7 +96,8 @@ def cache_means(model: nn.Module, samples: torch.Tensor | list[dict], sink_token
                 )
             keys = layer.keys if frequencies[index] is None else turn_back(layer.keys, frequencies[index])
             found = [states[:, :, sink_tokens:].double().sum((0, 2)).cpu() for states in (keys, layer.values)]
-            sums[index] = found if sums[index] is None else [a + b for a, b in zip(sums[index], found)]
+            before = sums[index]
+            sums[index] = found if before is None else [a + b for a, b in zip(before, found)]
     means = [(None, None) if pair is None else [(s / count).float() for s in pair] for pair in sums]
     keys, values = zip(*means)
     known = [f if key is not None else None for f, key in zip(frequencies, keys)]

@@ -140,17 +140,17 @@ class StateStore:
                 rows.cos, rows.sin = _turns(self.frequencies, table, self.compute_dtype, self.mean.device)
         return rows
 
-    def _offset(self, tokens: int, start: torch.Tensor, position: int) -> torch.Tensor:
+    def _offset(self, mean: torch.Tensor, tokens: int, start: torch.Tensor, position: int) -> torch.Tensor:
         """The mean at `tokens` cache positions from `position` on, broadcastable to `(batch, heads, tokens, head_dim)`."""
         if self.frequencies is None:
-            return self.mean
+            return mean
         start = start[:1] if (start == start[0]).all() else start
         turn = (torch.arange(tokens) + position - start[:, None]).clamp_min(0)  # (B or 1, tokens); padding: any
         length = 1 << max(position + tokens - 1, 1).bit_length()
-        tables = _turns(self.frequencies, length, self.compute_dtype, self.mean.device)
+        tables = _turns(self.frequencies, length, self.compute_dtype, mean.device)
         cos, sin = (table[turn.to(table.device)][:, None] for table in tables)  # (B or 1, 1, tokens, n)
         n = len(self.frequencies)
-        first, second, rest = self.mean.split((n, n, self.size - 2 * n), dim=-1)
+        first, second, rest = mean.split((n, n, self.size - 2 * n), dim=-1)
         turned = (first * cos - second * sin, second * cos + first * sin)
         return torch.cat((*turned, rest.expand(*turned[0].shape[:-1], -1)), dim=-1)
 
@@ -168,7 +168,7 @@ class StateStore:
         """
         values = states.to(self.compute_dtype)
         if self.mean is not None:
-            values = values - self._offset(states.shape[-2], start, position)
+            values = values - self._offset(self.mean, states.shape[-2], start, position)
         if self.spec.rotate:
             values = values @ self._rotation(states.device)
         return encode(values, self.spec.bits, grid_dtype(self.dtype))
@@ -180,7 +180,7 @@ class StateStore:
         if self.spec.rotate:
             values = values @ self._rotation(rows.device).mT
         if self.mean is not None:
-            values = values + self._offset(rows.shape[-2], start, position)
+            values = values + self._offset(self.mean, rows.shape[-2], start, position)
         states = values.to(self.dtype)
         self._restore_sink(states, start, position)
         return states

@@ -57,9 +57,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found: list = []
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module):
-            linears = any(isinstance(child, nn.Linear) for child in module[0].modules())
-            same = len({type(item) for item in module}) == 1
-            if linears and same and not any(inside(names[id(module)], name) for name, _ in found):
+            linears = [any(isinstance(child, nn.Linear) for child in item.modules()) for item in module]
+            same = len({type(item) for item in module}) == 1  # some families have blocks of several classes
+            if (linears[0] if same else all(linears)) and not any(
+                inside(names[id(module)], name) for name, _ in found
+            ):
                 found.append((names[id(module)], module))
     if not found:
         raise ValueError(
@@ -99,12 +101,34 @@ def table_groups(model_type: str, linears: dict[str, nn.Linear]) -> list[list[st
     return [group for group in groups if group] if covered == set(linears) else None
 
 
+class _Watched(nn.Linear):
+    """What a linear is made while a block is watched: it notes whether its weight or bias is read but to call it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.__dict__["_called"] = True
+        try:
+            return super().forward(input)
+        finally:
+            self.__dict__["_called"] = False
+
+    def __getattr__(self, name: str):
+        if name in ("weight", "bias") and not self.__dict__.get("_called"):
+            self.__dict__["_was_read"] = True
+        return super().__getattr__(name)
+
+
 class SharedInputs:
-    """Generic fallback: watches one forward of a block and groups the linears that got the same tensor."""
+    """Generic fallback: watches one forward of a block and groups the linears that got the same tensor.
+
+    A linear whose weight or bias the model itself reads is in no group: packed codes in its place would be misread.
+    """
 
     def __init__(self, linears: dict[str, nn.Linear]):
         self._seen: list[tuple[torch.Tensor, list[str]]] = []  # tensors are kept alive, so identity is unambiguous
         self._hooks = [module.register_forward_pre_hook(self._record(name)) for name, module in linears.items()]
+        self._watched = {name: module for name, module in linears.items() if type(module) is nn.Linear}
+        for module in self._watched.values():
+            module.__class__ = _Watched
 
     def _record(self, name: str):
         def hook(module: nn.Module, args: tuple) -> None:  # noqa: ARG001
@@ -116,10 +140,19 @@ class SharedInputs:
 
         return hook
 
-    def groups(self) -> list[list[str]]:
-        """Groups in order of first use; a linear that was called twice stands alone. Removes the hooks."""
+    def end(self) -> set[str]:
+        """Make the linears what they were; names of those whose weight or bias was read."""
         for hook in self._hooks:
             hook.remove()
+        for module in self._watched.values():
+            module.__class__ = nn.Linear
+            module.__dict__.pop("_called", None)
+        return {name for name, module in self._watched.items() if module.__dict__.pop("_was_read", False)}
+
+    def groups(self) -> list[list[str]]:
+        """Groups in order of first use; a linear that was called twice stands alone. Ends the watching."""
+        read = self.end()
+        self._seen = [(tensor, [name for name in names if name not in read]) for tensor, names in self._seen]
         calls = [name for _, names in self._seen for name in names]
         repeated = {name for name in calls if calls.count(name) > 1}
         groups = [[name for name in names if name not in repeated] for _, names in self._seen]
@@ -127,14 +160,25 @@ class SharedInputs:
         return [group for group in groups if group] + [[name] for name in sorted(repeated)]
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 def unquantized_parameters(model: nn.Module, blocks_name: str, blocks: nn.ModuleList) -> dict[str, str]:
     """Parameters with two or more dimensions that stay as they are, with the reason: name -> why."""
     reasons = {}
     inner = {id(p) for p in blocks.parameters()}
+    convolutions = {
+        id(p): type(m).__name__
+        for m in blocks.modules()
+        if isinstance(m, CONVOLUTIONS)
+        for p in m.parameters(recurse=False)
+    }
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or (parameter.dtype == torch.uint8 and parameter.ndim in (3, 4)):  # packed
             continue
-        if parameter.ndim == 3 and id(parameter) in inner:
+        if id(parameter) in convolutions:
+            reasons[name] = f"of a {convolutions[id(parameter)]}, not of an nn.Linear"
+        elif parameter.ndim == 3 and id(parameter) in inner:
             reasons[name] = "mixture-of-experts weights are 3-D parameters, not nn.Linear"
         elif id(parameter) in inner:
             reasons[name] = "excluded, or not an nn.Linear"

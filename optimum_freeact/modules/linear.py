@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import nn
@@ -12,16 +13,10 @@ from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import int_linear, plan
 from optimum_freeact.kernels.native import NativeWeight
 from optimum_freeact.kernels.reference import Rows, Weight
-from optimum_freeact.modules.activation import (
-    PICKLE_REFUSED,
-    FreeActInput,
-    KernelRows,
-    _deepcopy_module,
-    column_codes,
-    keep_dtypes,
-)
+from optimum_freeact.modules.activation import FreeActInput, KernelRows
+from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes
 from optimum_freeact.numerics.affine import dequantize
-from optimum_freeact.numerics.byte_rows import from_bytes, to_bytes
+from optimum_freeact.numerics.byte_rows import column_codes, from_bytes, to_bytes
 from optimum_freeact.numerics.byte_rows import group_size as group_size_of
 from optimum_freeact.numerics.packing import bytes_per_group, pack, unpack
 from optimum_freeact.transforms.affine_map import pick
@@ -225,8 +220,9 @@ class FreeActLinear(nn.Linear):
             y = self._integer_product(rounded, dtype)
         if rounded.low_rank is not None:
             y = y + (rounded.low_rank * self.low_rank_scale.to(dtype)) @ self.low_rank.to(dtype).mT
-        if self.type_bias is not None:
-            y = y + pick(self.bias_rows().to(dtype), rounded.types)
+        biases = self.bias_rows()
+        if biases is not None:
+            y = y + pick(biases.to(dtype), rounded.types)
         return y.to(x.dtype)
 
     def _kernel_product(self, rows: KernelRows, dtype: torch.dtype) -> torch.Tensor:
@@ -255,22 +251,17 @@ class FreeActLinear(nn.Linear):
         With several token types the bias is type 0's: a plain linear has only one.
         """
         source = self.source.input_map(torch.float64)
-        weight = self.transformed_weight(torch.float64)
-        scaled = source.restore_weight(weight) / (1 if source.channel_scale is None else source.channel_scale)
-        if source.basis is not None:
-            own = slice(None) if source.uses is None else source.uses[0].bool()  # columns that type 0 uses
-            basis, branch = source.basis[:, own], self.low_rank.double() * self.low_rank_scale.double()
-            scaled = scaled - scaled @ basis @ basis.mT + branch[:, own] @ basis.mT
-        weight = scaled if source.channel_scale is None else scaled * source.channel_scale
+        branch = None if self.low_rank is None else self.low_rank.double() * self.low_rank_scale.double()
+        weight = source.restore_weight(self.transformed_weight(torch.float64), branch)  # as text reads it
         bias = None if self.type_bias is None else self.type_bias[0].double()
         if source.mean is not None:
             bias = bias - weight @ source.mean[0]
         return weight.float(), None if bias is None else bias.float()
 
     def __deepcopy__(self, memo: dict) -> FreeActLinear:
-        return _deepcopy_module(self, memo)
+        return deepcopy_module(self, memo)
 
-    def __reduce_ex__(self, protocol: int) -> None:  # noqa: ARG002
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:  # noqa: ARG002
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:

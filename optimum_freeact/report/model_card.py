@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from optimum_freeact.config import RECORDED, FreeActConfig
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.config_fields import RECORDED
 from optimum_freeact.report.sizes import QuantizedSize, human
 
 

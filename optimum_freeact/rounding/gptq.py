@@ -14,7 +14,7 @@ import torch
 
 from optimum_freeact.kernels.dispatch import triton_obstacle, wanted
 from optimum_freeact.numerics.affine import code_range
-from optimum_freeact.rounding.rtn import RoundedWeight, search_scale, split_scale
+from optimum_freeact.rounding.rtn import MAX_GROUP_SCALE, RoundedWeight, search_scale, split_scale
 
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def gptq(
     clip: float | None = None,
     passes: int = 0,
     by_energy: bool = True,
+    refit: bool = False,
 ) -> RoundedWeight:
     """Round a weight so that the error of its output on inputs with the given second moments is small.
 
@@ -79,6 +80,8 @@ def gptq(
         clip (`float`, *optional*): Fixed clip ratio of the scales; searched by default, columns weighted by energy.
         passes (`int`, *optional*, defaults to 0): Of coordinate descent after GPTQ; 0 is GPTQ itself.
         by_energy (`bool`, *optional*, defaults to `True`): `False` processes the columns as they come.
+        refit (`bool`, *optional*, defaults to `False`): Fit the groups' scales to the codes in the end, and give every code
+            another choice on the grid that comes of it.
 
     Returns:
         [`RoundedWeight`] in the columns' original order.
@@ -96,6 +99,10 @@ def gptq(
     original = weight.float()[:, order].mT.contiguous()
     moments = (moments + added * torch.eye(n, dtype=moments.dtype, device=moments.device)).float()
     codes = _codes(original, steps.contiguous(), factor.float(), moments, code_range(bits), passes)
+    if refit and bytes_ is not None:
+        bytes_ = refit_groups(codes, original, scale, bytes_, moments, order // group_size)
+        steps = (scale * bytes_).squeeze(-1).mT.contiguous()[order // group_size]
+        codes = _codes(original, steps.contiguous(), factor.float(), moments, code_range(bits), 1, codes)
     restored = torch.empty_like(weight, dtype=torch.float32)
     restored[:, order] = codes.mT
     return RoundedWeight(restored.unflatten(-1, (-1, group_size)), scale, bytes_)
@@ -113,11 +120,53 @@ def column_loops(device: torch.device) -> tuple[Callable, Callable]:
     return _round_columns, _descend
 
 
-def _codes(original, steps, factor, moments, limits: tuple[int, int], passes: int) -> torch.Tensor:
-    """Codes `(in, out)` of the columns in the rows of `original`; a kernel that fails is replaced for good."""
+def refit_groups(
+    codes: torch.Tensor,
+    original: torch.Tensor,
+    scale: torch.Tensor,
+    group_scale: torch.Tensor,
+    moments: torch.Tensor,
+    group_of: torch.Tensor,
+) -> torch.Tensor:
+    """Bytes of the groups' scales that fit given codes best, one group after the other: the error only falls.
+
+    With E what is lost, q a group's codes and M the moments, the step that is best for the others as they are is the own one
+    plus q^T M E / q^T M q.
+
+    Args:
+        codes, original (`torch.Tensor` of shape `(in, out)`): Columns in rows, in any order.
+        scale (`torch.Tensor` of shape `(out, 1, 1)`), group_scale (`torch.Tensor` of shape `(out, groups, 1)`): As in
+            `rounding.rtn.RoundedWeight`.
+        moments (`torch.Tensor` of shape `(in, in)`): In the same order.
+        group_of (`torch.Tensor` of shape `(in,)`): Group of each column.
+
+    Returns:
+        `torch.Tensor` of shape `(out, groups, 1)`; signs are kept.
+    """
+    row, found = scale.flatten(), group_scale.squeeze(-1).mT.clone()  # (out,), (groups, out)
+    gradient = moments @ (original - codes * (row * found)[group_of])
+    for group in range(len(found)):
+        columns = (group_of == group).nonzero().flatten()
+        own, reach = codes[columns], moments[:, columns]
+        pull = (own * gradient[columns]).sum(0)
+        weight = (own * (reach[columns] @ own)).sum(0)
+        wanted = found[group] + torch.where(weight > 0, pull / (weight * row).clamp_min(1e-30), 0.0)
+        sign = found[group].sign()
+        new = sign * (wanted * sign).round_().clamp_(1, MAX_GROUP_SCALE)
+        gradient.addmm_(reach, own * ((new - found[group]) * row), alpha=-1)
+        found[group] = new
+    return found.mT.unsqueeze(-1).contiguous()
+
+
+def _codes(
+    original, steps, factor, moments, limits: tuple[int, int], passes: int, start: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Codes `(in, out)` of the columns in the rows of `original`, from GPTQ or from given ones; a kernel that fails is
+    replaced for good.
+    """
 
     def run(round_all: Callable, descend: Callable) -> torch.Tensor:
-        codes = round_all(original.clone(), steps, factor, limits)
+        codes = round_all(original.clone(), steps, factor, limits) if start is None else start.clone()
         for _ in range(passes):
             descend(codes, original, steps, moments, limits)
         return codes

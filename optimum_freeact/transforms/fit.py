@@ -107,8 +107,8 @@ def gather_statistics(moments: Moments, weights: list[torch.Tensor], spec: MapSp
     weight_peak = torch.stack([w.abs().amax(0) for w in weights]).amax(0).double()
     paired = (actual, cross) if moments.paired else None
     peak = None if moments.peak is None else moments.peak.double()
-    parts = {k: part * scale for k, part in parts.items()} if spec.type_rank else None
-    return InputStatistics(c * scale, h, mean, paired, peak, weight_peak, parts)
+    scaled = {k: part * scale for k, part in parts.items()} if spec.type_rank else None
+    return InputStatistics(c * scale, h, mean, paired, peak, weight_peak, scaled)
 
 
 def balanced_channel_scale(c: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -196,10 +196,11 @@ def own_directions(
     shared = torch.zeros(n, 0, dtype=stats.c.dtype, device=stats.c.device) if basis is None else basis
     columns, uses = [shared], torch.zeros(n_types, shared.shape[1] + n_types * rank, dtype=torch.bool)
     uses[:, : shared.shape[1]] = True
+    parts = stats.parts or {}
     for kind in range(n_types):
         own = torch.zeros(n, rank, dtype=shared.dtype, device=shared.device)
-        if kind in stats.parts:
-            c = stats.parts[kind] if scale is None else stats.parts[kind] * scale[:, None] * scale
+        if kind in parts:
+            c = parts[kind] if scale is None else parts[kind] * scale[:, None] * scale
             left = c - shared @ (shared.mT @ c)
             own = top_directions(left - (left @ shared) @ shared.mT, rank)
             start = shared.shape[1] + kind * rank

@@ -2,21 +2,24 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import optimum_freeact
 from optimum_freeact import FreeActConfig
 from optimum_freeact.calibration.resume import BlockStore
-from optimum_freeact.cli import main
+from optimum_freeact.cli import build_parser, main
 from optimum_freeact.commands import folder as folders
 from optimum_freeact.commands import options
-from optimum_freeact.config import DEFAULTS, RUNTIME
+from optimum_freeact.config_fields import DEFAULTS, RUNTIME
 from optimum_freeact.modules.surgery import quantized_linears
 from optimum_freeact.presets import PRESETS
 from optimum_freeact.report.evaluate import score_text, tokenize_windows
@@ -61,6 +64,17 @@ def fails(capsys, *words):
     assert len(err.splitlines()) == 1, err
     assert err.startswith("freeact")
     return err
+
+
+def test_without_a_command_it_shows_them(capsys):
+    assert main([]) == 2
+    assert "quantize" in capsys.readouterr().err
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(capsys):
+    assert "'absent-model' is no folder here, and the hub did not give such a model" in fails(
+        capsys, "inspect", "absent-model"
+    )
 
 
 # --- quantize ----------------------------------------------------------------------------------------------------
@@ -157,7 +171,8 @@ def test_help_of_every_command(capsys):
         (["--tokenizer", "{home}/nothing"], "No tokenizer could be loaded"),
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
         (["--modules-to-not-convert", "self_attn,mlp"], "No linear to quantize"),
-        (["--surprise"], "unrecognized arguments: --surprise"),
+        (["--surprise"], "quantize does not know --surprise"),
+        (["--weight-bit-width", "3"], "does not know --weight-bit-width 3; did you mean --weight-bits?"),
     ],
 )
 def test_quantize_refuses_in_one_line_and_leaves_nothing(home, tmp_path, capsys, words, message):
@@ -179,13 +194,15 @@ def test_quantize_refuses_in_one_line_and_leaves_nothing(home, tmp_path, capsys,
         ("nothing", "holds no config.json"),
         ("nan", "holds NaN or inf"),
         ("cut", "truncated or damaged"),
+        ("index", "model.safetensors.index.json' is truncated or damaged"),
+        ("shards", "names ['model-00002-of-"),
         ("narrow", "has other shapes in 6 of the weights"),
         ("renamed", "lacks 1 of the weights that its config.json announces, the first are ['model.norm.weight']"),
     ],
 )
 def test_models_that_cannot_be_quantized(home, tmp_path, capsys, model, message):
     (home / "nothing").mkdir(exist_ok=True)
-    if model in ("nan", "cut", "renamed", "narrow"):
+    if model in ("nan", "cut", "renamed", "narrow", "index", "shards"):
         shutil.copytree(home / "model", tmp_path / model)
         home = tmp_path
     if model == "nan":
@@ -196,6 +213,15 @@ def test_models_that_cannot_be_quantized(home, tmp_path, capsys, model, message)
     if model == "cut":
         file = home / model / "model.safetensors"
         file.write_bytes(file.read_bytes()[:5000])
+    if model in ("index", "shards"):
+        whole = AutoModelForCausalLM.from_pretrained(home / model)
+        (home / model / "model.safetensors").unlink()
+        whole.save_pretrained(home / model, max_shard_size="20KB")
+        index = home / model / "model.safetensors.index.json"
+        if model == "index":
+            index.write_text(index.read_text()[:200])
+        else:
+            next((home / model).glob("model-00002-of-*")).unlink()
     if model == "renamed":  # one flipped bit in the header
         file = home / model / "model.safetensors"
         file.write_bytes(file.read_bytes().replace(b'"model.norm.weight"', b'"model.norm.weighu"'))
@@ -457,6 +483,8 @@ def test_compare_writes_table_json_markdown_and_figure(home, tmp_path, capsys):
     assert main(["compare", str(home / "model"), *words]) == 0
     shown = capsys.readouterr().out
     assert tree(tmp_path) == ["report", *(f"report/comparison.{end}" for end in ("json", "md", "png"))]
+    page = (tmp_path / "report" / "comparison.md").read_text()
+    assert all(heading in text for heading in ("perplexity", "size", "seconds") for text in (shown, page))
     found = json.loads((tmp_path / "report" / "comparison.json").read_text())
     rows = found["rows"]
     assert [(row["scheme"], row["preset"]) for row in rows] == [
@@ -468,6 +496,8 @@ def test_compare_writes_table_json_markdown_and_figure(home, tmp_path, capsys):
     ]
     for row in rows:
         assert f"{row['nll']:.4f}" in shown
+        assert f"{row['perplexity']:.2f}" in shown
+        assert f"{row['perplexity']:.2f}" in page
         assert row["excess"] == pytest.approx(row["nll"] - rows[0]["nll"])
     assert rows[1]["size_ratio"] < rows[3]["size_ratio"]
     assert rows[1]["output_error"][-1] > rows[2]["output_error"][-1]
@@ -477,6 +507,21 @@ def test_compare_writes_table_json_markdown_and_figure(home, tmp_path, capsys):
     library = AutoModelForCausalLM.from_pretrained(home / "w4a4")
     expected = score_text(library, tokenize_windows(OTHER * 20, tiny_tokenizer(), 32, 8))
     assert rows[2]["nll"] == pytest.approx(expected.nll, rel=1e-6)  # the same settings as the saved model
+
+
+def test_bars_say_block_error_and_time_left(home, tmp_path, capsys):
+    loud = [word for word in SMALL if word != "--quiet"]
+    words = [*paths(home, "model"), str(tmp_path / "q"), "--dataset", str(home / "text.txt"), *loud]
+    assert main(["quantize", *words]) == 0
+    bar = capsys.readouterr().err.replace("\r", "\n")
+    assert "Calibrating W4A4" in bar
+    assert "2/2" in bar  # blocks
+    errors = re.findall(r"output_error=(\d\.\d+)", bar)
+    record = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["calibration_record"]
+    assert float(errors[-1]) == pytest.approx(record["output_error"][-1], abs=1e-4)
+    assert re.search(r"1/2 \[\d\d:\d\d<\d\d:\d\d", bar)  # gone and left
+    assert main(["evaluate", *paths(home, "model"), "--text", str(home / "other.txt"), *WINDOWS[:-1]]) == 0
+    assert re.search(r"8/8 .*nll=\d", capsys.readouterr().err)
 
 
 def test_compare_resumes_what_was_calibrated(home, tmp_path, capsys, monkeypatch):
@@ -551,3 +596,39 @@ def test_compare_without_matplotlib_says_so(home, tmp_path, capsys, monkeypatch)
     shown = capsys.readouterr().out
     assert "no figure" in shown
     assert "the same file" in shown
+
+
+def test_versions_are_printed_and_name_what_a_bug_report_needs(capsys):
+    assert main(["--version"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"hf-concord {optimum_freeact.__version__} (torch {torch.__version__}")
+    assert f"transformers {transformers.__version__}" in shown
+
+
+def test_too_little_text_is_counted(home, capsys):
+    (home / "short.txt").write_text("too short")
+    said = fails(capsys, "evaluate", str(home / "model"), "--text", str(home / "short.txt"), *WINDOWS)
+    assert "Evaluation needs 256 tokens, the text has " in said
+    assert "skipping" not in said
+
+
+def test_the_word_none_unsets_what_a_preset_sets():
+    parser = build_parser()
+    words = ["quantize", "m", "o", "--dataset", "d", "--low-rank", "4"]
+    given = options.given_settings(
+        parser.parse_args([*words, "--weight-group-size", "none", "--low-rank-budget", "None"])
+    )
+    assert given == {"weight_group_size": None, "low_rank_budget": None, "low_rank": 4}
+    config = FreeActConfig(**given)
+    assert (config.weight_group_size, config.activation_group_size) == (None, 16)
+    with pytest.raises(SystemExit):
+        parser.parse_args([*words, "--seed", "none"])
+    assert (
+        options.given_settings(parser.parse_args([*words, "--activation-group-size", "8"]))["activation_group_size"]
+        == 8
+    )
+
+
+def test_a_group_size_that_is_no_number_is_refused(home, capsys):
+    words = ["quantize", str(home / "model"), str(home / "no"), "--dataset", "d", "--weight-group-size", "few"]
+    assert "argument --weight-group-size: invalid int value: 'few'" in fails(capsys, *words)

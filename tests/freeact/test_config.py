@@ -1,6 +1,7 @@
 """Every argument documented and checked; JSON both ways; messages that name value, allowed values and remedy."""
 
 import copy
+import itertools
 import json
 import re
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from optimum_freeact.config import CHOICES, DEFAULTS, FORMAT_VERSION, RECORDED, RUNTIME, FreeActConfig
+from optimum_freeact.config import FreeActConfig
+from optimum_freeact.config_fields import CHOICES, DEFAULTS, FORMAT_VERSION, RECORDED, RUNTIME
 from optimum_freeact.presets import PRESETS
 
 
@@ -142,6 +144,14 @@ def test_a_newer_format_is_refused_even_with_fields_unknown_here():
 def test_scheme_names_the_bits():
     assert FreeActConfig().scheme == "W4A4"
     assert FreeActConfig(weight_bits=8, activation_bits=16, kv_bits=4).scheme == "W8A16KV4"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_takes_every_number_of_bits(preset):
+    for weight, activation, cache in itertools.product((4, 8, 16), repeat=3):
+        config = FreeActConfig(preset, weight_bits=weight, activation_bits=activation, kv_bits=cache)
+        assert config.scheme == f"W{weight}A{activation}" + (f"KV{cache}" if cache < 16 else "")
+        assert AutoQuantizationConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
 def test_recorded_fields_are_no_arguments_of_the_user():

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from optimum_freeact.api import quantize
@@ -11,6 +12,7 @@ from optimum_freeact.modules import layout
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.layout import find_blocks, unquantized_parameters
 from optimum_freeact.modules.surgery import quantized_linears
+from optimum_freeact.presets import PRESETS
 from tests.helpers.quantized import distance, logits, quantized, reload, settings
 from tests.helpers.tiny_models import DECODERS, EXPERTS, FALLBACK, KNOWN, plant_sink, sample_ids, tiny
 
@@ -123,6 +125,93 @@ def test_presets_run_on_a_tiny_model():
     assert found["freeact"] == min(found.values())
 
 
+_SMALL = {"vocab_size": 104, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+_STATES = {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_state": 16}
+RECURRENT = {  # blocks of recurrent states between or instead of attention, each in its own way unlike a Llama's
+    "bamba": ("Bamba", {**_SMALL, **_HEADS, **_STATES, "attn_layer_indices": [1]}),  # blocks return tuples
+    "jamba": (  # reads the bias of a linear, and gives it another for a moment
+        "Jamba",
+        {**_SMALL, **_HEADS, "attn_layer_offset": 1, "attn_layer_period": 2, "mamba_dt_rank": 4, "num_experts": 2},
+    ),
+    "recurrent_gemma": (  # initialises linears from the module around them
+        "RecurrentGemma",
+        {**_SMALL, **_HEADS, "head_dim": 16, "lru_width": 64, "block_types": ["recurrent", "attention"]},
+    ),
+    "mamba": ("Mamba", {**_SMALL, "state_size": 16, "time_step_rank": 4}),  # a cache without a length
+}
+
+
+def recurrent(family):
+    name, fields = RECURRENT[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**fields)).eval()
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_recurrent_blocks(family, tmp_path, caplog):
+    exact = quantize(recurrent(family), settings(**EXACT))
+    assert distance(logits(exact, use_cache=False), logits(recurrent(family), use_cache=False)) < 1e-4
+    model = quantize(recurrent(family), settings())
+    assert distance(logits(model, use_cache=False), logits(recurrent(family), use_cache=False)) < 0.6
+    read = {name for name, module in model.named_modules() if type(module) is nn.Linear and "dt_proj" in name}
+    assert bool(read) == (family in ("jamba", "mamba"))
+    if read:
+        assert "the model reads their weights itself" in caplog.text
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, use_cache=False), logits(model, use_cache=False))
+    ids = sample_ids(2, 6)
+    text = again.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert text.shape == (2, 10)
+    for length in range(6, 10):  # step by step as at once: the second step knows that it is not the first
+        following = again(input_ids=text[:, :length], use_cache=False).logits[:, -1].argmax(-1)
+        assert torch.equal(following, text[:, length])
+    reasons = unquantized_parameters(model, *find_blocks(model))
+    convolutions = [name for name in reasons if "conv" in name]
+    assert convolutions
+    assert all(reasons[name] == "of a Conv1d, not of an nn.Linear" for name in convolutions)
+
+
+def test_watching_leaves_linears_as_they_were():
+    model = tiny("opt")
+    layers = list(model.modules())
+    quantize(model, settings(modules_to_not_convert=["fc1", "k_proj"]))
+    left = [module for module in layers if isinstance(module, nn.Linear) and module in list(model.modules())]
+    assert len(left) == 5  # two blocks' two, and the head
+    assert all(type(module) is nn.Linear and not {"_called", "_was_read"} & vars(module).keys() for module in left)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("bits", [(4, 4, 8), (4, 16, 4), (8, 8, 16), (16, 4, 16), (16, 16, 4)], ids=str)
+def test_every_preset_runs_with_any_bits_and_survives_the_disk(preset, bits, tmp_path):
+    changes = dict(zip(("weight_bits", "activation_bits", "kv_bits"), bits))
+    model = quantized("llama", {"num_hidden_layers": 1}, preset=preset, epochs=1, **changes)
+    plain = tiny("llama", num_hidden_layers=1)
+    assert distance(logits(model, use_cache=False), logits(plain)) < (0.05 if min(bits[:2]) > 4 else 1)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(tmp_path), use_cache=True), logits(model, use_cache=True))
+
+
+@pytest.mark.parametrize("transform", ["none", "hadamard", "kronecker", "orthogonal"])
+@pytest.mark.parametrize(("hidden", "inner"), [(74, 62), (106, 254), (58, 97)])  # 2 x primes, and an odd width
+def test_awkward_widths(transform, hidden, inner, tmp_path):
+    size = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 1, "head_dim": 16}
+    size |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    exact = quantized("llama", size, transform=transform, **EXACT)
+    assert distance(logits(exact), logits(tiny("llama", **size))) < 1e-5
+    for bits in (4, 8):
+        if bits == 4 and inner % 2:
+            with pytest.raises(ValueError, match=f"'model.layers.0.mlp.down_proj' has an odd in_features={inner}"):
+                quantized("llama", size, transform=transform)
+            continue
+        model = quantized("llama", size, transform=transform, weight_bits=bits, activation_bits=bits)
+        assert distance(logits(model), logits(exact)) < (0.05 if bits == 8 else 0.8)
+        model.save_pretrained(tmp_path / str(bits))
+        assert torch.equal(logits(reload(tmp_path / str(bits))), logits(model))
+
+
 @pytest.mark.parametrize("group", [16, 32])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_groups_of_columns(group, bits, tmp_path):
@@ -214,17 +303,21 @@ def test_the_rank_is_what_fits_beside_all_else_that_is_stored(budget):
         rank, m = side.basis.shape[1], sum(linear.out_features for linear in readers)
         stored = sum(t.numel() * t.element_size() for module in (side, *readers) for t in module.state_dict().values())
         beside = stored - side.in_features * m // 2  # four bits a code
-        beside += sum(2 * linear.type_shift.numel() for linear in readers) - sum(
-            part.numel() * part.element_size()
-            for linear in readers
-            for part in (linear.type_shift, linear.type_shift_scale)
-        )  # counted as two bytes each
         limit, each = budget * 2 * side.in_features * m, side.in_features + m + 4 * (1 + len(readers))
         assert beside <= limit or rank == 8
         assert beside + each > limit or rank == min(20, side.in_features // 8)
         found.add(rank)
     assert found <= {*range(8, 21)}
     assert (max(found) > 8) == (budget > 0.1)
+
+
+def test_shrinkage_makes_weights_smaller_and_is_nothing_where_nothing_is_rounded():
+    plain, shrunk = (quantized(rounding_shrinkage=each, weight_bits=16) for each in (False, True))
+    for name, linear in quantized_linears(plain).items():
+        other = quantized_linears(shrunk)[name].transformed_weight()
+        assert 0.5 < float(other.square().sum() / linear.transformed_weight().square().sum()) < 1, name
+    exact = quantized(weight_bits=16, activation_bits=16, rounding_shrinkage=True)
+    assert distance(logits(exact), logits(tiny("llama"))) < 1e-5
 
 
 def test_learned_outputs_keep_codes_and_are_kept_only_if_better(tmp_path):
@@ -241,6 +334,38 @@ def test_learned_outputs_keep_codes_and_are_kept_only_if_better(tmp_path):
         assert any(not torch.equal(linear.qscale, start.get_submodule(name).qscale) for name, linear in first)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(reload(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("part", ["maps", "outputs"])
+def test_what_is_learned_never_sees_the_held_out_batch_and_harm_is_taken_back(part, monkeypatch):
+    """With a learning rate that ruins everything, the result is the closed form's, bit for bit."""
+    from optimum_freeact.calibration import learned as module
+
+    seen, run = [], module.learn
+
+    def watched(block, twins, parameters, forget, run_batch, targets, config):
+        return run(
+            block,
+            twins,
+            parameters,
+            forget,
+            lambda i: (seen.append((i, len(targets))), run_batch(i))[1],
+            targets,
+            config,
+        )
+
+    monkeypatch.setattr("optimum_freeact.calibration.blockwise.learn", watched)
+    changes = {"n_samples": 6, "batch_size": 2}
+    model = quantized(calibration="learned", learned_part=part, epochs=2, learning_rate=50.0, **changes)
+    assert {i for i, _ in seen} == {0, 1}
+    assert {n for _, n in seen} == {3}
+    assert not any(record.learned["accepted"] for record in model._freeact_records)
+    judged = [
+        (record.learned["held_out_before"], record.learned["held_out_after"]) for record in model._freeact_records
+    ]
+    assert not any(after <= 2 * before for before, after in judged)  # much worse, or not finite
+    start = quantized(**changes)
+    assert torch.equal(logits(model), logits(start))
 
 
 def test_a_type_with_a_thousand_times_the_energy_does_not_decide_the_loss():

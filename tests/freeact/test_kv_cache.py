@@ -153,7 +153,7 @@ def test_the_layers_of_each_family():
         assert all(layer.keys.dtype == torch.uint8 for layer in layers)
 
 
-def test_other_caches_are_left_alone():
+def test_other_caches_are_left_alone(caplog):
     model, ids = tiny_decoder("llama"), prompt()
     exact = model(ids).logits
     filled = model(ids[:, :4]).past_key_values
@@ -166,6 +166,21 @@ def test_other_caches_are_left_alone():
         kinds = [type(layer) for layer in cache.layers]
         torch.testing.assert_close(model(ids, past_key_values=cache).logits, exact, **CLOSE)
         assert [type(layer) for layer in cache.layers] == kinds
+    said = [record.getMessage() for record in caplog.records if "not quantized" in record.getMessage()]
+    assert len(said) == 1  # once, not in every step
+    assert said[0].startswith("kv_bits=4: this DynamicCache is left as it is")
+    model(ids)
+    model(ids, use_cache=False)
+    assert len(caplog.records) == 1
+
+
+def test_a_cache_that_is_quantized_is_not_warned_of(caplog):
+    model, ids = tiny_decoder("llama"), prompt()
+    install_kv_cache(model, SPEC)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
+    model(ids, past_key_values=DynamicCache(config=model.config))
+    model(ids, use_cache=False)
+    assert "not quantized" not in caplog.text
 
 
 def test_conversion_keeps_windows_recording_and_layers_of_other_kinds():

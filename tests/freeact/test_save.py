@@ -1,5 +1,6 @@
 """A saved folder appears whole or not at all."""
 
+import copy
 import errno
 import os
 import resource
@@ -74,14 +75,60 @@ def test_a_full_disk_leaves_nothing_half_written(model, tmp_path, monkeypatch, f
     assert torch.equal(logits(reload(folder)), logits(model))
 
 
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("there", [False, True])
+def test_save_pretrained_itself_leaves_a_folder_as_it_was(model, tmp_path, monkeypatch, failure, there):
+    folder = tmp_path / "deep" / "model"
+    if there:
+        quantized("llama", {"num_hidden_layers": 1, "seed": 1}).save_pretrained(folder)
+        (folder / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()} if there else {}
+
+    def full(tensors, path, **_):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_utils, "safe_save_file", full)
+        with pytest.raises(OSError, match=r"model' failed \(.*No space left.*nothing was left there.*MB are free"):
+            model.save_pretrained(folder)
+    if there:
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    else:
+        assert list(tmp_path.iterdir()) == []
+    model.save_pretrained(folder)
+    assert torch.equal(logits(reload(folder)), logits(model))
+    assert not there or (folder / "notes.txt").read_text() == "mine"
+
+
+def test_save_pretrained_takes_its_arguments_and_replaces_earlier_shards(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    shards = {path.name for path in tmp_path.glob("model-*.safetensors")}
+    model.save_pretrained(str(tmp_path), True, max_shard_size="30KB")
+    fewer = {path.name for path in tmp_path.glob("model-*.safetensors")}
+    assert 1 < len(fewer) < len(shards)
+    assert not fewer & shards
+    assert torch.equal(logits(reload(tmp_path)), logits(model))
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="is a file: name a folder"):
+        model.save_pretrained(tmp_path / "file")
+    clone = copy.deepcopy(model)
+    assert clone.save_pretrained.__self__ is clone
+    clone.dequantize()
+    assert "save_pretrained" not in vars(clone)
+
+
 def test_a_file_size_limit_of_the_system_is_such_a_failure(model, tmp_path):
     """The same without pretending: the system itself refuses to write more than 32 KB into a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (32 * 1024, before[1]))
     try:
-        with pytest.raises(OSError, match="failed.*nothing was left there"):
-            save(model, tmp_path / "model")
+        for write in (save, lambda model, folder: model.save_pretrained(folder)):
+            with pytest.raises(OSError, match="failed.*nothing was left there"):
+                write(model, tmp_path / "model")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)

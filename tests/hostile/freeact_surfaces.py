@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from optimum_freeact import FreeActConfig
 from optimum_freeact.calibration.data import load_samples
 from optimum_freeact.cli import build_parser, command_named, quiet_libraries
-from optimum_freeact.config import CHOICES, DEFAULTS, RECORDED
+from optimum_freeact.config_fields import CHOICES, DEFAULTS, RECORDED
 from optimum_freeact.presets import PRESETS
 from tests.helpers.quantized import quantized
 from tests.helpers.tiny_models import sample_ids, tiny, tiny_tokenizer

@@ -46,7 +46,7 @@ def test_plan_inspect_run_eval(tmp_path, capsys):
     page = (tmp_path / "out.report" / "report.md").read_text()
     assert "does not beat the target" in page or "not knowledge" in page or "beats the target" in page
     assert printed.splitlines()[-2] in page.replace("**", "")
-    for name in ("layer_map", "scores", "norms", "losses"):
+    for name in ("layer_map", "scores", "entropy", "norms", "losses"):
         assert (tmp_path / "out.report" / f"{name}.png").stat().st_size > 5000
         assert f"{name}.png" in page
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -146,8 +146,18 @@ def test_checkpointing_and_buckets_give_the_same_run(tiny, tokenizer, preference
     reference = train("dpo", tiny, tokenizer, preferences(), options, mlc_buckets=1, **TERM)
     options["gradient_checkpointing"] = True
     assert digest(train("dpo", tiny, tokenizer, preferences(), options, mlc_buckets=1, **TERM)) == digest(reference)
-    other = numbers(train("dpo", tiny, tokenizer, preferences(), options, mlc_buckets=3, **TERM))[-2]
-    assert other["mlc/loss"] == pytest.approx(numbers(reference)[-2]["mlc/loss"], rel=1e-4)
+    for buckets in (0, 3):
+        trainer = train("dpo", tiny, tokenizer, preferences(), options, mlc_buckets=buckets, **TERM)
+        assert trainer._mlc_pass.buckets == buckets
+        other = numbers(trainer)[-2]
+        assert other["mlc/loss"] == pytest.approx(numbers(reference)[-2]["mlc/loss"], rel=1e-4)
+
+
+def test_prompts_of_a_model_that_would_mix_them_are_divided_by_length(
+    tiny, tokenizer, preferences, options, monkeypatch
+):
+    monkeypatch.setattr("trl_mlc.mixin.keeps_apart", lambda decoder, layer: False)
+    assert train("dpo", tiny, tokenizer, preferences(), options, **TERM)._mlc_pass.buckets == 6
 
 
 def test_every_second_step_and_a_subset_of_languages(tiny, tokenizer, preferences, options):

@@ -48,6 +48,48 @@ def test_ids_are_taken_as_they_are_and_cut():
     assert torch.equal(windows(ids.int()), ids[:, :16])
 
 
+def test_a_list_of_tensors_is_one_tensor_of_them():
+    ids = sample_ids(4, 30)
+    assert torch.equal(windows(list(ids)), ids[:, :16])
+    assert torch.equal(windows([ids[0], ids[1:3, :20], ids[3:].int()]), ids[:, :16])
+
+
+NAMES = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", False),
+    "c4": ("allenai/c4", "en", True),
+    "somebody/texts": ("somebody/texts", None, False),
+    "somebody/texts/french": ("somebody/texts", "french", False),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("column", ["text", "messages"])
+def test_the_name_of_a_dataset(monkeypatch, name, column):
+    """What `datasets` is asked for, and that a stream which does not know its columns will do."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(path, config, split, streaming):
+        asked.append((path, config, streaming))
+        assert split == "train"
+        return iter([{"id": 0, column: TEXT if column == "text" else CHAT}] * 3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    expected = windows([TEXT if column == "text" else CHAT] * 3)
+    assert torch.equal(windows(name), expected)
+    assert asked == [NAMES[name]]
+
+
+def test_a_dataset_without_texts(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"label": 1}]))
+    with pytest.raises(ValueError, match=r"dataset='somebody/labels' has columns \['label'\]; 'text' or 'messages'"):
+        windows("somebody/labels")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([]))
+    with pytest.raises(ValueError, match="64 tokens; the data is empty"):
+        windows("somebody/nothing")
+
+
 def test_the_seed_chooses_and_order_is_kept():
     first, again, other = windows([TEXT], seed=0), windows([TEXT], seed=0), windows([TEXT], seed=1)
     assert torch.equal(first, again)

@@ -9,6 +9,7 @@ from optimum_freeact.api import quantize
 from optimum_freeact.calibration.ranks import Ranks, block_bytes
 from optimum_freeact.modules.layout import block_linears
 from optimum_freeact.moments import Moments
+from tests.helpers.peak import PeakBytes
 from tests.helpers.quantized import distance, logits, settings
 from tests.helpers.tiny_models import tiny
 
@@ -43,7 +44,10 @@ def together(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, pytest.param({"attention_compensation": True}, marks=pytest.mark.slow)],
+    [
+        {},
+        pytest.param({"attention_compensation": True}, marks=pytest.mark.slow),
+    ],
     ids=["split", "whole"],
 )
 def test_two_processes_calibrate_as_one(together, changes):
@@ -121,38 +125,7 @@ def test_a_block_stays_below_its_bound():
     config = settings(low_rank=8)
     block = model.model.layers[0]
     bound = block_bytes(block, 2, 6 * 24, 256, element_size=4)["total"]
-    with _Peak() as peak:
+    with PeakBytes() as peak:
         quantize(model, config)
     assert peak.bytes < bound
     assert bound < 20 * peak.bytes  # a bound, not a wish
-
-
-class _Peak:
-    """Largest number of bytes in tensors made inside, counted at every operation."""
-
-    def __enter__(self):
-        import weakref
-
-        from torch.utils._python_dispatch import TorchDispatchMode
-
-        live, outer = {}, self
-        outer.bytes = 0
-
-        class Watch(TorchDispatchMode):
-            def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-                result = function(*args, **(kwargs or {}))
-                for tensor in result if isinstance(result, (tuple, list)) else (result,):
-                    if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in live:
-                        storage = tensor.untyped_storage()
-                        key = storage._cdata
-                        live[key] = storage.nbytes()
-                        weakref.finalize(tensor, live.pop, key, None)
-                outer.bytes = max(outer.bytes, sum(live.values()))
-                return result
-
-        self.mode = Watch()
-        self.mode.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.mode.__exit__(*error)

@@ -178,6 +178,23 @@ def test_device_maps(folder, expected, place, tmp_path):
         assert torch.equal(logits(reload(tmp_path / "again")), expected)
 
 
+@pytest.mark.parametrize("fine", [False, True])
+def test_device_maps_of_the_plain_model_serve_what_quantizing_added(fine, tmp_path):
+    """A map that names blocks, or single linears, knows neither their inputs nor the cache's means."""
+    model = quantized("qwen2", kv_bits=4)
+    model.save_pretrained(tmp_path)
+    place = dict(OFFLOADED)
+    if fine:
+        del place["model.layers.1"]
+        place |= {f"model.layers.1.self_attn.{name}_proj": "cpu" for name in "qkvo"}
+        place |= dict.fromkeys(("model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm"), "cpu")
+        place["model.layers.1.mlp"] = "disk"
+    before = dict(place)
+    again = reload(tmp_path, device_map=place, offload_folder=tmp_path / "offload")
+    assert place == before
+    assert torch.equal(logits(again, use_cache=True), logits(model, use_cache=True))
+
+
 @pytest.mark.parametrize("place", ["cpu", "auto", {"": "cpu"}], ids=str)
 def test_quantizing_into_a_device_map(plain_folder, expected, place):
     assert torch.equal(logits(reload(plain_folder, device_map=place, quantization_config=settings())), expected)
@@ -295,6 +312,29 @@ def test_dequantized_takes_the_models_dtype(folder):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.dequantize is not None
     assert not getattr(model, "is_quantized", False)
+
+
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.float16", torch.float32, torch.bfloat16])
+def test_dequantized_into_another_dtype_runs(folder, expected, loaded, dtype):
+    """The rest of the model comes along: linears of one type and norms of another would not run."""
+    model = reload(folder, dtype=loaded)
+    model.dequantize(dtype)
+    wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch."))
+    assert {parameter.dtype for parameter in model.parameters()} == {wanted}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert logits(model).dtype == wanted
+    assert distance(logits(model), expected) < 0.6
+
+
+@pytest.mark.parametrize("dtype", ["bfloat17", "int8", "nn"])
+def test_dequantized_into_no_dtype(folder, dtype):
+    model = reload(folder)
+    before = logits(model)
+    with pytest.raises(ValueError, match=f"floating-point type such as 'float32'.*got '{dtype}'"):
+        model.dequantize(dtype)
+    assert torch.equal(logits(model), before)
 
 
 def test_without_rounding_dequantized_is_exact():

@@ -6,7 +6,7 @@ import torch
 
 from optimum_freeact.kernels.reference import Weight
 from optimum_freeact.kernels.tables import InputTables, make_tables
-from optimum_freeact.modules.activation import column_codes
+from optimum_freeact.numerics.byte_rows import column_codes
 from optimum_freeact.numerics.hadamard import flat_rotation
 from optimum_freeact.numerics.kronecker import factor_pair
 from optimum_freeact.numerics.packing import pack

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from optimum_freeact.numerics.metrics import relative_error, sqnr_db
+from optimum_freeact.numerics.metrics import relative_error, relative_error_of_types, sqnr_db
 
 
 def test_known_errors():
@@ -42,3 +42,15 @@ def test_half_precision_is_summed_in_double():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"\(3,\), reference \(2, 3\)"):
         relative_error(torch.ones(3), torch.ones(2, 3))
+
+
+def test_a_loud_type_does_not_hide_the_errors_of_the_others():
+    reference = torch.tensor([[[1000.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
+    value, types = reference.clone(), torch.tensor([[1, 0, 0, 0]])
+    value[0, 1:, 0] += 1
+    assert relative_error(value, reference) < 1e-5
+    assert relative_error_of_types(value, reference, types) == pytest.approx(3 / 4 * 3 / 4)
+    assert relative_error_of_types(value, reference, None) == relative_error(value, reference)
+    assert relative_error_of_types(value, reference, torch.zeros(3)) == relative_error(value, reference)
+    value[0, 0] = 0
+    assert relative_error_of_types(value, reference, types) == pytest.approx(3 / 4 * 3 / 4 + 1 / 4)

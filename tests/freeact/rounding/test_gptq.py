@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_freeact.rounding.gptq import gptq, inverse_factor
+from optimum_freeact.rounding.gptq import gptq, inverse_factor, refit_groups
 from optimum_freeact.rounding.rtn import round_to_nearest
 
 
@@ -122,6 +122,35 @@ def test_group_scales_are_bytes_times_one_number_a_row(rule):
     assert restored(got)[2].abs().max() == 0
     gap = (restored(got) - original).abs().unflatten(-1, (-1, 16)).amax(-1)
     assert (gap[3:] <= 1.1 * original[3:].abs().unflatten(-1, (-1, 16)).amax(-1)).all()
+
+
+@pytest.mark.parametrize("by_energy", [True, False])
+def test_scales_fitted_to_the_codes_lose_less_than_another_pass(by_energy):
+    moments, original = correlated(), weight()
+    original[0, :16] = 0  # a group without a weight keeps its scale
+    more = gptq(original, moments, 4, 16, passes=3, by_energy=by_energy)
+    fitted = gptq(original, moments, 4, 16, passes=2, by_energy=by_energy, refit=True)
+    assert error(fitted, original, moments) < error(more, original, moments)
+    assert fitted.group_scale.abs().max() <= 127
+    assert (fitted.group_scale.abs() >= 1).all()
+    assert torch.equal(fitted.group_scale, fitted.group_scale.round())
+    assert torch.equal(fitted.group_scale.sign(), more.group_scale.sign())
+    whole = gptq(original, moments, 4, D, passes=2, by_energy=by_energy, refit=True)  # one group: nothing to fit
+    assert torch.equal(whole.codes, gptq(original, moments, 4, D, passes=2, by_energy=by_energy).codes)
+
+
+def test_a_refitted_group_has_the_best_of_all_bytes():
+    moments, original = correlated(), weight()
+    plain = gptq(original, moments, 4, 16, passes=2)
+    codes, group_of = plain.codes.flatten(1).mT, torch.arange(D) // 16
+    found = refit_groups(codes, original.mT, plain.scale, plain.group_scale, moments.float(), group_of)
+    last = D // 16 - 1  # fitted last: best for the others as they are
+    for byte in range(1, 128):
+        other = found.clone()
+        other[:, last] = byte * found[:, last].sign()
+        gap = (plain.codes * plain.scale * torch.stack((found, other))).flatten(2).double() - original.double()
+        fitted, changed = ((each @ moments) * each for each in gap)
+        assert (fitted.sum(1) <= changed.sum(1) * (1 + 1e-5)).all()
 
 
 def test_the_lowest_code_is_on_the_side_of_the_extreme_weight():

@@ -129,6 +129,14 @@ class Asked:
     activation_bits, activation_symmetric = 4, False
 
 
+@pytest.mark.parametrize("energy", [0.0, -1e-10])
+def test_a_type_whose_tokens_are_all_alike_leaves_out_what_the_others_use(energy):
+    """Masks before the first block: no energy about their mean, or a little less than none."""
+    others = torch.diag(torch.tensor([1.0, 9.0, 4.0, 0.0], dtype=torch.float64))
+    found = exclusive_directions(energy * torch.eye(4, dtype=torch.float64), others, 2)
+    assert torch.allclose(found.abs(), torch.eye(4, dtype=torch.float64)[:, [1, 2]], atol=1e-6)
+
+
 def test_sizes_stay_within_the_budget_and_never_raise_the_measured_error():
     x, types, _ = two_types()
     moments = Moments(32, 2, torch.device("cpu"), n_rows=1024)

@@ -1,0 +1,12 @@
+"""The claim of `benchmarks/results/token_types_cost.json`, from its rows alone."""
+
+from __future__ import annotations
+
+from benchmarks._results import claim
+
+
+def claims(rows: list[dict]) -> list[dict]:
+    """What three types cost in time."""
+    ratios = [r["value"] for r in rows if r["metric"] == "three_types_time_ratio" and r["value"] is not None]
+    how = "seconds of the linear layers of a block with three types over one type, the worst of the sizes"
+    return [claim("token_types.three_types_time_ratio", max(ratios), "<=", 1.02, how)] if ratios else []
