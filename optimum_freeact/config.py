@@ -40,6 +40,8 @@ class FreeActConfig(QuantizationConfigMixin):
             directions around the rounding; 0 for none.
         low_rank_budget (`float`, *optional*): Cut each input's rank (not below 8) to what fits into this share of the bfloat16
             bytes of its linears, with all else that is stored but the codes; the default is not to.
+        embedding_bits (`int`, *optional*, defaults to 16): 8 stores embeddings and output head in one byte a number and one
+            scale a row, tied ones once; 16 leaves them as they are. Refused for embeddings that compute something of their own.
         type_rank (`int`, *optional*, defaults to 0): So many further directions of that branch for each token type alone, its
             own strongest: columns that the weight has once more and other types do not use. Exact for every type.
         rounding (`str`, *optional*): `"rtn"` or `"gptq"` for the weights.

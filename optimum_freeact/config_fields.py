@@ -28,6 +28,7 @@ CHOICES = {
     "rounding_refit": (True, False),
     "exclusive": ("none", "fixed", "closed_form"),
     "attention_compensation": (True, False),
+    "embedding_bits": (8, 16),
 }
 # what a preset may leave open
 DEFAULTS: dict[str, Any] = {
@@ -60,6 +61,7 @@ DEFAULTS: dict[str, Any] = {
     "discovered_types": 0,
     "exclusive_share": 1 / 32,
     "type_rank": 0,
+    "embedding_bits": 16,
 }
 # known only while calibrating; never written
 RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress", "typer", "across_processes")

@@ -62,12 +62,15 @@ def model_claims(rows: list[dict]) -> list[dict]:
     peak = model_values(rows, "peak_bytes", BLOCKS_8B)
     if held and peak:
         value = max(min(held["freeact"]) / min(held["bf16"]), min(peak["freeact"]) / min(peak["bf16"]))
-        how = "bytes on the GPU, freeact / bf16, the greater of weights and peak of a prefill; embeddings and head are bf16"
+        how = (
+            "bytes on the GPU, freeact / bf16, the greater of weights and peak of a prefill; freeact with embedding_bits=8: "
+            "embeddings and head in one byte a number, bf16's in two"
+        )
         found.append(claim("speed.model8b.memory_ratio", value, "<=", 0.33, how))
     for name, metric, target in (("decode", "decode_seconds", 2.0), ("prefill", "prefill_seconds", 1.3)):
         values = model_values(rows, metric, BLOCKS_8B)
         if values:
-            how = f"{metric}, bf16 / freeact, each at its best of eager, CUDA graph and torch.compile"
+            how = f"{metric}, bf16 / freeact, each at its best of eager, CUDA graph and torch.compile; freeact with embedding_bits=8"
             found.append(
                 claim(f"speed.model8b.{name}", min(values["bf16"]) / min(values["freeact"]), ">=", target, how)
             )

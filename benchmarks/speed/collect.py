@@ -1,6 +1,6 @@
-"""Rows that `run.sh` left in a folder, as `benchmarks/results/speed.json`, and the roofline picture.
+"""Rows that `run.sh` left in a folder, as `benchmarks/results/speed.json`, or calibration's as `speed_calibration.json`.
 
-python -m benchmarks.speed.collect FOLDER
+python -m benchmarks.speed.collect FOLDER [--name speed_calibration]
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from benchmarks._results import write
 
 FILES = ("linear.jsonl", "model.jsonl", "calibrate.jsonl")
 DATASHEET = {"H100": 3.35e12, "H200": 4.8e12}  # bytes a second that the vendor states, SXM
-COMMAND = "bash benchmarks/speed/run.sh kernels OUT && bash benchmarks/speed/run.sh models OUT"
+COMMANDS = {
+    "speed": "bash benchmarks/speed/run.sh all OUT",
+    "speed_calibration": "python -m benchmarks.speed.calibrate --layers 2 --out OUT && BLOCKS=2 bash benchmarks/speed/run.sh across OUT",
+}
 
 
 def read_rows(folder: Path) -> list[dict]:
@@ -33,6 +36,7 @@ def main() -> None:
     """Write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--name", choices=sorted(COMMANDS), default="speed")
     args = parser.parse_args()
     machine = args.folder / "machine.json"
     rows = read_rows(args.folder)
@@ -40,9 +44,9 @@ def main() -> None:
     rows += [
         {"what": "roof", "provider": f"datasheet {gpu}", "metric": "bytes_per_second", "value": value}
         for gpu, value in DATASHEET.items()
-        if gpu in str(name)
+        if gpu in str(name) and args.name == "speed"
     ]
-    print(write("speed", rows, "benchmarks.speed.claims", COMMAND, [0], machine=name))
+    print(write(args.name, rows, "benchmarks.speed.claims", COMMANDS[args.name], [0], machine=name))
 
 
 if __name__ == "__main__":

@@ -53,11 +53,13 @@ class Shape:
         return (torch.randn(self.m, self.d, device=self.device) * 0.02).bfloat16()
 
     @kept
-    def freeact(self, rank: int = 24, types: int = 2) -> list[FreeActLinear]:
-        """Layers with the default preset's parts, one input side (as a model would cycle through its own)."""
+    def freeact(self, grouped: bool = False, rank: int = 24, types: int = 2) -> list[FreeActLinear]:
+        """Layers with the parts of `freeact-fast`, or `grouped` as `freeact` is; one input side (as a model would cycle through
+        its own).
+        """
         source = FreeActInput(
             self.d, n_types=types, n_means=types if rank else 0, channel_scale=False, rank=rank, transform="hadamard",
-            bits=4, symmetric=False, n_readers=1, state=TypeState(),
+            bits=4, symmetric=False, n_readers=1, state=TypeState(), group_size=16 if grouped else None,
         ).to(self.device)  # fmt: skip
         basis = torch.linalg.qr(torch.randn(self.d, rank, device=self.device))[0] if rank else None
         mean = torch.randn(types, self.d, device=self.device) * 0.1 if rank else None
@@ -65,9 +67,12 @@ class Shape:
         source.clip.fill_(0.9)
         layers = []
         for _ in range(self.copies(0.5 * self.d * self.m)):
-            layer = FreeActLinear(self.d, self.m, source, bits=4, group_size=self.d, bias=False).to(self.device)
+            size = 32 if grouped else self.d
+            layer = FreeActLinear(self.d, self.m, source, bits=4, group_size=size, bias=False).to(self.device)
             layer.weight.data.random_(0, 256)
-            layer.qscale.fill_(0.02 / 4.6)
+            layer.qscale.fill_(0.02 / 4.6 / (73 if grouped else 1))
+            if grouped:
+                layer.weight_group_scale.random_(-127, 128)
             if rank:
                 layer.low_rank.random_(-127, 128)
                 layer.low_rank_scale.fill_(0.02 / 73)
@@ -88,15 +93,15 @@ class Shape:
         return types
 
     @kept
-    def rows(self, n: int) -> Rows:
-        layer = self.freeact()[0]
+    def rows(self, n: int, grouped: bool = False) -> Rows:
+        layer = self.freeact(grouped)[0]
         layer.source.state.types = self.types(n)
         found = layer.source(self.x(n).unsqueeze(0))
         return Rows(found.codes, found.stats, found.branch)
 
     # what is measured: lists of calls on different weights
-    def whole_freeact(self, n: int):
-        x, layers = self.x(n).unsqueeze(0), self.freeact()
+    def whole_freeact(self, n: int, grouped: bool = False):
+        x, layers = self.x(n).unsqueeze(0), self.freeact(grouped)
         layers[0].source.state.types = self.types(n)
         return [lambda layer=layer: layer(x) for layer in layers]
 
@@ -130,25 +135,34 @@ class Shape:
 
         return [lambda w=w: linear(self.x(n), w) for w in weights]
 
-    def part_round(self, n: int):
-        x, source = self.x(n).unsqueeze(0), self.freeact()[0].source
+    def part_round(self, n: int, grouped: bool = False):
+        x, source = self.x(n).unsqueeze(0), self.freeact(grouped)[0].source
         source.state.types = self.types(n)
         return [lambda: source(x)]
 
-    def part_product(self, n: int):
+    def part_product(self, n: int, grouped: bool = False):
         """The product with all that follows it."""
-        rows, types = self.rows(n), self.types(n).flatten()
+        rows, types = self.rows(n, grouped), self.types(n).flatten()
         return [
-            lambda w=layer.kernel_weight(): ops.w4_linear(*rows, types, *w, torch.bfloat16, 4, False)
-            for layer in self.freeact()
+            lambda w=layer.kernel_weight(): ops.w4_linear(*rows, types, *w, torch.bfloat16)
+            for layer in self.freeact(grouped)
         ]
+
+    def whole_groups(self, n: int):
+        return self.whole_freeact(n, True)
+
+    def round_groups(self, n: int):
+        return self.part_round(n, True)
+
+    def product_groups(self, n: int):
+        return self.part_product(n, True)
 
     def part_bare_product(self, n: int):
         """The product and its scales only, to be held against a library's."""
         rows = self.rows(n)
         return [
             lambda w=layer.kernel_weight()._replace(low_rank=None, low_rank_scale=None, type_bias=None): ops.w4_linear(
-                rows.codes, rows.stats, rows.branch, None, *w, torch.bfloat16, 4, False
+                rows.codes, rows.stats, rows.branch, None, *w, torch.bfloat16
             )
             for layer in self.freeact()
         ]
@@ -170,6 +184,11 @@ MEASURED = (
         ("linear", "bf16"): "whole_bf16",
         ("linear", "freeact"): "whole_freeact",
         ("kernel", "freeact product"): "part_product",
+    },
+    {
+        ("linear", "freeact, groups"): "whole_groups",
+        ("kernel", "freeact product, groups"): "product_groups",
+        ("kernel", "freeact round, groups"): "round_groups",
     },
     {
         ("kernel", "freeact round"): "part_round",

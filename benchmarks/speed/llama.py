@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.embeddings import FreeActEmbedding, FreeActHead
 from optimum_freeact.modules.layout import LLAMA_LIKE
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.runtime import activate
@@ -86,7 +87,9 @@ def quantized(config: PretrainedConfig, device: str, **changes) -> PreTrainedMod
             module.clip.fill_(0.9)
         elif isinstance(module, FreeActLinear):
             module.weight.data.random_(0, 256)
-            module.qscale.fill_(0.02 / 4.6)
+            module.qscale.fill_(0.02 / 4.6 / (1 if module.weight_group_scale is None else 73))
+            if module.weight_group_scale is not None:
+                module.weight_group_scale.random_(-127, 128)
             if module.type_bias is not None:
                 module.type_bias.normal_(std=0.02)
             if module.type_shift is not None:
@@ -95,6 +98,9 @@ def quantized(config: PretrainedConfig, device: str, **changes) -> PreTrainedMod
             if module.low_rank is not None:
                 module.low_rank.random_(-127, 128)
                 module.low_rank_scale.fill_(0.02 / 73)
+        elif isinstance(module, (FreeActEmbedding, FreeActHead)):
+            module.weight.data.random_(-127, 128)
+            module.qscale.fill_(0.02 / 73)
     activate(model, settings)
     return model
 

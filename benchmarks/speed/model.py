@@ -2,8 +2,9 @@
 
     python -m benchmarks.speed.model --provider freeact --run compile --out DIR
 
-`--run` is `eager`, `graph` (the eager decoding step as a CUDA graph) or `compile` (`torch.compile` with CUDA graphs, as
-transformers itself does with a static cache). Rows are appended to `model.jsonl`.
+`--run` is `memory` (one prefill), `eager`, `graph` (the eager model as CUDA graphs), `parts` (the same with what lies between
+linears compiled: norms, gates, rotary embedding) or `compile` (`torch.compile` of the whole with CUDA graphs, as transformers
+itself does with a static cache). Rows are appended to `model.jsonl`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import torch
 from transformers import StaticCache
+from transformers.models.llama import modeling_llama
 
 from benchmarks.speed.llama import plain, quantized, shape_config
+from benchmarks.speed.timing import quiet
 
 
 class Meter:
@@ -34,6 +37,20 @@ class Meter:
             file.write(text + "\n")
 
 
+def compile_parts() -> None:
+    """Compile what lies between the linears of a Llama, one small function each: the same for any linears."""
+    norm = torch.compile(
+        lambda x, weight, epsilon: (
+            weight * (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+        ),
+        dynamic=False,
+    )
+    gate = torch.compile(lambda a, b: torch.nn.functional.silu(a) * b, dynamic=False)
+    modeling_llama.LlamaRMSNorm.forward = lambda self, x: norm(x, self.weight, self.variance_epsilon)
+    modeling_llama.LlamaMLP.forward = lambda self, x: self.down_proj(gate(self.gate_proj(x), self.up_proj(x)))
+    modeling_llama.apply_rotary_pos_emb = torch.compile(modeling_llama.apply_rotary_pos_emb, dynamic=False)
+
+
 def synchronize(device: str) -> None:
     """Wait for the GPU, if there is one."""
     if device == "cuda":
@@ -43,12 +60,13 @@ def synchronize(device: str) -> None:
 def seconds(call, device: str, rounds: int) -> tuple[float, float]:
     """Median and spread of the time of a call."""
     found = []
-    for _ in range(rounds):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        found.append(time.perf_counter() - start)
+    with quiet():
+        for _ in range(rounds):
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            found.append(time.perf_counter() - start)
     return statistics.median(found), (max(found) - min(found)) / 2
 
 
@@ -57,10 +75,11 @@ def main() -> None:
     """One provider, one way to run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--provider", choices=("bf16", "freeact"), required=True)
-    parser.add_argument("--run", choices=("eager", "graph", "compile"), default="graph")
+    parser.add_argument("--run", choices=("memory", "eager", "graph", "parts", "compile"), default="graph")
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--preset", default="freeact-fast")
+    parser.add_argument("--embedding-bits", type=int, choices=(8, 16), default=8, help="of the quantized model")
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -69,13 +88,22 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = shape_config(args.shape, args.layers)
-    name = args.provider + ("" if args.preset == "freeact-fast" else f" ({args.preset})")
+    name = args.provider
+    if name == "freeact":
+        name += "" if args.preset == "freeact-fast" else ", groups"
+        name += "" if args.embedding_bits == 8 else ", bfloat16 embeddings"
     meter = Meter(
         args.out, provider=name, run=args.run, shape=args.shape, layers=config.num_hidden_layers,
         prompt=args.prompt,
     )  # fmt: skip
     begin = time.perf_counter()
-    model = quantized(config, device, preset=args.preset) if args.provider == "freeact" else plain(config, device)
+    with quiet():
+        if args.provider == "freeact":
+            model = quantized(config, device, preset=args.preset, embedding_bits=args.embedding_bits)
+        else:
+            model = plain(config, device)
+    if args.run == "parts":
+        compile_parts()
     synchronize(device)
     meter("build_seconds", time.perf_counter() - begin)
     if device == "cuda":
@@ -100,10 +128,13 @@ def main() -> None:
     meter("first_prefill_seconds", time.perf_counter() - first)
     if not torch.isfinite(logits).all():
         meter("finite", 0.0)
-    value, spread = seconds(prefill, device, args.rounds)
-    meter("prefill_seconds", value, spread=spread, how="eager")
-    if device == "cuda":
-        meter("peak_bytes", torch.cuda.max_memory_allocated())
+    if args.run != "parts":
+        value, spread = seconds(prefill, device, args.rounds)
+        meter("prefill_seconds", value, spread=spread, how="eager")
+        if device == "cuda":
+            meter("peak_bytes", torch.cuda.max_memory_allocated())
+    if args.run == "memory":
+        return
     token, where = ids[:, :1].clone(), torch.full((1, 1), args.prompt, device=device)
 
     def decode(call) -> None:
@@ -145,7 +176,7 @@ def main() -> None:
 
     found: list[float] = []
     call = step
-    if args.run == "graph" and device == "cuda":
+    if args.run in ("graph", "parts") and device == "cuda":
         graph, kept = captured(lambda: step(token, where))
 
         def call(token, where):  # noqa: ARG001
@@ -157,12 +188,13 @@ def main() -> None:
     decode(call)
     meter("first_decode_seconds", time.perf_counter() - begin)
     for _ in range(3):
-        decode(call)
+        with quiet():
+            decode(call)
     meter("decode_seconds", statistics.median(found[1:]), spread=(max(found[1:]) - min(found[1:])) / 2)
     if device == "cuda":
         meter("peak_bytes_decode", torch.cuda.max_memory_allocated())
-    if args.run == "graph" and device == "cuda":
-        measure_graph(prefill, "graph")
+    if args.run in ("graph", "parts") and device == "cuda":
+        measure_graph(prefill, "graph" if args.run == "graph" else "parts compiled, graph")
     if args.run == "compile" and not args.skip_compiled_prefill:
         torch._dynamo.reset()
         compiled = torch.compile(step, fullgraph=True)

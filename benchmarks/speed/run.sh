@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # The GPU benchmark; every row is written as it comes.
 #
-#   bash benchmarks/speed/run.sh kernels OUT [SECONDS] [GPU]          linears, our model (one GPU to itself)
-#   bash benchmarks/speed/run.sh models  OUT [SECONDS] [GPU]          the bf16 model and calibration (one GPU to itself)
+#   bash benchmarks/speed/run.sh kernels OUT [SECONDS] [GPU]          linears (one GPU to itself)
+#   bash benchmarks/speed/run.sh models  OUT [SECONDS] [GPU]          both models (one GPU to itself)
+#   bash benchmarks/speed/run.sh all     OUT [SECONDS] [GPU]          both at once
+#   bash benchmarks/speed/run.sh calibration OUT [SECONDS] [GPU]      calibration of a few blocks
 #   bash benchmarks/speed/run.sh across  OUT [SECONDS] GPU GPU        calibration on two GPUs
 #   bash benchmarks/speed/run.sh tune    OUT [SECONDS] [GPU]          launch settings, to OUT/launches.json
 #   python -m benchmarks.speed.collect OUT                            afterwards, where git is
@@ -31,12 +33,27 @@ tune)
     ;;
 kernels)
     step "$first" 120 linear python -m benchmarks.speed.linear --seconds "${LINEAR:-90}"
-    step "$first" 60 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run graph
-    step "$first" 200 model python -m benchmarks.speed.model --shape "$shape" --provider freeact --run compile
     ;;
 models)
-    step "$first" 60 model_bf16 python -m benchmarks.speed.model --shape "$shape" --provider bf16 --run graph
-    step "$first" 150 model_bf16 python -m benchmarks.speed.model --shape "$shape" --provider bf16 --run compile
+    # compilers side by side on the CPU, timed sections one after the other
+    export SPEED_LOCK="$out/lock" TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-3}"
+    model() { step "$first" "$seconds" "$1" python -m benchmarks.speed.model --shape "$shape" "${@:2}" & }
+    model bf16_compile --provider bf16 --run compile
+    model freeact_compile --provider freeact --run compile
+    model bf16_parts --provider bf16 --run parts
+    model freeact_parts --provider freeact --run parts
+    model groups_parts --provider freeact --run parts --preset freeact
+    model freeact_graph --provider freeact --run graph
+    model freeact_memory --provider freeact --run memory --embedding-bits 16
+    wait
+    ;;
+all)
+    export SPEED_LOCK="$out/lock"
+    bash "$0" models "$out" "$seconds" "$first" &
+    bash "$0" kernels "$out" "$seconds" "$first"
+    wait
+    ;;
+calibration)
     step "$first" 120 calibrate python -m benchmarks.speed.calibrate --shape "$shape" --layers "$blocks"
     ;;
 across)

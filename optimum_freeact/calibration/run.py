@@ -16,6 +16,7 @@ from optimum_freeact.calibration.masking import mask_if_needed
 from optimum_freeact.calibration.prepared import batches, is_prepared, size_of
 from optimum_freeact.calibration.ranks import Ranks
 from optimum_freeact.config import FreeActConfig
+from optimum_freeact.modules.embeddings import find_embeddings, replace_embeddings
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.kv_means import cache_means
@@ -66,6 +67,8 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
         data (*optional*): The config's dataset as `read_data` returns it, if it was read already.
     """
     check_model(model, config)
+    if config.embedding_bits == 8:
+        find_embeddings(model)  # refused before anything is changed
     data = config.dataset if data is None else data
     vocab_size = model.get_input_embeddings().num_embeddings
     config.token_types, config.type_rules = resolve(
@@ -94,6 +97,8 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
         device = torch.device(config.calibration_device)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.embedding_bits == 8:
+        replace_embeddings(model)  # first: blocks are calibrated on what reaches them
     state, decoder = attach_state(model), find_decoder(model)
     typer = TokenTyper(config.token_types, config.type_rules, config.typer, config.cluster_table)
     handles = install_typing(model, decoder, typer, state)

@@ -50,6 +50,8 @@ def check_expressible(model: nn.Module, config: FreeActConfig) -> None:
                 lost.add("activation_clip=1.0")
     if config.kv_bits < 16:
         lost.add("kv_bits=16 (may be chosen when the model is loaded)")
+    if config.embedding_bits == 8:
+        lost.add("embedding_bits=16")
     if config.weight_bits == 16:
         lost.add("weight_bits=4 or 8")
     if lost:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.embeddings import FreeActEmbedding, FreeActHead
 from optimum_freeact.modules.experts import FreeActExperts
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
@@ -46,6 +47,7 @@ TYPES = {
 }  # fmt: skip
 
 
+KINDS = (FreeActLinear, FreeActInput, FreeActExperts, CacheMeanBuffers, FreeActEmbedding, FreeActHead)
 PUBLISHED = {".block_sparse_moe.": ".mlp."}  # what transformers renames when it loads, in families with experts
 FLOATING = ("F64", "F32", "F16", "BF16")
 
@@ -64,7 +66,7 @@ def check_names(model: nn.Module, names: dict[str, str]) -> None:
     by_key: dict[str, set[str]] = {}  # for names that transformers or a loader maps to its own
     prefix = getattr(model, "base_model_prefix", "")
     for name, module in model.named_modules():
-        if isinstance(module, (FreeActLinear, FreeActInput, FreeActExperts, CacheMeanBuffers)):
+        if isinstance(module, KINDS):
             leaf = name.rpartition(".")[2]
             known.setdefault(leaf, set()).update(module._buffers)
             wanted.setdefault(leaf, set()).update(k for k, tensor in module._buffers.items() if tensor is not None)
@@ -104,7 +106,7 @@ def check_names(model: nn.Module, names: dict[str, str]) -> None:
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of quantized modules, before anything is loaded: as the config asks for."""
-    kinds = (FreeActLinear, FreeActInput, CacheMeanBuffers)
+    kinds = (FreeActLinear, FreeActInput, CacheMeanBuffers, FreeActEmbedding, FreeActHead)
     return {
         f"{name}.{key}": tuple(tensor.shape)
         for name, module in model.named_modules()

@@ -75,6 +75,7 @@ class Plan(NamedTuple):
     reason: str
 
 
+@torch.compiler.assume_constant_result
 def wanted() -> str:
     """The value of `FREEACT_KERNELS`.
 
@@ -88,6 +89,7 @@ def wanted() -> str:
 
 
 @cache
+@torch.compiler.assume_constant_result
 def triton_obstacle(index: int | None) -> str | None:
     """Why Triton cannot run on a CUDA device, or `None`."""
     if importlib.util.find_spec("triton") is None:
@@ -117,10 +119,16 @@ def layer_obstacle(
     if activation_bits not in (4, 8):
         return f"activation_bits={activation_bits}: the kernels multiply integers"
     for name, size in (("weight_group_size", group_size), ("activation_group_size", activation_group_size)):
-        if size is not None and kernel == "triton":
-            return f"{name}={size}: the kernels for GPUs have one scale per output channel and one grid per token"
+        if size is None:
+            continue
+        if kernel == "triton":
+            if name == "weight_group_size" and (size < 16 or size & (size - 1)):
+                return f"{name}={size}: the kernels for GPUs read groups of 16, 32, 64, ... columns"
+            if size % 2:
+                return f"{name}={size}: the kernels for GPUs need even groups"
+            continue
         least = GROUP if name == "weight_group_size" else GROUP // 2
-        if size is not None and size % least:
+        if size % least:
             return f"{name}={size}: the kernel in C adds up {least} columns at a time"
     if transform not in ("hadamard", "kronecker"):
         return f"transform={transform!r}: the kernels rotate by two factors"
@@ -163,6 +171,14 @@ def plan(device: torch.device | str, **layer) -> Plan:
         return Plan("torch", product, obstacle if reason in obstacle else f"{obstacle}; {reason}")
     if kernel == "triton":
         major, minor = torch.cuda.get_device_capability(device)
+        if layer.get("group_size") is not None or layer.get("activation_group_size") is not None:
+            return Plan(
+                "triton",
+                "4-bit Triton kernels for groups",
+                f"compute capability {major}.{minor}; codes times their groups' bytes are whole numbers in float16, multiplied "
+                "on float16 tensor cores"
+                + (", many rows by warps with roles of their own" if (major, minor) == (9, 0) else ""),
+            )
         return Plan(
             "triton",
             "4-bit Triton kernels",
@@ -188,13 +204,15 @@ def hopper_kernel(rows: Rows, weight: Weight, out_dtype: torch.dtype) -> str | N
     """The module whose kernel for Hopper serves these rows best, or `None` where the others do."""
     if not rows.codes.is_cuda or not is_hopper(rows.codes.device.index):
         return None
-    return hopper_choice(
-        len(rows.codes), *weight.packed.shape, 0 if rows.branch is None else rows.branch.shape[1], out_dtype
-    )
+    group = 0 if weight.group_scale is None else weight.packed.shape[1] // weight.group_scale.shape[1]
+    branch = 0 if rows.branch is None else rows.branch.shape[1]
+    return hopper_choice(len(rows.codes), *weight.packed.shape, branch, out_dtype, group)
 
 
-def hopper_choice(n: int, m: int, half: int, branch: int, out_dtype: torch.dtype) -> str | None:
-    """[`hopper_kernel`] by sizes: rows, outputs, bytes of a row of the weight, columns of the branch."""
+def hopper_choice(n: int, m: int, half: int, branch: int, out_dtype: torch.dtype, group: int = 0) -> str | None:
+    """[`hopper_kernel`] by sizes: rows, outputs, bytes of a row of the weight, columns of the branch, bytes of a group."""
+    if group > 32:
+        return None  # a step goes through 32 bytes of a row
     if n <= 64 or m % 8 or half % 64 or branch > 64 or out_dtype.itemsize != 2:
         return None  # few rows, or sizes that the copy engine's pieces do not divide
     return "w4_hopper" if -(-n // 128) * -(-m // 256) >= HOPPER_TILES else None

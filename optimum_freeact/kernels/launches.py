@@ -37,6 +37,18 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
         (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "pdl": False}),
     ],
+    "gemv": [
+        (None, {"bytes": 16384, "warps": 4, "pdl": True}),
+    ],
+    "w8": [
+        (16, {"BM": 16, "BN": 64, "BK": 128, "warps": 4, "stages": 4}),
+        (None, {"BM": 64, "BN": 64, "BK": 128, "warps": 4, "stages": 3}),
+    ],
+    "groups": [
+        (16, {"BM": 16, "BN": 64, "BK": 256, "GROUP": 1, "warps": 4, "stages": 3, "pdl": True}),
+        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 3, "pdl": True}),
+        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 3, "pdl": False}),
+    ],
 }  # fmt: skip
 
 
@@ -78,14 +90,31 @@ def dp4a_launch(n: int, wide: int) -> dict:
     return {"BN": max(1, min(16, found.pop("words") // wide)), **found}
 
 
-def w4_launch(n: int, m: int, half: int) -> dict:
+def gemv_launch(n: int, wide: int) -> dict:
+    """Settings of a product with groups on plain cores; `wide` is the padded number of bytes of a row."""
+    found = dict(_find(_settings()["gemv"], n))
+    return {"BN": max(1, min(16, found.pop("bytes") // wide)), **found}
+
+
+def w4_launch(n: int, m: int, half: int, name: str = "w4") -> dict:
     """Settings of a product on tensor cores for `n` rows, `m` outputs and rows of `half` bytes."""
-    found = dict(_find(_settings()["w4"], n))
+    found = dict(_find(_settings()[name], n))
     blocks = -(-n // found["BM"]) * -(-m // found["BN"])
     split = 1
     while n <= found["BM"] and n <= 64 and blocks * split < 198 and half // (split * 2) >= 4 * found["BK"]:
         split *= 2
     return {"SPLIT": split, **found}
+
+
+def groups_launch(n: int, m: int, half: int) -> dict:
+    """As [`w4_launch`] for weights or values with groups."""
+    found = w4_launch(n, m, half, "groups")
+    return found if found["SPLIT"] == 1 else {**found, "stages": 2}  # more programs, less shared memory each
+
+
+def w8_launch(n: int) -> dict:
+    """Settings of a product with a weight of bytes for `n` rows."""
+    return _find(_settings()["w8"], n)
 
 
 @cache

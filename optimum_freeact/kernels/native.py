@@ -146,6 +146,7 @@ class NativeWeight:
     """
 
     def __init__(self, weight: Weight, group_scale: torch.Tensor | None = None, copies: tuple | None = None):
+        weight = weight._replace(group_scale=None)  # held apart, for C has it in another order
         self.weight, self.m, self.group_scale = weight, len(weight.packed), group_scale
         rank = 0 if weight.low_rank is None else weight.low_rank.shape[1]
         n_bias = 0 if weight.type_bias is None else len(weight.type_bias)

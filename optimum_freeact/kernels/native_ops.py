@@ -58,4 +58,4 @@ def linear(x: Tensor, types: Tensor | None, side: NativeSide, weight: NativeWeig
     tables = side.tables
     grid = (tables.a, tables.b, tables.bits, tables.symmetric, side.group)
     read = [getattr(tables, name) for name in READ]
-    return linear_op(x, types, *read, *grid, *weight.weight, weight.group_scale, *weight.copies)
+    return linear_op(x, types, *read, *grid, *weight.weight[:6], weight.group_scale, *weight.copies)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optimum_freeact.kernels import reference
-from optimum_freeact.kernels.dispatch import DP4A_ROWS, hopper_kernel
+from optimum_freeact.kernels.dispatch import DP4A_ROWS, hopper_kernel, triton_obstacle, wanted
 from optimum_freeact.kernels.tables import TENSORS, InputTables, branch_width
 
 
@@ -75,22 +75,20 @@ def _round_rows(
     b: int,
     bits: int,
     symmetric: bool,
+    group: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.round_rows` of `x` `(n, d)`; the branch has no columns where there is none."""
     tensors = (mean, channel_scale, basis, basis_scale, left, right, clip, factor, mean_branch, reach)
-    tables = InputTables(**dict(zip(TENSORS, tensors, strict=True)), a=a, b=b, bits=bits, symmetric=symmetric)
+    sizes = {"a": a, "b": b, "bits": bits, "symmetric": symmetric, "group": group}
+    tables = InputTables(**dict(zip(TENSORS, tensors, strict=True)), **sizes)
 
     def kernel() -> reference.Rows:
-        if left.dtype == torch.float32:
-            from optimum_freeact.kernels import native
-
-            return native.round_rows(x, types, tables)
         from optimum_freeact.kernels import rounding_triton
 
         return rounding_triton.round_rows(x, types, tables)
 
     def plain() -> reference.Rows:
-        return reference.round_rows(x, types, tables.input_map(), clip, bits, symmetric, tables.branch)
+        return reference.round_rows(x, types, tables.input_map(), clip, bits, symmetric, tables.branch, group=group)
 
     rows = _attempt(f"round_rows[{a}x{b}]", kernel, plain)
     return (
@@ -106,21 +104,26 @@ round_rows_op = torch.library.custom_op("freeact::round_rows", _round_rows, muta
 @round_rows_op.register_fake
 def _(x, types, mean, channel_scale, basis, basis_scale, left, right, clip, *others):  # noqa: ARG001
     n, d = x.shape
+    group = others[-1]
     width = 0 if basis_scale is None else branch_width(basis_scale.shape[0], clip.shape[0])
     return (
-        x.new_empty((n, d), dtype=torch.int8),
-        x.new_empty((3, n), dtype=torch.float32),
+        x.new_empty((n, d), dtype=torch.float16 if group else torch.int8),
+        x.new_empty((1 if group else 3, n), dtype=torch.float32),
         x.new_empty((n, width), dtype=torch.float32),
     )
 
 
 def _on_gpu(rows: reference.Rows, types: Tensor | None, weight: reference.Weight, out_dtype: torch.dtype) -> Tensor:
     """The kernel for this number of rows on this GPU; one that fails gives way to those that run on any."""
-    from optimum_freeact.kernels import dp4a_triton, w4_triton
+    from optimum_freeact.kernels import dp4a_triton, groups_gemv_triton, w4_groups_triton, w4_triton
 
     n, d = rows.codes.shape
 
     def plain() -> Tensor:
+        if rows.codes.is_floating_point() and n == 1:
+            return groups_gemv_triton.w4_linear(rows, types, weight, out_dtype)
+        if rows.codes.is_floating_point():
+            return w4_groups_triton.w4_linear(rows, types, weight, out_dtype)
         few = 0 < n <= DP4A_ROWS and d % 8 == 0
         return (dp4a_triton if few else w4_triton).w4_linear(rows, types, weight, out_dtype)
 
@@ -146,30 +149,25 @@ def _w4_linear(
     low_rank: Tensor | None,
     low_rank_scale: Tensor | None,
     type_bias: Tensor | None,
+    group_scale: Tensor | None,
     out_dtype: torch.dtype,
-    bits: int,
-    native: bool,
 ) -> Tensor:
-    """`reference.w4_linear` of rounded rows; `(n, m)`. `bits` of the codes; `native` for the kernel in C."""
+    """`reference.w4_linear` of rounded rows; `(n, m)`."""
     rows = reference.Rows(codes, stats, branch if low_rank is not None else None)
-    weight = reference.Weight(packed, qscale, row_sum, low_rank, low_rank_scale, type_bias)
-
-    def kernel() -> Tensor:
-        if native:
-            from optimum_freeact.kernels.native import w4_linear as native_linear
-
-            return native_linear(rows, types, weight, out_dtype, bits)
-        return _on_gpu(rows, types, weight, out_dtype)
-
-    name = f"w4_linear[{'few' if len(codes) <= DP4A_ROWS else 'many'}]"
-    return _attempt(name, kernel, lambda: reference.w4_linear(rows, types, weight, out_dtype))
+    weight = reference.Weight(packed, qscale, row_sum, low_rank, low_rank_scale, type_bias, group_scale)
+    kind = "groups" if codes.is_floating_point() else "few" if len(codes) <= DP4A_ROWS else "many"
+    return _attempt(
+        f"w4_linear[{kind}]",
+        lambda: _on_gpu(rows, types, weight, out_dtype),
+        lambda: reference.w4_linear(rows, types, weight, out_dtype),
+    )
 
 
 w4_linear_op = torch.library.custom_op("freeact::w4_linear", _w4_linear, mutates_args=())
 
 
 @w4_linear_op.register_fake
-def _(codes, stats, branch, types, packed, qscale, row_sum, low_rank, scale, bias, out_dtype, bits, native):  # noqa: ARG001
+def _(codes, stats, branch, types, packed, qscale, row_sum, low_rank, scale, bias, group_scale, out_dtype):  # noqa: ARG001
     return codes.new_empty((codes.shape[0], packed.shape[0]), dtype=out_dtype)
 
 
@@ -181,3 +179,39 @@ def round_rows(*args) -> tuple[Tensor, Tensor, Tensor]:
 def w4_linear(*args) -> Tensor:
     """As [`round_rows`]."""
     return (w4_linear_op if torch.compiler.is_compiling() else _w4_linear)(*args)
+
+
+W8_ROWS = 64  # above, a plain weight is made once for many rows
+
+
+def serves_w8(x: Tensor) -> bool:
+    """Whether the kernel for weights of bytes takes these rows; `FREEACT_KERNELS=torch` switches it off."""
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or not 0 < len(x) <= W8_ROWS:
+        return False
+    if torch.is_grad_enabled() and x.requires_grad:
+        return False
+    return wanted() in ("auto", "triton") and triton_obstacle(x.device.index) is None
+
+
+def _w8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Rows `(n, d)` times an `int8` weight `(m, d)` with scales `(m,)`; `(n, m)`."""
+
+    def kernel() -> Tensor:
+        from optimum_freeact.kernels import w8_triton
+
+        return w8_triton.w8_linear(x, weight, scale)
+
+    return _attempt("w8_linear", kernel, lambda: torch.nn.functional.linear(x, weight.to(x.dtype)) * scale.to(x.dtype))
+
+
+w8_linear_op = torch.library.custom_op("freeact::w8_linear", _w8_linear, mutates_args=())
+
+
+@w8_linear_op.register_fake
+def _(x, weight, scale):  # noqa: ARG001
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def w8_linear(*args) -> Tensor:
+    """As [`round_rows`]."""
+    return (w8_linear_op if torch.compiler.is_compiling() else _w8_linear)(*args)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from optimum_freeact.numerics.affine import choose_qparams, quantize
+from optimum_freeact.numerics.affine import choose_qparams, dequantize, quantize, round_codes
 from optimum_freeact.numerics.packing import unpack
 from optimum_freeact.transforms.affine_map import InputMap, pick
 
@@ -19,9 +19,11 @@ from optimum_freeact.transforms.affine_map import InputMap, pick
 class Rows(NamedTuple):
     """Rounded rows as kernels hand them on.
 
+    Where weights or activations have groups, `codes` are values on their grids in units of a scale of the row.
+
     Args:
-        codes (`int8`, shape `(n, d)`): Even columns, then odd ones.
-        stats (`float32`, shape `(3, n)`): Scale, offset and sum of the codes of each row.
+        codes (`int8`, with groups `float16`, shape `(n, d)`): Even columns, then odd ones.
+        stats (`float32`, shape `(3, n)`): Scale, offset and sum of the codes of each row; with groups scales only, `(1, n)`.
         branch (`float32`, shape `(n, padded r)`, *optional*): High-precision coordinates, zeros where padded.
     """
 
@@ -50,6 +52,7 @@ def round_rows(
     symmetric: bool,
     branch: int = 0,
     dtype: torch.dtype = torch.float32,
+    group: int = 0,
 ) -> Rows:
     """Centre, scale, split off the branch, rotate and round rows `x` of shape `(n, d)`.
 
@@ -61,16 +64,35 @@ def round_rows(
         bits, symmetric: The grid.
         branch (`int`, *optional*): Width to which the branch is padded.
         dtype (`torch.dtype`, *optional*, defaults to float32): Arithmetic.
+        group (`int`, *optional*, defaults to 0): Columns that share a grid, for values instead of codes.
     """
     z, p = found.to(dtype).apply(x.to(dtype), types)
+    if p is not None:
+        p = torch.nn.functional.pad(p, (0, branch - p.shape[-1]))
+    if group:
+        return _round_groups(z, pick(clip.to(dtype).unsqueeze(-1), types), bits, symmetric, group, p)
     qparams = choose_qparams(z, bits, symmetric, pick(clip.to(dtype).unsqueeze(-1), types))
     codes = quantize(z, qparams, bits)
     total = codes.sum(-1).nan_to_num(0.0)
     offset = torch.zeros_like(qparams.scale) if qparams.offset is None else qparams.offset
     stats = torch.stack((qparams.scale.squeeze(-1), offset.squeeze(-1), total)).to(dtype)
-    if p is not None:
-        p = torch.nn.functional.pad(p, (0, branch - p.shape[-1]))
     return Rows(split_columns(codes.nan_to_num(0.0).to(torch.int8)), stats, p)
+
+
+HEADROOM = 128.0  # largest |u| of a row in float16: a rotation may gather a whole row of 2^17 entries in one
+
+
+def _round_groups(
+    z: torch.Tensor, clip: torch.Tensor, bits: int, symmetric: bool, group: int, p: torch.Tensor | None
+) -> Rows:
+    """Values on the grids of groups, float16 (float64 in float64) in units of a scale that fits the row."""
+    groups, clip = z.unflatten(-1, (-1, group)), clip.unsqueeze(-2) if clip.dim() > 1 else clip
+    qparams = choose_qparams(groups, bits, symmetric, clip)
+    values = dequantize(round_codes(groups, qparams, bits), qparams).flatten(-2)
+    peak = values.abs().amax(-1) / HEADROOM
+    scale = torch.where((peak > 0) & peak.isfinite(), peak, torch.ones_like(peak))
+    kept = torch.float64 if z.dtype == torch.float64 else torch.float16
+    return Rows(split_columns((values / scale[:, None]).to(kept)), scale[None], p)
 
 
 class Weight(NamedTuple):
@@ -82,6 +104,7 @@ class Weight(NamedTuple):
         row_sum (`int32`, shape `(m,)`): Sum of each row's codes.
         low_rank (`int8`, shape `(m, r)`, *optional*) and low_rank_scale (`float32`, shape `(r,)`, *optional*): The branch.
         type_bias (`float32`, shape `(n_means or 1, m)`, *optional*): Output bias of each token type.
+        group_scale (`int8`, shape `(m, groups)`, *optional*): By which a group's codes are multiplied before `qscale`.
     """
 
     packed: torch.Tensor
@@ -90,6 +113,7 @@ class Weight(NamedTuple):
     low_rank: torch.Tensor | None
     low_rank_scale: torch.Tensor | None
     type_bias: torch.Tensor | None
+    group_scale: torch.Tensor | None = None
 
 
 def w4_product(codes: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
@@ -98,12 +122,24 @@ def w4_product(codes: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     return (join_columns(codes).double() @ weight.double().mT).long()
 
 
+def steps(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """Codes `(m, d)` times their groups' bytes: whole numbers up to 1016, which float16 holds exactly."""
+    codes = unpack(weight.packed.unsqueeze(1), 4, 2 * weight.packed.shape[1], torch.int8).flatten(1).to(dtype)
+    if weight.group_scale is None:
+        return codes
+    groups = weight.group_scale.shape[1]
+    return (codes.unflatten(-1, (groups, -1)) * weight.group_scale.to(dtype).unsqueeze(-1)).flatten(1)
+
+
 def w4_linear(
     rows: Rows, types: torch.Tensor | None, weight: Weight, out_dtype: torch.dtype, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Output `(n, m)` of a quantized linear for rounded rows; arithmetic after the integer product in `dtype`."""
-    scale, offset, _ = rows.stats.to(dtype).unsqueeze(-1)
-    y = w4_product(rows.codes, weight.packed).to(dtype) * scale + offset * weight.row_sum.to(dtype)
+    if rows.codes.is_floating_point():
+        y = join_columns(rows.codes).to(dtype) @ steps(weight, dtype).mT * rows.stats[0].to(dtype)[:, None]
+    else:
+        scale, offset, _ = rows.stats.to(dtype).unsqueeze(-1)
+        y = w4_product(rows.codes, weight.packed).to(dtype) * scale + offset * weight.row_sum.to(dtype)
     y = y * weight.qscale.to(dtype)
     if weight.low_rank is not None:
         rank = weight.low_rank.shape[1]

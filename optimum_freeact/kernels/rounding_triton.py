@@ -2,8 +2,8 @@
 
 Three launches, each as parallel as its part of the work allows: `_project` multiplies raw rows by parts of the basis on
 tensor cores (what the means would have added is taken off the result, a table); `_correct` takes means and branch out of
-some rows of each token's tile and applies the right factor; `_finish` applies the left factor to a whole tile, finds the
-grid and rounds. One launch per row for everything, or two with whole rows of sixteen tokens, were two to seven times
+some rows of each token's tile and applies the right factor; `grids_triton.finish` applies the left factor to a whole tile,
+finds the grids and rounds. One launch per row for everything, or two with whole rows of sixteen tokens, were two to seven times
 slower (benchmarks/speed, docs/log.md). Every number goes through few instructions: means and branch are products on the
 tensor cores whose accumulator starts as the row itself.
 
@@ -24,68 +24,12 @@ import torch
 import triton
 import triton.language as tl
 
+from optimum_freeact.kernels.grids_triton import finish, round_flat
 from optimum_freeact.kernels.launches import launch_pdl, round_launch
-from optimum_freeact.kernels.reference import Rows
-from optimum_freeact.kernels.tables import InputTables, padded
+from optimum_freeact.kernels.reference import HEADROOM, Rows
+from optimum_freeact.kernels.tables import InputTables, padded, runs_in_tiles
 from optimum_freeact.kernels.triton_state import DOT_TYPE
 from optimum_freeact.kernels.w4_triton import counters
-
-
-HEADROOM = 128.0  # largest |u| of a row in float16: a rotation may gather a whole row of 2^17 entries in one
-
-
-@triton.jit
-def _store_rounded(
-    z, rows, alive, clip, undo, codes_ptr, stats_ptr, n, i, j,
-    A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-):  # fmt: skip
-    """Grid, codes and their sum of some rows, whose values are `undo * z`, z of shape (PA, rows, PB).
-
-    What is not finite anywhere in a row was spread over all of it by the rotation, so the extremes tell.
-    """
-    is_column = (j < B)[None, None, :]
-    if B == PB:  # rows that pad a tile repeat its first one
-        low, high = tl.min(z, 2), tl.max(z, 2)
-    else:
-        low = tl.min(tl.where(is_column, z, float("inf")), 2)
-        high = tl.max(tl.where(is_column, z, float("-inf")), 2)
-    low, high = tl.min(low, 0), tl.max(high, 0)
-    good = tl.abs(high - low) < float("inf")
-    if SYMMETRIC:
-        scale = tl.maximum(tl.abs(low), tl.abs(high)) * clip / (QMAX + 0.5)
-        scale = tl.where(scale > 0, scale, 1.0 / undo)
-        offset = scale * 0.0
-    else:
-        middle = high / 2 + low / 2
-        half = (high / 2 - low / 2) * clip
-        scale = half / ((QMAX - QMIN) / 2)
-        offset = middle - half - scale * QMIN
-        scale = tl.where(half > 0, scale, 1.0 / undo)
-        offset = tl.where(half > 0, offset, middle)
-    # rounding half to even: a number added to 1.5 * 2^23 has its integer part in its last bits
-    MAGIC: tl.constexpr = 12582912.0
-    inverse = 1.0 / scale
-    shift = offset * inverse
-    steps = z * inverse[None, :, None] - shift[None, :, None]
-    steps = tl.minimum(tl.maximum(steps, QMIN * 1.0), QMAX * 1.0) + MAGIC
-    bits = steps.to(tl.int32, bitcast=True)
-    HALF: tl.constexpr = B // 2  # the columns of the right factor are split, so those of z are
-    column = i[:, None] * HALF + tl.where(j < HALF, j, j - HALF + A * HALF)[None, :]
-    place = codes_ptr + (rows.to(tl.int64) * (A * B))[None, :, None] + column[:, None, :]
-    inside = (i < A)[:, None, None] & is_column & alive[None, :, None]
-    tl.store(place, bits.to(tl.int8), mask=inside)
-    counted = bits - 0x4B400000
-    if A != PA or B != PB:
-        counted = tl.where((i < A)[:, None, None] & is_column, counted, 0)
-    total = tl.sum(tl.sum(counted, 2), 0)
-    if tl.min(good.to(tl.int32), 0) == 0:
-        tl.store(place, tl.zeros_like(bits).to(tl.int8), mask=inside & (good == 0)[None, :, None])
-        total = tl.where(good, total, 0)
-    nan = tl.where(good, 0.0, float("nan"))
-    tl.store(stats_ptr + rows, scale * undo + nan, mask=alive)
-    tl.store(stats_ptr + n + rows, offset * undo + nan, mask=alive)
-    tl.store(stats_ptr + 2 * n + rows, total.to(tl.float32), mask=alive)
 
 
 @triton.jit
@@ -262,36 +206,14 @@ def _correct(
         )  # fmt: skip
 
 
-@triton.jit
-def _finish(
-    turned_ptr, undo_ptr, types_ptr, left_ptr, clip_ptr, factor_ptr, codes_ptr, stats_ptr, n, n_clips,
-    HAS_TYPES: tl.constexpr, A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr,
-    TOKENS: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Whole tiles, of TOKENS rows at a time: times the left factor, rounded."""
-    i = tl.arange(0, PA)
-    j = tl.arange(0, PB)
-    c = tl.arange(0, TOKENS * PB)
-    left = tl.load(left_ptr + i[:, None] * PA + i[None, :])
-    factor = tl.load(factor_ptr)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    for first in range(tl.program_id(0) * TOKENS, n, tl.num_programs(0) * TOKENS):
-        token = tl.minimum(first + c // PB, n - 1).to(tl.int64)
-        tile = turned_ptr + i[:, None] * B + (token * (A * B) + c % PB)[None, :]
-        if A == PA and B == PB:
-            turned = tl.load(tile)
-        else:
-            turned = tl.load(tile, mask=(i < A)[:, None] & (c % PB < B)[None, :], other=0.0)
-        z = tl.reshape(tl.dot(left, turned), (PA, TOKENS, PB))
-        rows = first + tl.arange(0, TOKENS)
-        safe = tl.minimum(rows, n - 1)
-        clip = tl.load(clip_ptr + (tl.minimum(tl.load(types_ptr + safe), n_clips - 1) if HAS_TYPES else safe * 0))
-        undo = tl.load(undo_ptr + safe) * factor
-        _store_rounded(
-            z, rows, rows < n, clip, undo, codes_ptr, stats_ptr, n, i, j, A, B, PA, PB, QMIN, QMAX, SYMMETRIC
-        )
+def outputs(x: torch.Tensor, tables: InputTables) -> Rows:
+    """Room for the rounded rows of `x`."""
+    n, d = x.shape
+    return Rows(
+        torch.empty(n, d, dtype=torch.float16 if tables.group else torch.int8, device=x.device),
+        torch.empty(1 if tables.group else 3, n, dtype=torch.float32, device=x.device),
+        torch.empty(n, tables.branch, dtype=torch.float32, device=x.device) if tables.rank else None,
+    )
 
 
 def round_rows(
@@ -302,15 +224,16 @@ def round_rows(
     `options` overrides launch settings (`launches.py`).
     """
     n, d = x.shape
-    codes = torch.empty(n, d, dtype=torch.int8, device=x.device)
-    stats = torch.empty(3, n, dtype=torch.float32, device=x.device)
-    branch = torch.empty(n, tables.branch, dtype=torch.float32, device=x.device) if tables.rank else None
+    rows = outputs(x, tables)
     if n == 0:
-        return Rows(codes, stats, branch)
+        return rows
     if len(tables.clip) == 1 and (tables.mean is None or len(tables.mean) == 1):
         types = None
     pa, pb = padded(tables.a), padded(tables.b)
     qmax = (1 << (tables.bits - 1)) - 1
+    grid = {"QMIN": -qmax - 1, "QMAX": qmax, "SYMMETRIC": tables.symmetric, "GROUP": tables.group}
+    flat = not runs_in_tiles(tables.a, tables.b, tables.group)
+    out = torch.empty(n, d, dtype=torch.float32, device=x.device) if flat else rows.codes
     launch = round_launch(n, d, options or {})
     parts = triton.cdiv(d, launch["chunk"] * launch["steps"])
     floats = partial(torch.empty, dtype=torch.float32, device=x.device)
@@ -325,7 +248,7 @@ def round_rows(
     has |= {"DOT": DOT_TYPE, "PDL": bool(pdl)}
     _project[(triton.cdiv(n, launch["rows"]), parts)](
         x, types, tables.channel_scale, tables.basis, part, peak, tables.mean_branch, tables.reach, tables.basis_scale,
-        branch, factors, undo, counters(x.device), n, n_means, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
+        rows.branch, factors, undo, counters(x.device), n, n_means, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
         STEPS=launch["steps"], PARTS=parts, LIMIT=HEADROOM, num_warps=launch["project_warps"], num_stages=4, **pdl,
     )  # fmt: skip
     nb = max(1, min(launch["elements"] // pb, pa))
@@ -336,10 +259,24 @@ def round_rows(
     )  # fmt: skip
     big = pa * pb > 8192
     tokens = 1 if big else min(launch["finish_rows"], padded(n))
-    _finish[(min(triton.cdiv(n, tokens), launch["programs"] // (3 if big else 1)),)](
-        turned, undo, types, tables.left, tables.clip, tables.factor, codes, stats, n, len(tables.clip),
-        HAS_TYPES=types is not None, A=tables.a, B=tables.b, PA=pa, PB=pb, TOKENS=tokens, QMIN=-qmax - 1, QMAX=qmax,
-        SYMMETRIC=tables.symmetric, PDL=bool(pdl), num_warps=launch["finish_warps"] * (2 if big else 1), num_stages=2,
-        **pdl,
+    finish[(min(triton.cdiv(n, tokens), launch["programs"] // (3 if big else 1)),)](
+        turned, undo, types, tables.left, tables.clip, tables.factor, out, rows.stats, n, len(tables.clip),
+        HAS_TYPES=types is not None, A=tables.a, B=tables.b, PA=pa, PB=pb, TOKENS=tokens, **grid, PDL=bool(pdl),
+        num_warps=launch["finish_warps"] * (2 if big else 1), num_stages=2, **pdl,
     )  # fmt: skip
-    return Rows(codes, stats, branch)
+    if flat:
+        finish_flat(out, types, rows, tables, grid)
+    return rows
+
+
+def finish_flat(z: torch.Tensor, types: torch.Tensor | None, rows: Rows, tables: InputTables, grid: dict) -> None:
+    """Round groups of rotated rows `z`, which lie in their natural order, to `rows`."""
+    n, d = z.shape
+    wide = padded(tables.group)
+    count = max(1, 2048 // wide)
+    total = n * (d // tables.group)
+    pdl = launch_pdl(n <= 64)
+    round_flat[(triton.cdiv(total, count),)](
+        z, types, tables.clip, rows.codes, total, len(tables.clip), HAS_TYPES=types is not None, D=d, PG=wide, COUNT=count,
+        **grid, PDL=bool(pdl), num_warps=4, **pdl,
+    )  # fmt: skip

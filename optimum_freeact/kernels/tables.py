@@ -38,7 +38,7 @@ class InputTables:
         basis_scale (`float32`, shape `(r,)`, *optional*): Their scales.
         left (`float16`, shape `(padded a, padded a)`): Left factor, transposed, padded by repeating its first row, so that
             a padded tile has the same extremes.
-        right (`float16`, shape `(padded b, padded b)`): Right factor, even columns before odd ones.
+        right (`float16`, shape `(padded b, padded b)`): Right factor, columns as in [`column_order`].
         clip (`float32`, shape `(n_types,)`): Share of the range kept, per type.
         factor (`float32`, shape `()`): The stored factors' product is that of `left` and `right` times this.
         mean_branch (`float32`, shape `(n_means, r)`, *optional*): Scaled means times the codes of the basis: what a row's
@@ -48,6 +48,7 @@ class InputTables:
         a, b (`int`): Sizes of the factors.
         bits (`int`): 4 or 8.
         symmetric (`bool`): Kind of the grid.
+        group (`int`): 0 for codes with one grid a row; else values with a grid for so many columns. For Triton only.
     """
 
     mean: torch.Tensor | None
@@ -64,6 +65,7 @@ class InputTables:
     b: int
     bits: int
     symmetric: bool
+    group: int = 0
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """All tensors, in the order of the fields."""
@@ -79,9 +81,8 @@ class InputTables:
         if self.left.dtype == torch.float32:
             found.left, found.right = self.left.mT, self.right
             return found
-        half = self.b // 2
-        right = self.right[: self.b, : self.b].float()
-        right = torch.stack((right[:, :half], right[:, half:]), dim=-1).flatten(-2)
+        right = torch.empty_like(self.right[: self.b, : self.b], dtype=torch.float32)
+        right[:, column_order(self.a, self.b, self.group)] = self.right[: self.b, : self.b].float()
         found.left, found.right = self.left[: self.a, : self.a].float().mT * self.factor, right
         return found
 
@@ -99,6 +100,21 @@ class InputTables:
     def branch(self) -> int:
         """Columns of the padded branch."""
         return branch_width(self.rank, len(self.clip))
+
+
+def runs_in_tiles(a: int, b: int, group: int) -> bool:
+    """Whether a tile's row holds whole grids, in runs that a kernel can take apart."""
+    return group in (0, a * b) or (b % group == 0 and group & (group - 1) == 0)
+
+
+def column_order(a: int, b: int, group: int) -> torch.Tensor:
+    """Columns of the right factor as Triton's kernels have them: in each run of a tile's columns that share a grid the even
+    ones before the odd ones; in their own order where a grid's columns are no such run.
+    """
+    run = b if group == 0 else b & -b if group == a * b else group
+    if not runs_in_tiles(a, b, group):
+        return torch.arange(b)
+    return torch.arange(b).view(-1, run // 2, 2).mT.flatten()
 
 
 def half_factor(matrix: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -139,9 +155,11 @@ def _reach(mean: torch.Tensor | None, channel_scale: torch.Tensor | None, like: 
 
 def make_tables(
     found: InputMap, basis: torch.Tensor | None, basis_scale: torch.Tensor | None, clip: torch.Tensor, bits: int,
-    symmetric: bool,
+    symmetric: bool, group: int = 0,
 ) -> InputTables:  # fmt: skip
-    """Tables of a stored map with Kronecker factors (float32) and of the codes of its basis, shape `(d, r)`."""
+    """Tables of a stored map with Kronecker factors (float32) and of the codes of its basis, shape `(d, r)`; `group` as in
+    [`InputTables`].
+    """
     left, left_factor = half_factor(found.left)
     right, right_factor = half_factor(found.right)
     a, b = len(left), len(right)
@@ -149,7 +167,7 @@ def make_tables(
     padded_left[:, :a] = left.mT[:1]
     padded_left[:a, :a] = left.mT
     padded_right = right.new_zeros(padded(b), padded(b))
-    padded_right[:b, :b] = torch.cat((right[:, 0::2], right[:, 1::2]), dim=1)
+    padded_right[:b, :b] = right[:, column_order(a, b, group)]
     mean = None if found.mean is None else found.mean.to(torch.bfloat16).contiguous()
     scaled = None if mean is None else mean.double() * (1 if found.channel_scale is None else found.channel_scale)
     return InputTables(
@@ -169,6 +187,7 @@ def make_tables(
         b=b,
         bits=bits,
         symmetric=symmetric,
+        group=group,
     )
 
 

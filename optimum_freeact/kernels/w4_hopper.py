@@ -44,6 +44,7 @@ def _tile(t, n_blocks, m_blocks, GROUP: gl.constexpr):
 def _produce(
     w_desc, codes_desc, w_ring, even_ring, odd_ring, full, empty, n_blocks, m_blocks,
     HALF: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    ITEM: gl.constexpr,
 ):  # fmt: skip
     tiles = n_blocks * m_blocks
     STEPS: gl.constexpr = HALF // BK
@@ -55,7 +56,7 @@ def _produce(
             phase = (count // STAGES) & 1
             mbarrier.wait(empty.index(slot), phase ^ 1)
             ready = full.index(slot)
-            mbarrier.expect(ready, BN * BK + 2 * BM * BK)
+            mbarrier.expect(ready, BN * BK + 2 * BM * BK * ITEM)
             at = step * BK
             tma.async_copy_global_to_shared(w_desc, [block_m * BN, at], ready, w_ring.index(slot))
             tma.async_copy_global_to_shared(codes_desc, [block_n * BM, at], ready, even_ring.index(slot))
@@ -68,7 +69,7 @@ def _prepare(
     pair, left, stats, kinds, ready, free, stats_ptr, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr,
     n, m, n_bias, n_blocks, m_blocks,
     HAS_TYPES: gl.constexpr, FOLDED: gl.constexpr, RANK: gl.constexpr, PR: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, GROUP: gl.constexpr,
+    BN: gl.constexpr, GROUP: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
     """What follows a tile's product, brought to shared memory while the product runs.
 
@@ -94,8 +95,12 @@ def _prepare(
         block_n, block_m = _tile(t, n_blocks, m_blocks, GROUP)
         mbarrier.wait(free, (count & 1) ^ 1)
         tokens = block_n * BM + gl.arange(0, BM, token_layout)
-        stats.index(0).store(gl.load(stats_ptr + tokens, mask=tokens < n, other=0.0) * 0.0625)
-        stats.index(1).store(gl.load(stats_ptr + n + tokens, mask=tokens < n, other=0.0))
+        scale = gl.load(stats_ptr + tokens, mask=tokens < n, other=0.0)
+        if VALUES:
+            stats.index(0).store(scale)
+        else:
+            stats.index(0).store(scale * 0.0625)
+            stats.index(1).store(gl.load(stats_ptr + n + tokens, mask=tokens < n, other=0.0))
         if HAS_TYPES and not FOLDED:
             kind = gl.load(types_ptr + tokens, mask=tokens < n, other=0).to(gl.int32)
             kinds.store(gl.minimum(kind, n_bias - 1))
@@ -123,8 +128,7 @@ def _prepare(
                 if FOLDED:
                     inside = gl.expand_dims(rows < m, 1) & typed
                     change = gl.load(bias_ptr + own * m + gl.expand_dims(rows, 1), mask=inside, other=0.0)
-                    bias = gl.expand_dims(gl.load(bias_ptr + rows, mask=rows < m, other=0.0), 1)
-                    change -= bias
+                    change -= gl.expand_dims(gl.load(bias_ptr + rows, mask=rows < m, other=0.0), 1)
                     upper = change.to(gl.bfloat16).to(gl.float32)
                     numbers = gl.where(inside, gl.where(is_rest, change - upper, upper), numbers)
                 left.slice(k * PART, PART, 0).store(numbers.to(gl.bfloat16))
@@ -151,20 +155,75 @@ def _high(w):
 
 
 @gluon.jit
+def _half_codes(w):
+    """Codes in the low and high nibbles of bytes, as float16: a nibble in the last bits of 1024 is 1024 and as much."""
+    return gl.inline_asm_elementwise(
+        """{ .reg .b32 l, h, k;
+        mov.b32 k, 0x64086408;
+        and.b32 l, $4, 0x0F0F0F0F;
+        shr.u32 h, $4, 4;
+        and.b32 h, h, 0x0F0F0F0F;
+        prmt.b32 $0, l, 0x64646464, 0x4140;
+        prmt.b32 $1, l, 0x64646464, 0x4342;
+        prmt.b32 $2, h, 0x64646464, 0x4140;
+        prmt.b32 $3, h, 0x64646464, 0x4342;
+        sub.f16x2 $0, $0, k;
+        sub.f16x2 $1, $1, k;
+        sub.f16x2 $2, $2, k;
+        sub.f16x2 $3, $3, k; }""",
+        "=&r,=&r,=&r,=&r,r", [w], dtype=(gl.float16, gl.float16), is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _scaled_codes(w, scale, layout: gl.constexpr, OWN: gl.constexpr, BK: gl.constexpr, GB: gl.constexpr):
+    """[`_half_codes`] of bytes (OWN, BK) times the scales (OWN, BK / GB) of their groups."""
+    w = w.reshape([OWN, BK // GB, GB])
+    w, scale = gl.broadcast(w, gl.expand_dims(scale, 2))
+    low, high = gl.inline_asm_elementwise(
+        """{ .reg .b32 l, h, k;
+        mov.b32 k, 0x64086408;
+        and.b32 l, $4, 0x0F0F0F0F;
+        shr.u32 h, $4, 4;
+        and.b32 h, h, 0x0F0F0F0F;
+        prmt.b32 $0, l, 0x64646464, 0x4140;
+        prmt.b32 $1, l, 0x64646464, 0x4342;
+        prmt.b32 $2, h, 0x64646464, 0x4140;
+        prmt.b32 $3, h, 0x64646464, 0x4342;
+        sub.f16x2 $0, $0, k;
+        sub.f16x2 $1, $1, k;
+        sub.f16x2 $2, $2, k;
+        sub.f16x2 $3, $3, k;
+        mul.f16x2 $0, $0, $5;
+        mul.f16x2 $1, $1, $6;
+        mul.f16x2 $2, $2, $5;
+        mul.f16x2 $3, $3, $6; }""",
+        "=&r,=&r,=&r,=&r,r,r,r", [w, scale], dtype=(gl.float16, gl.float16), is_pure=True, pack=4,
+    )  # fmt: skip
+    low = gl.convert_layout(low.reshape([OWN, BK]), layout)
+    return low, gl.convert_layout(high.reshape([OWN, BK]), layout)
+
+
+@gluon.jit
 def _consume(
     given, WHICH: gl.constexpr, HALF: gl.constexpr, HAS_TYPES: gl.constexpr, FOLDED: gl.constexpr,
     HAS_BIAS: gl.constexpr, RANK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
+    GROUP: gl.constexpr, VALUES: gl.constexpr, GB: gl.constexpr,
 ):  # fmt: skip
     """One half of a tile's outputs."""
     (
         w_ring, even_ring, odd_ring, full, empty, pair, left, stats, kinds, ready, free, out_smem, y_desc, qscale_ptr,
-        row_sum_ptr, bias_ptr, m, n_bias, n_blocks, m_blocks,
+        row_sum_ptr, bias_ptr, group_scale_ptr, m, n_bias, n_blocks, m_blocks,
     ) = given  # fmt: skip
     OWN: gl.constexpr = BN // 2
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 32])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16 if VALUES else 32])
     float_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
-    left_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 4)
+    left_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2 if VALUES else 4)
+    if GB > 0:
+        NG: gl.constexpr = BK // GB
+        probe = gl.zeros((OWN, BK), gl.float16, left_layout).reshape([OWN, NG, GB])
+        scale_layout: gl.constexpr = gl.SliceLayout(2, probe.type.layout)
+        group = gl.arange(0, NG, gl.SliceLayout(0, scale_layout))
     tiles = n_blocks * m_blocks
     STEPS: gl.constexpr = HALF // BK
     out = out_smem.index(WHICH)
@@ -175,16 +234,31 @@ def _consume(
         first = block_m * BN + WHICH * OWN
         outs = first + gl.arange(0, OWN, gl.SliceLayout(1, float_layout))
         is_out = outs < m
-        row_sum = gl.load(row_sum_ptr + outs, mask=is_out, other=0)
+        if not VALUES:
+            row_sum = gl.load(row_sum_ptr + outs, mask=is_out, other=0)
         qscale = gl.load(qscale_ptr + outs, mask=is_out, other=0.0)
         if HAS_BIAS:
             bias = gl.load(bias_ptr + outs, mask=is_out, other=0.0)
-        acc = gl.zeros((OWN, BM), gl.int32, acc_layout)
-        for _ in range(STEPS):
+        acc = gl.zeros((OWN, BM), gl.float32 if VALUES else gl.int32, acc_layout)
+        if GB > 0:
+            rows = first + gl.arange(0, OWN, gl.SliceLayout(1, scale_layout))
+            scale_ptrs = (
+                group_scale_ptr + gl.expand_dims(gl.minimum(rows, m - 1), 1) * (HALF // GB) + gl.expand_dims(group, 0)
+            )
+            coming = gl.load(scale_ptrs)
+        for step in range(STEPS):
             slot = count % STAGES
+            if GB > 0:
+                scale = coming.to(gl.float16)
+                coming = gl.load(scale_ptrs + gl.minimum(step + 1, STEPS - 1) * NG)
             mbarrier.wait(full.index(slot), (count // STAGES) & 1)
             w = w_ring.index(slot).slice(WHICH * OWN, OWN, 0).load(left_layout)
-            low, high = _low(w), _high(w)
+            if GB > 0:
+                low, high = _scaled_codes(w, scale, left_layout, OWN, BK, GB)
+            elif VALUES:
+                low, high = _half_codes(w)
+            else:
+                low, high = _low(w), _high(w)
             acc = warpgroup_mma(low, even_ring.index(slot).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma(high, odd_ring.index(slot).permute((1, 0)), acc, is_async=True)
             # registers that hold nibbles may not change before their products have ended; the other group goes on
@@ -195,8 +269,9 @@ def _consume(
         mbarrier.wait(ready, visited & 1)
         y = gl.convert_layout(acc, float_layout).to(gl.float32)
         y *= gl.expand_dims(stats.index(0).load(gl.SliceLayout(0, float_layout)), 0)
-        offset = stats.index(1).load(gl.SliceLayout(0, float_layout))
-        y += gl.expand_dims(offset, 0) * gl.expand_dims(row_sum.to(gl.float32), 1)
+        if not VALUES:
+            offset = stats.index(1).load(gl.SliceLayout(0, float_layout))
+            y += gl.expand_dims(offset, 0) * gl.expand_dims(row_sum.to(gl.float32), 1)
         y *= gl.expand_dims(qscale, 1)
         if HAS_BIAS:
             y += gl.expand_dims(bias, 1)
@@ -223,13 +298,14 @@ def _consume(
 @gluon.jit
 def _w4_hopper(
     w_desc, codes_desc, y_desc, stats_ptr, branch_ptr, types_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr,
-    low_rank_scale_ptr, bias_ptr, n, m, n_bias,
+    low_rank_scale_ptr, bias_ptr, group_scale_ptr, n, m, n_bias,
     HALF: gl.constexpr, HAS_TYPES: gl.constexpr, FOLDED: gl.constexpr, HAS_BIAS: gl.constexpr, RANK: gl.constexpr,
     PR: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    VALUES: gl.constexpr, GB: gl.constexpr,
 ):  # fmt: skip
     w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BN, BK], w_desc.layout)
-    even_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], codes_desc.layout)
-    odd_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, BK], codes_desc.layout)
+    even_ring = gl.allocate_shared_memory(codes_desc.dtype, [STAGES, BM, BK], codes_desc.layout)
+    odd_ring = gl.allocate_shared_memory(codes_desc.dtype, [STAGES, BM, BK], codes_desc.layout)
     out_smem = gl.allocate_shared_memory(y_desc.dtype, [2, BM, BN // 2], y_desc.layout)
     branch: gl.constexpr = gl.NVMMASharedLayout(2 * PR if PR < 64 else 128, 16)
     pair = gl.allocate_shared_memory(gl.bfloat16, [2, BM, PR], branch)
@@ -249,17 +325,17 @@ def _w4_hopper(
     n_blocks, m_blocks = gl.cdiv(n, BM), gl.cdiv(m, BN)
     given = (
         w_ring, even_ring, odd_ring, full, empty, pair, left, stats, kinds, ready, free, out_smem, y_desc, qscale_ptr,
-        row_sum_ptr, bias_ptr, m, n_bias, n_blocks, m_blocks,
+        row_sum_ptr, bias_ptr, group_scale_ptr, m, n_bias, n_blocks, m_blocks,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (given, 0, HALF, HAS_TYPES, FOLDED, HAS_BIAS, RANK, BM, BN, BK, STAGES, GROUP)),
-            (_consume, (given, 1, HALF, HAS_TYPES, FOLDED, HAS_BIAS, RANK, BM, BN, BK, STAGES, GROUP)),
+            (_consume, (given, 0, HALF, HAS_TYPES, FOLDED, HAS_BIAS, RANK, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
+            (_consume, (given, 1, HALF, HAS_TYPES, FOLDED, HAS_BIAS, RANK, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
             (
                 _produce,
                 (
                     w_desc, codes_desc, w_ring, even_ring, odd_ring, full, empty, n_blocks, m_blocks,
-                    HALF, BM, BN, BK, STAGES, GROUP,
+                    HALF, BM, BN, BK, STAGES, GROUP, 2 if VALUES else 1,
                 ),
             ),
             (
@@ -267,7 +343,7 @@ def _w4_hopper(
                 (
                     pair, left, stats, kinds, ready, free, stats_ptr, branch_ptr, types_ptr, low_rank_ptr,
                     low_rank_scale_ptr, bias_ptr, n, m, n_bias, n_blocks, m_blocks, HAS_TYPES, FOLDED, RANK, PR, BM, BN,
-                    GROUP,
+                    GROUP, VALUES,
                 ),
             ),
         ],
@@ -302,16 +378,18 @@ def w4_linear(
     n_bias = 0 if bias is None else len(bias)
     if n_bias == 1:
         types = None
-    launch = {"BM": 128, "BN": 256, "BK": 64, "STAGES": 4, "GROUP": 16, **(options or {})}
+    values, groups = rows.codes.dtype == torch.float16, weight.group_scale
+    launch = {"BM": 128, "BN": 256, "BK": 32 if values else 64, "STAGES": 4, "GROUP": 16, **(options or {})}
     bm, bn, bk = launch["BM"], launch["BN"], launch["BK"]
     tiles = triton.cdiv(n, bm) * triton.cdiv(m, bn)
     rank = 0 if low_rank is None else low_rank.shape[1]
     width = 32 if rows.branch is None else rows.branch.shape[1]
     folded = FOLD and types is not None and rank > 0 and bias is not None and rank + 2 * (n_bias - 1) <= width
     _w4_hopper[(min(tiles, _processors(y.device)),)](
-        _described(weight.packed, bn, bk, bk), _described(rows.codes, bm, bk, bk), _described(y, bm, bn // 2, 128),
-        rows.stats, rows.branch, types, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, n, m,
-        n_bias, HALF=half, HAS_TYPES=types is not None, FOLDED=folded, HAS_BIAS=bias is not None, RANK=rank, PR=width,
-        **launch, num_warps=4, maxnreg=168,
+        _described(weight.packed, bn, bk, bk), _described(rows.codes, bm, bk, bk * rows.codes.element_size()), _described(y, bm, bn // 2, 128),
+        rows.stats, rows.branch, types, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias,
+        groups, n, m, n_bias, HALF=half, HAS_TYPES=types is not None, FOLDED=folded,
+        HAS_BIAS=bias is not None, RANK=rank, PR=width,
+        VALUES=values, GB=0 if groups is None else half // groups.shape[1], **launch, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return y

@@ -178,7 +178,8 @@ class FreeActInput(nn.Module):
         }
         stored = (self.input_map(), self.basis, self.basis_scale, self.clip, self.bits, self.symmetric)
         if plans == {"triton"}:
-            self._tables = make_tables(*stored)
+            grouped = any(group_size is not None for _, group_size in self.reader_settings)
+            self._tables = make_tables(*stored, self.group_size or (self.in_features if grouped else 0))
         elif plans == {"native"}:
             self._native = NativeSide(make_native_tables(*stored), self.group_size)
 
@@ -248,7 +249,9 @@ class FreeActInput(nn.Module):
         if self._native is not None:
             return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1], True)
         tables = self._tables
-        found = ops.round_rows(flat, types, *tables.tensors(), tables.a, tables.b, self.bits, self.symmetric)
+        found = ops.round_rows(
+            flat, types, *tables.tensors(), tables.a, tables.b, self.bits, self.symmetric, tables.group
+        )
         return KernelRows(*found, types, x.shape[:-1])
 
     def native_output(self, x: torch.Tensor, reader) -> torch.Tensor | None:

@@ -198,6 +198,7 @@ class FreeActLinear(nn.Linear):
             self.low_rank,
             self.low_rank_scale,
             self.bias_rows(),
+            self.weight_group_scale,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -229,7 +230,7 @@ class FreeActLinear(nn.Linear):
             weight = NativeWeight(self.kernel_weight(), self.weight_group_scale)
             y = weight.linear(Rows(rows.codes, rows.stats, rows.branch), rows.types, dtype, self.source.group_size)
         else:
-            y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype, self.source.bits, False)
+            y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype)
         return y.view(*rows.shape, self.out_features)
 
     def _integer_product(self, rounded, dtype: torch.dtype) -> torch.Tensor:

@@ -7,6 +7,7 @@ from torch import nn
 
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.embeddings import FreeActEmbedding, FreeActHead, restore_embeddings
 from optimum_freeact.modules.experts import FreeActExperts
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_cache import install_kv_cache
@@ -31,7 +32,7 @@ def activate(model: nn.Module, config: FreeActConfig) -> None:
         hooks.append(install_kv_cache(model, cache_spec(model, config)))
     model.__dict__["_freeact_hooks"] = hooks
     for module in model.modules():
-        if isinstance(module, (FreeActInput, FreeActLinear, FreeActExperts)):
+        if isinstance(module, (FreeActInput, FreeActLinear, FreeActExperts, FreeActEmbedding, FreeActHead)):
             module.prepare()
 
 
@@ -76,6 +77,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         model.get_submodule(parent)._modules.pop(leaf, None)
     for name, module in experts.items():
         model.set_submodule(name, module.restored(plain_weight, dtype).train(module.training))
+    restore_embeddings(model, dtype)
     find_decoder(model)._modules.pop(CACHE_NAME, None)
     for hook in model.__dict__.pop("_freeact_hooks", []):
         hook.remove()

@@ -12,6 +12,7 @@ from torch import nn
 
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.embeddings import replace_embeddings
 from optimum_freeact.modules.experts import FreeActExperts, find_experts, stand_ins
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
@@ -237,6 +238,8 @@ def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> No
             "The checkpoint's config lacks 'input_groups': it was not written by FreeActConfig's quantizer."
         )
     check_recorded(blocks, config)
+    if config.embedding_bits == 8:
+        replace_embeddings(model, "meta")
     if config.cache_shapes:
         with torch.device("meta"), float32_default():
             find_decoder(model).add_module(CACHE_NAME, CacheMeanBuffers(config.cache_shapes))

@@ -21,7 +21,7 @@ class Side(NamedTuple):
 
 def input_side(
     d: int, *, rank: int = 4, n_types: int = 2, means: bool = True, channel: bool = True, bits: int = 4,
-    symmetric: bool = False, seed: int = 0,
+    symmetric: bool = False, seed: int = 0, group: int = 0,
 ) -> Side:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     a, b = factor_pair(d)
@@ -35,7 +35,7 @@ def input_side(
     left, right = (flat_rotation(size, generator).float() for size in (a, b))
     clip = torch.linspace(0.8, 0.95, n_types)
     found = InputMap(None if mean is None else mean.float(), scale, basis, left, right)
-    return Side(found, make_tables(found, codes, code_scale, clip, bits, symmetric), clip)
+    return Side(found, make_tables(found, codes, code_scale, clip, bits, symmetric, group), clip)
 
 
 def rows_of(n: int, d: int, n_types: int = 2, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +45,7 @@ def rows_of(n: int, d: int, n_types: int = 2, seed: int = 1) -> tuple[torch.Tens
     return x.bfloat16(), types
 
 
-def random_weight(m: int, d: int, *, rank: int = 4, n_bias: int = 2, seed: int = 2) -> Weight:
+def random_weight(m: int, d: int, *, rank: int = 4, n_bias: int = 2, seed: int = 2, group: int = 0) -> Weight:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-8, 8, (m, d), generator=generator)
     low_rank = torch.randint(-127, 128, (m, rank), dtype=torch.int8, generator=generator) if rank else None
@@ -56,6 +56,9 @@ def random_weight(m: int, d: int, *, rank: int = 4, n_bias: int = 2, seed: int =
         low_rank=low_rank,
         low_rank_scale=torch.rand(rank, generator=generator) * 0.01 if rank else None,
         type_bias=torch.randn(n_bias, m, generator=generator) if n_bias else None,
+        group_scale=torch.randint(-127, 128, (m, d // group), dtype=torch.int8, generator=generator)
+        if group
+        else None,
     )
 
 

@@ -22,8 +22,13 @@ def rounded_rows(n: int, d: int, rank: int, bits: int = 4, seed: int = 3) -> ref
     return reference.Rows(codes.to(torch.int8), torch.stack((scale, offset, codes.sum(1).float())), branch)
 
 
-def check(module, n, d, m, *, rank=24, n_bias=2, bits=4, dtype=torch.bfloat16):
-    rows, weight = rounded_rows(n, d, rank, bits), random_weight(m, d, rank=rank, n_bias=n_bias)
+def check(module, n, d, m, *, rank=24, n_bias=2, bits=4, dtype=torch.bfloat16, group=None):
+    """`group` of the weight, 0 for none, makes the rows values instead of codes."""
+    rows, weight = rounded_rows(n, d, rank, bits), random_weight(m, d, rank=rank, n_bias=n_bias, group=group or 0)
+    if group is not None:
+        values = torch.randn(n, d, generator=torch.Generator().manual_seed(5)).half()
+        rows = rows._replace(codes=values, stats=rows.stats[:1])
+        weight = weight._replace(qscale=weight.qscale / 60)  # within float16
     types = torch.randint(0, max(1, n_bias), (n,), generator=torch.Generator().manual_seed(4))
     want = reference.w4_linear(rows, types, weight, torch.float64, torch.float64)
     given = to(rows, "cuda"), types.cuda(), to(weight, "cuda"), dtype
@@ -55,6 +60,15 @@ def test_every_part_may_be_absent(options):
 
 
 @needs_hopper
+@pytest.mark.parametrize("options", [{}, {"rank": 0}, {"n_bias": 0}, {"n_bias": 5}, {"dtype": torch.float16}], ids=str)
+@pytest.mark.parametrize("group", [0, 16, 32, 64])
+def test_values_meet_groups(options, group):
+    from optimum_freeact.kernels import w4_hopper
+
+    check(w4_hopper, 300, 512, 520, group=group, **options)
+
+
+@needs_hopper
 def test_what_is_not_finite_touches_no_other_row():
     from optimum_freeact.kernels import w4_hopper
 
@@ -67,20 +81,22 @@ def test_what_is_not_finite_touches_no_other_row():
 
 
 @needs_hopper
+@pytest.mark.parametrize("group", [0, 16])
 @pytest.mark.parametrize("n", [1, 5, 16, 40, 1500])
-def test_a_captured_step_follows_its_input(monkeypatch, n):
+def test_a_captured_step_follows_its_input(monkeypatch, n, group):
     """Rounding and products in one CUDA graph, kernels starting before the ones they wait for have ended."""
     from tests.freeact.kernels.cases import input_side, rows_of
 
     monkeypatch.setattr(ops, "_failed", {})
     d, m = 1024, 4104
-    side, weight = input_side(d, rank=24, channel=False), to(random_weight(m, d, rank=24), "cuda")
+    side = input_side(d, rank=24, channel=False, group=group)
+    weight = to(random_weight(m, d, rank=24, group=2 * group), "cuda")
     tables = to(side.tables, "cuda")
     x, types = (t.cuda() for t in rows_of(n, d))
 
     def step(rows):
-        found = ops.round_rows(rows, types, *tables.tensors(), tables.a, tables.b, 4, False)
-        return ops.w4_linear(*found, types, *weight, torch.bfloat16, 4, False)
+        found = ops.round_rows(rows, types, *tables.tensors(), tables.a, tables.b, 4, False, tables.group)
+        return ops.w4_linear(*found, types, *weight, torch.bfloat16)
 
     ops.make_ready(x.device)
     inputs = [torch.randn_like(x) for _ in range(4)]
@@ -116,6 +132,8 @@ def test_a_captured_step_follows_its_input(monkeypatch, n):
 )
 def test_which_kernel_is_chosen_on_hopper(n, m, half, branch, dtype, choice):
     assert dispatch.hopper_choice(n, m, half, branch, dtype) == choice
+    assert dispatch.hopper_choice(n, m, half, branch, dtype, 16) == choice
+    assert dispatch.hopper_choice(n, m, half, branch, dtype, 64) is None
 
 
 def test_other_devices_never_see_it():

@@ -16,10 +16,10 @@ def no_failures(monkeypatch):
     monkeypatch.setattr(ops, "_failed", {})
 
 
-def arguments(d=96, n=5):
-    side = input_side(d)
+def arguments(d=96, n=5, group=0):
+    side = input_side(d, group=group)
     x, types = rows_of(n, d)
-    return side, (x, types, *side.tables.tensors(), side.tables.a, side.tables.b, 4, False)
+    return side, (x, types, *side.tables.tensors(), side.tables.a, side.tables.b, 4, False, side.tables.group)
 
 
 def test_a_kernel_that_fails_is_replaced_once_with_one_warning(monkeypatch, no_failures, caplog, device):
@@ -58,14 +58,15 @@ def test_running_out_of_memory_is_no_failure_of_a_kernel(monkeypatch, no_failure
     assert ops.failures() == {}
 
 
-def test_operators_keep_torchs_contract(no_failures, device):
-    _, args = arguments()
+@pytest.mark.parametrize("group", [0, 16])
+def test_operators_keep_torchs_contract(no_failures, device, group):
+    _, args = arguments(group=group)
     torch.library.opcheck(ops.round_rows_op, args, test_utils=("test_schema", "test_faketensor"))
     codes, stats, branch = ops.round_rows(*args)
-    weight = random_weight(20, 96)
+    weight = random_weight(20, 96, group=2 * group)
     torch.library.opcheck(
         ops.w4_linear_op,
-        (codes, stats, branch, args[1], *weight, torch.bfloat16, 4, False),
+        (codes, stats, branch, args[1], *weight, torch.bfloat16),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -93,8 +94,12 @@ def with_triton(monkeypatch, no_failures, device):
         {"preset": "freeact-fast", "activation_bits": 8},
         {"preset": "quarot"},
         {"preset": "freeact-fast", "low_rank": 0, "centring": "none"},
+        {"preset": "freeact"},
+        {"preset": "freeact", "activation_group_size": None},
+        {"preset": "freeact-fast", "activation_group_size": 16},
+        {"preset": "freeact", "activation_bits": 8},
     ],
-    ids=["fast", "a8", "quarot", "bare"],
+    ids=["fast", "a8", "quarot", "bare", "groups", "weight groups", "activation groups", "groups a8"],
 )
 def test_modules_compute_the_same_with_kernels(settings, monkeypatch, request):
     monkeypatch.setenv("FREEACT_KERNELS", "torch")
@@ -106,6 +111,7 @@ def test_modules_compute_the_same_with_kernels(settings, monkeypatch, request):
     for module in (*layers, layers[0].source):
         module.prepare()
     assert all(layer._codes is None for layer in layers)
+    assert layers[0].source._tables is not None
     for layer, before in zip(layers, plain, strict=True):
         after = layer(x)
         assert not torch.equal(after, before)  # the kernels did run
