@@ -7,6 +7,7 @@ are mergekit's rules, and both are easy to write by mistake.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from mergekit_ot.structure import split_name
 
@@ -15,18 +16,18 @@ from mergekit_ot.structure import split_name
 DEFAULT_ALPHA = 0.1
 
 
-def alpha_at(setting: object, name: str, depth: float) -> float:
+def alpha_at(setting: Any, name: str, depth: float) -> float:
     """Alpha of a tensor.
 
     Args:
-        setting (`object`): number, gradient over depth, `{filter, value}` or a list of those.
+        setting (`Any`): number, gradient over depth, `{filter, value}` or a list of those.
         name (`str`): checkpoint name of the tensor.
         depth (`float`): from 0 for the first layer to 1 for the last.
     """
     if isinstance(setting, dict):
         setting = [setting]
     if not isinstance(setting, list):
-        return float(setting)
+        return float(str(setting))
     if not all(isinstance(item, dict) for item in setting):
         values, place = [float(item) for item in setting], depth * (len(setting) - 1)
         low = int(place)

@@ -54,6 +54,13 @@ class TransportSFTTrainer(SFTTrainer):
 
     def __init__(self, *args, lessons: list[Lesson], **kwargs):
         self.lessons = lessons
+        config, longest = kwargs.get("args"), max((len(lesson.ids) for lesson in lessons), default=0)
+        limit = getattr(config, "max_length", None)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"max_length={limit} would cut texts of {longest} tokens, and lessons past the cut have no place; raise "
+                "max_length, or match the texts with a smaller one (`match_text(..., max_length=...)`)."
+            )
         super().__init__(*args, data_collator=kwargs.pop("data_collator", None) or self._collate, **kwargs)
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

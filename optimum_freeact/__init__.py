@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.hf import registration as _registration  # noqa: F401
 from optimum_freeact.hf.quantizer import FreeActHfQuantizer
+from optimum_freeact.version import VERSION
 
 
-__version__ = "0.1.0.dev0"
+__version__ = VERSION
 
 if TYPE_CHECKING:  # for type checkers and editors; names are imported on first use
     from optimum_freeact.api import quantize as quantize

@@ -29,6 +29,8 @@ def quantize(model: nn.Module, config: FreeActConfig) -> nn.Module:
     Raises:
         `ValueError`: for a model that is quantized already, and for all that [`FreeActConfig`] and calibration refuse.
     """
+    if not hasattr(model, "config"):
+        raise ValueError(f"{type(model).__name__} is no model of transformers: its config says how it is built.")
     present = getattr(model.config, "quantization_config", None)
     if present is not None or quantized_linears(model):
         raise ValueError(

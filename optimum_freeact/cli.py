@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from optimum_freeact.commands.options import add_settings
 from optimum_freeact.presets import PRESETS
+from optimum_freeact.version import VERSION
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -35,10 +36,8 @@ class _Version(argparse.Action):
         import platform
         from importlib.metadata import version
 
-        from optimum_freeact import __version__
-
         hosts = " ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-        print(f"hf-concord {__version__} ({hosts}, python {platform.python_version()})")
+        print(f"hf-concord {VERSION} ({hosts}, python {platform.python_version()})")
         parser.exit()
 
 

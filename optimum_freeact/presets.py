@@ -25,7 +25,6 @@ OURS = {
     "centring": "per_type",
     "rounding": "gptq",
     "rounding_passes": 2,
-    "rounding_shrinkage": True,
     "activation_clip": "search",
     "weight_clip": "search",
     "token_types": ["text", "sink", "auto"],

@@ -313,6 +313,25 @@ def test_miniature_end_to_end(commit, tmp_path, capsys):
     assert read(tmp_path / "accuracy.json")["rows"] == rows
 
 
+def test_methods_that_a_change_does_not_touch_may_come_from_an_earlier_commit(commit, tmp_path, monkeypatch):
+    assert tiny_run(tmp_path, "--only", "rtn,quarot", "--schemes", "w4a4") == 0
+    before = read(tmp_path / "accuracy.json")["rows"]
+    monkeypatch.setenv("CONCORD_COMMIT", "f" * 40)
+    words = ["--tiny", "--out", str(tmp_path / "new"), "--rows", str(tmp_path / "new.jsonl"), "--schemes", "w4a4"]
+    words += ["--only", "rtn,quarot", "--earlier", str(tmp_path / "rows.jsonl"), "--earlier-methods", "fp,quarot"]
+    assert run.main([*words, "--limit-seconds", "0"]) == 1  # nothing is run: round to nearest is missing
+    document = read(tmp_path / "new" / "accuracy.json")
+    assert document["commit"] == "f" * 40
+    for row in document["rows"]:
+        if row["metric"] in ("nll", "size_ratio"):
+            assert (row["value"] is None) == (row["method"] == "rtn")
+            assert ("measured at 0123456789" in row["note"]) == (row["method"] != "rtn")
+    values = {(r["method"], r["metric"], r.get("text")): r["value"] for r in before}
+    kept = [row for row in document["rows"] if row["method"] == "quarot"]
+    assert len(kept) > 3
+    assert all(values[row["method"], row["metric"], row.get("text")] == row["value"] for row in kept)
+
+
 def test_a_failing_job_is_listed_and_the_rest_is_written(commit, tmp_path, monkeypatch, capsys):
     perform = run.perform
 
@@ -329,6 +348,9 @@ def test_a_failing_job_is_listed_and_the_rest_is_written(commit, tmp_path, monke
     assert [row["value"] for row in lost] == [None, None]
     assert lost[0]["note"] == "RuntimeError: no memory in deep.py"
     assert any(row["method"] == "rtn" and row["value"] for row in document["rows"])
+    # assembled again without time to run anything, the reason is still there
+    assert tiny_run(tmp_path, "--only", "rtn,quarot", "--schemes", "w4a4", "--limit-seconds", "0") == 1
+    assert read(tmp_path / "accuracy.json")["rows"] == document["rows"]
     assert "not measured: tiny quarot w4a4" in capsys.readouterr().out
 
 

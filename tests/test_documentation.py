@@ -225,6 +225,29 @@ def test_the_quickstart_of_merging_runs(tmp_path, monkeypatch):
     assert (tmp_path / "merged.report" / "report.md").is_file()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_on_teaching_runs(tmp_path, monkeypatch):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.merge.tiny import build, save, texts
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    model = build()
+    save(model, tmp_path / "path" / "to" / "target")
+    save(
+        build("qwen2", seed=5, vocab_size=400, hidden_size=48, num_attention_heads=6),
+        tmp_path / "path/to/donor",
+        vocab_size=400,
+    )
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts(6, seed=9)))
+    changes = {"max_steps=60": "max_steps=2, report_to='none', use_cpu=True, bf16=False", "samples=4": "samples=2"}
+    run_page(ROOT / "docs" / "how-to" / "teach.md", tmp_path, changes)
+    taught = AutoModelForCausalLM.from_pretrained(tmp_path / "taught", dtype=torch.float32)
+    assert not torch.equal(taught.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+
+
 def test_figures_of_the_concept_pages_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     from tools.figures import FIGURES, FOLDER, main

@@ -14,6 +14,7 @@ from pathlib import Path
 #: Errors that say all a user needs; anything else is a defect and keeps its traceback (as all do if the environment
 #: has TRL_MLC_TRACEBACK).
 EXPECTED = (ValueError, OSError, TypeError)
+FIGURES = (".png", ".svg", ".pdf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 USAGE = """usage: trl-mlc {sft,dpo,evaluate,scan} [--config FILE.yaml] [options]
 
@@ -97,20 +98,34 @@ def load_rows(options):
         raise ValueError("Name the rows with --dataset_name: a file, a folder or a hub dataset.")
     path = Path(options.dataset_name)
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
-    if kind is not None:
-        data = load_dataset(kind, data_files=str(path), split=options.dataset_split)
-    else:
-        data = load_dataset(options.dataset_name, name=options.dataset_config, split=options.dataset_split)
+    try:
+        if kind is not None:
+            data = load_dataset(kind, data_files=str(path), split=options.dataset_split)
+        else:
+            data = load_dataset(options.dataset_name, name=options.dataset_config, split=options.dataset_split)
+    except StopIteration:  # what `datasets` makes of an empty file
+        data = ()
+    if len(data) == 0:
+        raise ValueError(f"{options.dataset_name} has no rows in split {options.dataset_split!r}.")
     if options.limit is not None:
+        if options.limit < 1:
+            raise ValueError(f"--limit must be at least 1, got {options.limit}.")
         data = data.select(range(min(options.limit, len(data))))
     return data if options.flat_prefix is None else from_flat_columns(data, options.flat_prefix)
 
 
 def load_eval_rows(options: TrainOptions):
     """Rows for evaluation during training."""
-    split = options.eval_dataset_split or ("test" if options.eval_dataset_name is None else "train")
-    name = options.dataset_name if options.eval_dataset_name is None else options.eval_dataset_name
-    return load_rows(replace(options, dataset_name=name, dataset_split=split, limit=None))
+    other = options.eval_dataset_name is not None
+    split = options.eval_dataset_split or ("train" if other else "test")
+    name = options.eval_dataset_name if other else options.dataset_name
+    try:
+        return load_rows(replace(options, dataset_name=name, dataset_split=split, limit=None))
+    except ValueError as error:
+        raise ValueError(
+            f"No rows for evaluation: {error} Name some with --eval_dataset_name and --eval_dataset_split, or leave "
+            "eval_strategy at 'no'."
+        ) from error
 
 
 def _parse(types: tuple, arguments: list[str], command: str):
@@ -154,6 +169,15 @@ def _device(name: str):
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
         reason = (str(error).strip() or "no such device").splitlines()[0]
         raise ValueError(f"--device {name!r} cannot be used ({reason}); try auto or cpu.") from error
+
+
+def _check_paths(options) -> None:
+    """Refuse what could not be written at the end, before anything is computed."""
+    for path in filter(None, (options.output, options.figure)):
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}.")
+    if options.figure and Path(options.figure).suffix not in FIGURES:
+        raise ValueError(f"--figure must end in one of {list(FIGURES)}, got {options.figure!r}.")
 
 
 def _load_model(options):
@@ -216,6 +240,8 @@ def evaluate(arguments: list[str]) -> None:
     (options,) = _parse((EvaluateOptions,), arguments, "evaluate")
     if options.figure and not options.before:
         raise ValueError("--figure compares two reports; give the earlier one with --before.")
+    _check_paths(options)
+    before = EvaluationReport.load(options.before) if options.before else None
     model, tokenizer = _load_model(options)
     report = evaluate_model(
         model,
@@ -234,7 +260,7 @@ def evaluate(arguments: list[str]) -> None:
     if options.figure:
         from trl_mlc.plots import plot_languages
 
-        plot_languages(EvaluationReport.load(options.before), report, options.figure)
+        plot_languages(before, report, options.figure)
 
 
 def scan(arguments: list[str]) -> None:
@@ -246,6 +272,7 @@ def scan(arguments: list[str]) -> None:
     from trl_mlc.scan import best_layer, complete_groups, scan_layers
 
     (options,) = _parse((ScanOptions,), arguments, "scan")
+    _check_paths(options)
     model, tokenizer = _load_model(options)
 
     class Reading:  # what encode_prompts_of needs of a trainer's arguments
@@ -280,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("trl-mlc: interrupted; --resume_from_checkpoint goes on from a checkpoint.", file=sys.stderr)
         return 130
     except Exception as error:
-        hosts_own = type(error).__module__.partition(".")[0] in ("datasets", "huggingface_hub", "safetensors")
+        hosts_own = type(error).__module__.partition(".")[0] in ("datasets", "huggingface_hub", "safetensors", "yaml")
         if "TRL_MLC_TRACEBACK" in os.environ or not (isinstance(error, EXPECTED) or hosts_own):
             raise
         print(f"trl-mlc: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)

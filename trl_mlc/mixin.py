@@ -288,6 +288,19 @@ class MLCMixin(Host):
         if self._mlc_pass is None:
             return
         saved = load_state(folder)
+        dim, layer = saved.config["extractor_dim"], saved.config["layer"]
+        if dim != self.args.mlc_extractor_dim:
+            raise ValueError(
+                f"{folder} was trained with mlc_extractor_dim={dim}, this run has {self.args.mlc_extractor_dim}; go on "
+                f"with {dim}, or start from its weights as a model."
+            )
+        if self.args.mlc_layer != "auto" and layer != self._mlc_pass.layer:
+            logger.warning(
+                "%s was trained at mlc_layer=%d and goes on at %d, for which its extractor was not made.",
+                folder,
+                layer,
+                self._mlc_pass.layer,
+            )
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._mlc_pass.extractor.load_state_dict(saved.extractor)
         if self.args.mlc_layer == "auto":

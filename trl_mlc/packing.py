@@ -18,7 +18,7 @@ from trl_mlc.early_exit import hidden_state_at
 from trl_mlc.pooling import POOLINGS
 
 
-SHORTEST_ROW = 384  # in tokens: shorter rows leave ends, much longer ones pay for attention that is masked
+SHORTEST_ROW = 128  # in tokens: shorter rows leave ends, much longer ones pay for attention that is masked
 MOST_TOKENS = 16384  # in one forward: enough to keep a GPU busy, and what a layer recomputes stays small
 GPU_ROW = 512  # there a shape that was never seen costs as much as the forward (plans and kernels are made for it)
 KEPT_APART = ("sdpa", "eager")  # attention that is masked by positions in every row of a batch

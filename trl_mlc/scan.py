@@ -90,13 +90,16 @@ def scan_layers(
         layers (`Sequence[int]`, *optional*): all but the embedding, if not given.
 
     Raises:
-        `ValueError`: for too few prompts or languages.
+        `ValueError`: for too few prompts or languages, or an unknown pooling.
     """
     if len(groups) < 2 or len(groups[0]) < 2:
         raise ValueError(
             f"A scan needs at least two prompts in at least two languages, got {len(groups)} prompts in "
             f"{len(groups[0]) if groups else 0} languages."
         )
+    unknown = sorted(set(poolings) - set(POOLINGS))
+    if unknown:
+        raise ValueError(f"poolings must be among {list(POOLINGS)}, got {unknown}.")
     layers = list(range(1, n_layers(decoder) + 1)) if layers is None else list(layers)
     scores = []
     for pooling in poolings:

@@ -46,7 +46,7 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("rounding_passes", 0),
     ("rounding_order", "columns"),
     ("rounding_noise", False),
-    ("rounding_shrinkage", False),
+    ("rounding_shrinkage", True),
     ("sequential", True),
     ("error_correction", True),
     ("activation_symmetric", True),
@@ -62,7 +62,7 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
 # of the default, decided on validation text (`run.py --variants`)
 VARIANTS: tuple[dict, ...] = (
     {},
-    {"rounding_shrinkage": False},
+    {"rounding_shrinkage": True},
     {"low_rank": 32},
     {"low_rank": 64},
     {"rounding_refit": True},

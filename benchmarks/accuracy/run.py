@@ -79,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     add("--limit-seconds", type=float, help="no job is started after it")
     add("--stop-seconds", type=float, help="running jobs are ended after it")
     add("--peers-path", help="folder put on PYTHONPATH of the peers' jobs (pip install --target)")
+    add("--earlier", type=Path, help="finished jobs of another commit; their rows say so in a note")
+    add("--earlier-methods", default="", help="methods taken from --earlier: such as the change since does not touch")
     add("--rows", type=Path, help="finished jobs, read and appended (default: runs/accuracy.jsonl)")
     add("--out", type=Path, help="folder of the result (default: benchmarks/results; tiny: out)")
     return made
@@ -201,6 +203,7 @@ class Store:
     def __init__(self, path: Path, commit: str):
         self.path, self.commit = path, commit
         self.lines: dict[str, dict] = {}
+        self.errors: dict[str, str] = {}  # of jobs that were tried and failed: tried again, unless there is no time
         self._lock = threading.Lock()
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         others = 0
@@ -209,17 +212,33 @@ class Store:
                 told = json.loads(line)
             except json.JSONDecodeError:  # cut off while it was written
                 continue
-            if told["commit"] == commit:
+            if "error" in told:
+                self.errors.update({told["key"]: told["error"]} if told["commit"] == commit else {})
+            elif told["commit"] == commit:
                 self.lines[told["key"]] = told
             else:
                 others += 1
         if self.lines or others:
             print(f"{path.name}: {len(self.lines)} jobs of this commit, {others} of others (not used).", flush=True)
 
+    def take(self, path: Path, jobs: list[Job], methods: set[str]) -> None:
+        """Jobs of other commits, of the named methods and not measured at this one; each row names its commit."""
+        wanted = {job.key for job in jobs if job.method in methods and job.key not in self.lines}
+        for told in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if told["key"] in wanted and "error" in told:
+                self.errors.setdefault(told["key"], told["error"])
+            elif told["key"] in wanted and told["commit"] != self.commit:
+                at = f"measured at {told['commit'][:10]}"
+                rows = [{**row, "note": "; ".join(filter(None, (row.get("note"), at)))} for row in told["rows"]]
+                self.lines[told["key"]] = {**told, "rows": rows}
+
     def add(self, told: dict) -> None:
-        """Keep a finished job."""
+        """Keep a finished job, or why it failed."""
         with self._lock:
-            self.lines[told["key"]] = told
+            if "error" in told:
+                self.errors[told["key"]] = told["error"]
+            else:
+                self.lines[told["key"]] = told
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(told) + "\n")
@@ -266,7 +285,8 @@ class Runner:
         """Run one job, or say why not; its rows go to the store."""
         limit, begun = self.options.limit_seconds, time.perf_counter()
         if limit is not None and begun - self.start >= limit:
-            self.failures[job.key] = f"not started: the time limit of {limit:g} s was reached"
+            late = f"not started: the time limit of {limit:g} s was reached"
+            self.failures[job.key] = self.store.errors.get(job.key, late)
             self._learning.discard(job.key)
             return
         told = self._here(job) if gpu is None else self._process(job, gpu)
@@ -282,7 +302,8 @@ class Runner:
             state = told["error"] if "error" in told else "done"
             print(f"[{self._done}/{self._total}] {seconds:6.1f} s  {job.name}: {state[:200]}", flush=True)
         if "error" in told:
-            self.failures[job.key] = _without_folders(" ".join(told["error"].split()))[:400]
+            self.failures[job.key] = error = _without_folders(" ".join(told["error"].split()))[:400]
+            self.store.add({"key": job.key, "commit": self.store.commit, "error": error})
         else:
             self.store.add({"key": job.key, **self.stamp, "seconds": round(seconds, 2), "rows": told["rows"]})
 
@@ -467,6 +488,8 @@ def main(arguments: list[str] | None = None) -> int:
         models, texts = _prepare(options, Path(scratch))
         jobs = make_plan(options, models, texts)
         store = Store(options.rows, commit + ("-dirty" if dirty else ""))
+        if options.earlier is not None:
+            store.take(options.earlier, jobs, set(options.earlier_methods.split(",")))
         stamp = {"commit": store.commit, "machine": _results.machine_name(), "command": shown_command(arguments)}
         runner = Runner(options, store, stamp, start)
         print(f"{len(jobs)} jobs, {options.jobs or 'one process'} at a time, on {options.device}.", flush=True)

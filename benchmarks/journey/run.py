@@ -19,12 +19,15 @@ from benchmarks._results import command_line, write  # noqa: E402
 
 
 def rows_of(folder: Path) -> list[dict]:
-    """Loss, size and seconds of every step, and the preference in every language before and after the second one."""
-    rows = []
-    for step in json.loads((folder / "steps.json").read_text(encoding="utf-8")):
-        for metric in ("nll", "bytes", "seconds"):
-            if step[metric] is not None:
-                rows.append({"step": step["model"], "metric": metric, "value": step[metric]})
+    """Seconds, loss and size of every step, and the preference in every language before and after the second one.
+
+    Of a journey that was cut off, those that there are.
+    """
+    seconds = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
+    rows = [{"step": step, "metric": "seconds", "value": value} for step, value in seconds.items()]
+    scored = folder / "steps.json"
+    for step in json.loads(scored.read_text(encoding="utf-8")) if scored.is_file() else ():
+        rows += [{"step": step["model"], "metric": metric, "value": step[metric]} for metric in ("nll", "bytes")]
     for when in ("before", "after"):
         report = json.loads((folder / f"{when}.json").read_text(encoding="utf-8"))
         for language, found in report["languages"].items():
@@ -41,10 +44,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="the --out of examples/journey/run.py")
     parser.add_argument("--name", default="journey", help="name of the result file (default %(default)s)")
+    parser.add_argument("--machine", help="where the journey ran, if not here")
     options = parser.parse_args()
     settings = json.loads((options.folder / "settings.json").read_text(encoding="utf-8"))
     rows = [{**row, "scale": settings["scale"], "device": settings["device"]} for row in rows_of(options.folder)]
-    print(write(options.name, rows, "benchmarks.journey.claims", settings["command"] + "; " + command_line(), [0]))
+    commands = settings["command"] + "; " + command_line()
+    print(write(options.name, rows, "benchmarks.journey.claims", commands, [0], machine=options.machine))
 
 
 if __name__ == "__main__":

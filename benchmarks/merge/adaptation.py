@@ -479,6 +479,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, default=Path("scratch"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
+        "--resume", type=Path, nargs="*", help="rows of earlier calls: what they hold is not done again"
+    )
+    parser.add_argument(
         "--late-assets", action="store_true", help="checkpoints are still being copied here: begin without"
     )
     parser.add_argument("--rows", type=Path, default=Path("rows.jsonl"), help="rows are added to this file")

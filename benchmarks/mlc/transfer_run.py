@@ -89,12 +89,14 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
         own["steps"] = options.steps
     used = {"model": Path(folder).name, "batch": options.batch, "rows": len(data), **own}
     rate, rank, steps = own.pop("learning_rate"), own.pop("lora"), own.pop("steps")
-    shuffled = own.pop("shuffled", None)
+    shuffled, words_rate = own.pop("shuffled", None), own.pop("embedding_rate", None)
     if shuffled:
         data = shuffled_translations(data, seed, each=shuffled == "each")
     set_seed(seed)
     gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    if words_rate == 0:
+        model.get_input_embeddings().requires_grad_(False)
     with tempfile.TemporaryDirectory() as scratch:
         args = MLCDPOConfig(
             output_dir=scratch,
@@ -119,6 +121,8 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
         )
         adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear") if rank else None
         trainer = MLCDPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=adapter)
+        if words_rate:
+            rate_of_words(trainer, words_rate)
         start = time.perf_counter()
         trainer.train()
         numbers = {"train_seconds": time.perf_counter() - start}
@@ -135,6 +139,18 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
     gc.collect()
     torch.cuda.empty_cache()
     return trained, layer, numbers, used
+
+
+def rate_of_words(trainer, rate: float) -> None:
+    """Give the embedding a learning rate of its own."""
+    optimizer, words = trainer.create_optimizer(), trainer.model.get_input_embeddings().weight
+    for group in optimizer.param_groups:
+        if any(p is words for p in group["params"]):
+            group["params"] = [p for p in group["params"] if p is not words]
+            own = {k: v for k, v in group.items() if k not in ("params", "lr")}
+            optimizer.add_param_group({"params": [words], "lr": rate, **own})
+            return
+    raise ValueError("The embedding is not trained.")
 
 
 def measure(model, tokenizer, data, text, layer: int | None, tag: dict, scored: dict) -> list[dict]:

@@ -3,8 +3,8 @@
     python benchmarks/packaging/run.py --python python3.10 --python python3.13 [--versions lowest,newest] [--tests PATH ...]
 
 Each finished environment is one line of the progress file and is removed, so that an interrupted run goes on where it
-stopped, on the same commit only. When all are done the result is written to benchmarks/results/packaging.json. An
-environment takes some six gigabytes of disk where torch comes with CUDA, and minutes. `--at-most 1` makes one and ends;
+stopped, on the same commit only. What is finished is written to benchmarks/results/packaging.json at the end of every call.
+An environment takes some six gigabytes of disk where torch comes with CUDA, and minutes. `--at-most 1` makes one and ends;
 with `--only-install` it is kept until a call without uses it, so that loading and computing can be done at different times.
 """
 
@@ -134,6 +134,7 @@ def main() -> int:
         return 0
     if options.at_most is not None and len(wanted) > options.at_most:
         print(f"{len(wanted) - options.at_most} environments are left; the same command goes on.")
+    if not known:
         return 0
     rows = [row for line in sorted(known, key=lambda line: (line["versions"], line["python"])) for row in line["rows"]]
     path = write("packaging", rows, "benchmarks.packaging.claims", command_line(), [0])

@@ -63,6 +63,17 @@ def check_model(model: nn.Module, config: FreeActConfig) -> None:
     reason = UNSUPPORTED.get(getattr(model.config, "model_type", ""))
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot be quantized: {reason}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model; calibration follows one chain of blocks: quantize a "
+            "decoder-only model."
+        )
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} weights of {type(model).__name__} are on the meta device or offloaded, the first is {absent[0]!r}: "
+            "load the model on 'cpu' (blocks are moved to the GPU one by one) to quantize it."
+        )
     prefix, blocks = find_blocks(model)
     found: dict = {}
     for index, block in enumerate(blocks):
@@ -217,7 +228,7 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
 
         records += fit_experts(block, inner, make, routed.pop(inner), config, generator, name)
     if done is not None:
-        store.restore(block, done)
+        store.restore(index, block, done)
     elif config.calibration == "learned":
         records, learned = refine_block(block, groups, linears, fits, records, stream, index, reference, config)
     for module in block.modules():

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -49,8 +50,16 @@ class BlockStore:
         return self.folder / f"block-{index:04d}.safetensors"
 
     def load(self, index: int) -> dict[str, torch.Tensor] | None:
-        """Tensors of a finished block, or `None`."""
-        return load_file(self._path(index)) if self._path(index).exists() else None
+        """Tensors of a finished block, or `None`.
+
+        Raises:
+            `ValueError`: naming the file, if it is damaged.
+        """
+        path = self._path(index)
+        try:
+            return load_file(path) if path.exists() else None
+        except SafetensorError as error:
+            raise damaged(path, error) from None
 
     def save(self, index: int, block: nn.Module) -> None:
         """Write a block's quantized tensors; the file appears whole or not at all."""
@@ -64,15 +73,36 @@ class BlockStore:
         save_file(tensors, partial)
         partial.rename(self._path(index))
 
+    def restore(self, index: int, block: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+        """Fill a block's empty quantized modules.
+
+        Raises:
+            `ValueError`: naming the file, if it holds other tensors than the block has, or such that are not finite.
+        """
+        try:
+            self._fill(block, tensors)
+        except RuntimeError as error:
+            raise damaged(self._path(index), error) from None
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise damaged(self._path(index), f"{name!r} holds NaN or inf")
+
     @staticmethod
-    def restore(block: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-        """Fill a block's empty quantized modules."""
+    def _fill(block: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         for name, module in block.named_modules():
             if isinstance(module, (FreeActLinear, FreeActInput, FreeActExperts)):
                 own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.rpartition(".")[0] == name}
                 if isinstance(module, FreeActExperts):  # its inputs are modules of their own
                     own |= {k: v for k, v in module.state_dict().items() if "." in k}
                 module.load_state_dict(own)
+
+
+def damaged(path: Path, why: object) -> ValueError:
+    """What to raise for a block's file that cannot be used."""
+    return ValueError(
+        f"The finished block {str(path)!r} is damaged ({' '.join(str(why).split())}). Delete this file: the block is "
+        "calibrated again, the others are kept."
+    )
 
 
 def _own(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from optimum_freeact import FreeActConfig, quantize
@@ -169,6 +170,16 @@ def test_activations_that_are_not_finite_name_the_module():
 )
 def test_models_without_linears(family, message):
     refused(tiny(family), message)
+
+
+def test_models_of_another_kind():
+    t5 = transformers.T5Config(vocab_size=104, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model.*decoder-only"):
+        quantize(transformers.T5ForConditionalGeneration(t5), settings())
+    with pytest.raises(ValueError, match="21 weights of LlamaForCausalLM are on the meta device or offloaded.*'cpu'"):
+        quantize(tiny("llama").to("meta"), settings())
+    with pytest.raises(ValueError, match="Linear is no model of transformers"):
+        quantize(torch.nn.Linear(4, 4), settings())
 
 
 def test_everything_excluded():

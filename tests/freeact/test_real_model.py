@@ -69,9 +69,18 @@ def test_saved_and_reloaded_is_bit_equal_and_small(model, plain, windows, tmp_pa
     assert stored / inner < 0.33
 
 
-def test_it_still_talks(model, plain, smollm2):
-    """Greedy continuations of a model of two blocks are no prose, but they are the plain model's for a while."""
+def test_it_says_what_the_plain_model_says(model, plain, windows, smollm2):
+    """Eight blocks write no prose, their distributions are flat, but the likeliest token of 49,152 is mostly the same."""
+    with torch.no_grad():
+        wanted = plain(input_ids=windows).logits.argmax(-1)
+        assert (model(input_ids=windows).logits.argmax(-1) == wanted).float().mean() > 0.5
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     inputs = tokenizer("The capital of France is", return_tensors="pt")
-    texts = [each.generate(**inputs, max_new_tokens=8, do_sample=False)[0] for each in (model, plain)]
-    assert all(len(text) > inputs.input_ids.shape[1] for text in texts)
+    text = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    length = inputs.input_ids.shape[1]
+    assert text.shape == (1, length + 8)
+    with (
+        torch.no_grad()
+    ):  # with a cache, token by token, it says what it would say at once; one near tie may fall otherwise
+        said = model(input_ids=text).logits.argmax(-1)[0, length - 1 : -1]
+    assert (said == text[0, length:]).sum() >= 7

@@ -161,3 +161,14 @@ def test_weights_of_the_losses_are_checked(tmp_path):
 
     with pytest.raises(ValueError, match="distribution_weight must lie in"):
         TransportSFTConfig(output_dir=str(tmp_path), distribution_weight=2.0, use_cpu=True, bf16=False)
+
+
+def test_lessons_longer_than_the_trainer_reads_are_refused(tmp_path):
+    pytest.importorskip("trl")
+    from mergekit_ot.trainer import TransportSFTConfig, TransportSFTTrainer, lesson_rows
+
+    made = lessons(2)
+    longest = max(len(lesson.ids) for lesson in made)
+    config = TransportSFTConfig(output_dir=str(tmp_path), max_length=longest - 1, use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=f"max_length={longest - 1} would cut texts of {longest} tokens"):
+        TransportSFTTrainer(model=build(), args=config, lessons=made, train_dataset=lesson_rows(made))

@@ -216,6 +216,16 @@ def test_the_claim_takes_of_every_donor_the_task_on_which_it_leads_most():
     assert one["value"] == pytest.approx(0.01)
 
 
+def test_the_command_line_gives_all_that_the_work_reads(options, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["adaptation.py", "--late-assets", "--resume", "a.jsonl", "b.jsonl", "--tasks", "rust"]
+    )
+    found = adaptation.arguments()
+    assert set(vars(options)) <= set(vars(found))
+    assert found.late_assets
+    assert found.resume == [Path("a.jsonl"), Path("b.jsonl")]
+
+
 def test_the_plan_is_readable(options, monkeypatch):
     monkeypatch.setattr(options, "arms", None)
     groups = adaptation.groups(options)

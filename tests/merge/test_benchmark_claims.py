@@ -1,5 +1,7 @@
 """The claims of the merge benchmarks follow from their rows alone, and are absent where nothing was measured."""
 
+import json
+
 import pytest
 
 from benchmarks.merge import (
@@ -117,3 +119,25 @@ def test_h100_claims_nothing_of_miniatures_or_without_a_gpu():
 
 def test_solver_times_claim_nothing():
     assert solver_times_claims.claims([{"metric": "seconds", "value": 1.0}]) == []
+
+
+def test_what_an_examples_report_says(tmp_path):
+    from benchmarks.merge.examples import EXAMPLES, FOLDER, rows_of
+
+    assert rows_of("code", tmp_path) == []
+    folder = tmp_path / "work" / "code-merge.report"
+    folder.mkdir(parents=True)
+    losses = [
+        {"model": "target", "loss": 3.0, "perplexity": 20.1},
+        {"model": "merged", "loss": 2.5, "perplexity": 12.2},
+    ]
+    told = {"losses": losses, "tokens": 40, "tensors": {"a": {}, "b": {}}}
+    (folder / "report.json").write_text(json.dumps(told))
+    rows = rows_of("code", tmp_path)
+    assert [(row.get("model"), row["metric"], row["value"]) for row in rows] == [
+        ("target", "nats per token", 3.0),
+        ("merged", "nats per token", 2.5),
+        (None, "scored tokens", 40),
+        (None, "merged tensors", 2),
+    ]
+    assert all((FOLDER / f"{name}.yml").is_file() for name in EXAMPLES)

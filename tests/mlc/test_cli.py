@@ -73,6 +73,44 @@ def test_help_and_unknown_commands(capsys):
         assert message in error
 
 
+def test_wrong_input_is_one_line_that_names_it(tiny, data, tmp_path, capsys):
+    empty, broken, nothing = tmp_path / "empty.jsonl", tmp_path / "broken.yaml", tmp_path / "nothing.json"
+    empty.write_text("")
+    broken.write_text("a: [1\n")
+    nothing.write_text('{"a": 1}')
+    model = ["--model_name_or_path", tiny, "--dtype", "float32"]
+    read = [*model, "--dataset_name", data]
+    train = [*read, "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--bf16", "False", "--use_cpu"]
+    before = ["--before", str(nothing), "--figure", str(tmp_path / "f.png")]
+    for words, message in (
+        (["dpo", "--config", str(broken)], "broken.yaml"),
+        (["evaluate", *model, "--dataset_name", str(empty)], "no rows"),
+        (["scan", *read, "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["scan", *read, "--poolings", "max"], "poolings must be among ['last', 'mean'], got ['max']"),
+        (["evaluate", *read, "--pooling", "max"], "pooling must be one of ['last', 'mean'], got 'max'"),
+        (["evaluate", *read, "--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["evaluate", *read, "--languages", "xx"], "['xx'] are in none of them (they have ['ar', 'bn', 'sw'])"),
+        (["evaluate", *read, "--output", str(tmp_path / "no" / "r.json")], "there is no folder"),
+        (["scan", *read, "--figure", "f.xyz"], "must end in one of ['.png', '.svg', '.pdf'], got 'f.xyz'"),
+        (["evaluate", *read, *before], "nothing.json is no report"),
+        (["dpo", *train, "--eval_strategy", "steps"], "Name some with --eval_dataset_name"),
+    ):
+        assert main(words) == 2, words
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("trl-mlc: error: "), words
+        assert message in error
+
+
+def test_a_checkpoint_of_another_extractor_is_refused(tiny, data, tmp_path, capsys):
+    options = f"--model_name_or_path {tiny} --dtype float32 --dataset_name {data} --output_dir {tmp_path / 'out'}"
+    options += " --report_to none --bf16 False --use_cpu --save_steps 1 --mlc_layer 3"
+    assert main(["dpo", *options.split(), "--max_steps", "1", "--mlc_extractor_dim", "8"]) == 0
+    again = ["dpo", *options.split(), "--max_steps", "2", "--resume_from_checkpoint", "last"]
+    assert main([*again, "--mlc_extractor_dim", "4"]) == 2
+    assert "was trained with mlc_extractor_dim=8, this run has 4" in capsys.readouterr().err
+    assert main([*again, "--mlc_extractor_dim", "8"]) == 0
+
+
 def test_wrong_devices_models_and_options_are_named(tiny, data, capsys):
     from accelerate.state import PartialState
 

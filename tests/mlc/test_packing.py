@@ -20,7 +20,7 @@ def test_every_prompt_lies_whole_in_one_row_and_little_is_left_over():
     lengths = [8 + (i * 37) % 151 + (i % 10) * (i % 7) for i in range(160)]
     rows, width = lay_out(lengths)
     assert sorted(i for row in rows for i in row) == list(range(160))
-    assert max(sum(lengths[i] for i in row) for row in rows) == width <= 384
+    assert max(sum(lengths[i] for i in row) for row in rows) == width <= 256
     assert len(rows) * width < 1.05 * sum(lengths) < 0.6 * len(lengths) * max(lengths)
     assert lay_out([5, 3]) == ([[0, 1]], 8)
     assert lay_out([500, 3, 250]) == ([[0], [2, 1]], 500)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,8 +22,12 @@ from trl_mlc.evaluation.preferences import (
     perplexity,
     variance_x100,
 )
-from trl_mlc.prompts import prompt_group, tokenize_prompt
+from trl_mlc.pooling import POOLINGS
+from trl_mlc.prompts import COLUMN, prompt_group, tokenize_prompt, translations_of
 from trl_mlc.scan import prompt_states
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,8 +52,15 @@ class EvaluationReport:
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationReport:
-        """Read what [`save`] wrote."""
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read what [`save`] wrote.
+
+        Raises:
+            `ValueError`: for a file that is no report.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is no report of `trl-mlc evaluate --output` ({error}).") from error
 
     def table(self) -> str:
         """The report as aligned text, one language per line."""
@@ -95,7 +107,14 @@ def evaluate_model(
     names = list(dict.fromkeys([anchor, *sorted({name for group in groups for name in group})]))
     unknown = sorted(set(languages or []) - set(names))
     if not rows or unknown:
-        raise ValueError(f"Got {len(rows)} rows; languages {unknown} are in none of them (they have {names}).")
+        present = sorted({name for row in rows for name in translations_of(row)})
+        raise ValueError(f"Got {len(rows)} rows; languages {unknown} are in none of them (they have {present}).")
+    if len(names) == 1:
+        logger.warning("No row has a translation in column %r: only the anchor language is scored.", COLUMN)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {list(POOLINGS)}, got {pooling!r}.")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = decoder_of(base)
     depth = base.config.get_text_config().num_hidden_layers

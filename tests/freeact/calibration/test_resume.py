@@ -68,6 +68,27 @@ def test_a_torn_block_is_not_taken_for_a_finished_one(tmp_path, monkeypatch):
     assert torch.equal(logits(model), logits(quantize(tiny("llama", **SIZE), settings())))
 
 
+DAMAGE = {
+    "cut": lambda whole: whole[:500],
+    "empty": lambda whole: b"",
+    "renamed": lambda whole: whole.replace(b"qscale", b"qscalf", 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_block_is_named_and_deleting_it_helps(tmp_path, damage):
+    config = settings(resume_dir=str(tmp_path))
+    expected = quantize(tiny("llama", **SIZE), config)
+    block = tmp_path / "block-0001.safetensors"
+    whole = block.read_bytes()
+    block.write_bytes(DAMAGE[damage](whole))
+    with pytest.raises(ValueError, match=r"finished block '.*block-0001.safetensors' is damaged \(.*Delete this file"):
+        quantize(tiny("llama", **SIZE), config)
+    block.unlink()
+    assert torch.equal(logits(quantize(tiny("llama", **SIZE), config)), logits(expected))
+    assert block.read_bytes() == whole
+
+
 OTHERS = {
     "bits": ({"weight_bits": 8}, {}),
     "seed of the config": ({"seed": 5}, {}),
