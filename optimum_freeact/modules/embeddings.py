@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from optimum_freeact.kernels import ops
-from optimum_freeact.modules.activation import PICKLE_REFUSED, _deepcopy_module
+from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module
 
 
 ALIGNMENT = 64  # bytes
@@ -69,7 +69,7 @@ class _ByteRows(nn.Module):
         return self.weight.data.flatten(1).to(dtype) * self.qscale.to(dtype)
 
     def __deepcopy__(self, memo: dict) -> _ByteRows:
-        return _deepcopy_module(self, memo)
+        return deepcopy_module(self, memo)
 
     def __reduce_ex__(self, protocol: int) -> None:  # noqa: ARG002
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
