@@ -140,12 +140,6 @@ def store_tile(
 
 
 @triton.jit
-def clips_of(rows, clip_ptr, types_ptr, n_clips, HAS_TYPES: tl.constexpr):
-    """Share of the range kept, per row. Types were there before any kernel of the layer: they are read before it is waited."""
-    return tl.load(clip_ptr + (tl.minimum(tl.load(types_ptr + rows), n_clips - 1) if HAS_TYPES else rows * 0))
-
-
-@triton.jit
 def finish(
     turned_ptr, undo_ptr, types_ptr, left_ptr, clip_ptr, factor_ptr, out_ptr, stats_ptr, n, n_clips,
     HAS_TYPES: tl.constexpr, A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr,
@@ -158,16 +152,10 @@ def finish(
     c = tl.arange(0, TOKENS * PB)
     left = tl.load(left_ptr + i[:, None] * PA + i[None, :])
     factor = tl.load(factor_ptr)
-    far = tl.num_programs(0) * TOKENS
-    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    coming = clips_of(tl.minimum(rows, n - 1), clip_ptr, types_ptr, n_clips, HAS_TYPES)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    for first in range(tl.program_id(0) * TOKENS, n, far):
-        rows = first + tl.arange(0, TOKENS)
-        clip = coming
-        coming = clips_of(tl.minimum(rows + far, n - 1), clip_ptr, types_ptr, n_clips, HAS_TYPES)
+    for first in range(tl.program_id(0) * TOKENS, n, tl.num_programs(0) * TOKENS):
         token = tl.minimum(first + c // PB, n - 1).to(tl.int64)
         tile = turned_ptr + i[:, None] * B + (token * (A * B) + c % PB)[None, :]
         if A == PA and B == PB:
@@ -175,7 +163,10 @@ def finish(
         else:
             turned = tl.load(tile, mask=(i < A)[:, None] & (c % PB < B)[None, :], other=0.0)
         z = tl.reshape(tl.dot(left, turned), (PA, TOKENS, PB))
-        undo = tl.load(undo_ptr + tl.minimum(rows, n - 1)) * factor
+        rows = first + tl.arange(0, TOKENS)
+        safe = tl.minimum(rows, n - 1)
+        clip = tl.load(clip_ptr + (tl.minimum(tl.load(types_ptr + safe), n_clips - 1) if HAS_TYPES else safe * 0))
+        undo = tl.load(undo_ptr + safe) * factor
         store_tile(
             z, rows, rows < n, clip, undo, out_ptr, stats_ptr, n, i, j, A, B, PA, PB, TOKENS, QMIN, QMAX, SYMMETRIC,
             GROUP,
@@ -189,20 +180,20 @@ def round_flat(
     QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """COUNT groups of rotated rows in their natural order: onto their grids."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     group = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
     t = tl.arange(0, PG)
     alive = group < total
     inside = alive[:, None] & (t < GROUP)[None, :]
     safe = tl.where(alive, group, 0)
     row = safe // (D // GROUP)
-    clip = clips_of(row, clip_ptr, types_ptr, n_clips, HAS_TYPES)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     z = tl.load(z_ptr + safe[:, None] * GROUP + t[None, :], mask=inside, other=0.0)
     low = tl.min(tl.where(inside, z, float("inf")), 1)
     high = tl.max(tl.where(inside, z, float("-inf")), 1)
     good = tl.abs(high - low) < float("inf")
+    clip = tl.load(clip_ptr + (tl.minimum(tl.load(types_ptr + row), n_clips - 1) if HAS_TYPES else row * 0))
     scale, offset = _grid(low, high, clip, 1.0, QMIN, QMAX, SYMMETRIC)
     inverse = 1.0 / scale
     value = _stepped(z, inverse[:, None], (offset * inverse)[:, None], QMIN, QMAX) - MAGIC
