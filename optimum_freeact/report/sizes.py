@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.embeddings import FreeActEmbedding, FreeActHead
 from optimum_freeact.modules.experts import FreeActExperts
 from optimum_freeact.modules.layout import find_blocks, unquantized_parameters
 from optimum_freeact.modules.linear import FreeActLinear
@@ -61,7 +62,7 @@ def quantized_size(model: nn.Module) -> QuantizedSize:
 
 @dataclass(frozen=True)
 class Rest:
-    """Tensors that are not quantized, all for one reason; `name` has `*` for the block's number."""
+    """Tensors that are not quantized to the model's bits, all for one reason; `name` has `*` for the block's number."""
 
     name: str
     n_tensors: int
@@ -85,10 +86,14 @@ def unquantized(model: nn.Module, planned: Iterable[str] = ()) -> list[Rest]:
         if isinstance(module, (FreeActLinear, FreeActInput, FreeActExperts))
         for tensor in module.parameters(recurse=False)
     }
+    kinds = (FreeActEmbedding, FreeActHead)
+    in_bytes = {id(module.weight) for module in model.modules() if isinstance(module, kinds)}
     for name, parameter in model.named_parameters():
         if id(parameter) in quantized or (inside and name.startswith(inside)):
             continue
-        if name in reasons:
+        if id(parameter) in in_bytes:
+            key = (name, "embeddings and head: one byte a number (embedding_bits=8)")
+        elif name in reasons:
             key = (re.sub(r"\.\d+\.", ".*.", name), reasons[name])
         else:
             key = ("norms and biases", "vectors: they hold next to nothing")

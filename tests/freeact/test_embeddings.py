@@ -80,6 +80,14 @@ def test_codes_at_an_odd_address_are_moved():
     assert distance(head(x), before) < 0.01
 
 
+def test_the_report_says_what_they_are():
+    from optimum_freeact.report.sizes import unquantized
+
+    rests = {rest.name: rest for rest in unquantized(quantized(embedding_bits=8))}
+    assert "embedding_bits=8" in rests["lm_head.weight"].why
+    assert rests["model.embed_tokens.weight"].n_bytes == 104 * 64
+
+
 def test_little_is_lost_and_generation_runs():
     plain, model = quantized(), quantized(embedding_bits=8)
     assert distance(logits(model), logits(plain)) < 0.2  # codes inside the blocks fall differently, too

@@ -131,6 +131,23 @@ def test_the_environment_decides(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ((32, 16), None),
+        ((16, None), None),
+        ((None, 6), None),
+        ((48, 16), "weight_group_size=48"),
+        ((8, 16), "weight_group_size=8"),
+        ((32, 9), "activation_group_size=9"),
+    ],
+)
+def test_which_groups_the_kernels_for_gpus_take(sizes, reason):
+    layer = {"weight_bits": 4, "activation_bits": 4, "transform": "hadamard", "width": 2016}
+    found = dispatch.layer_obstacle(**layer, group_size=sizes[0], activation_group_size=sizes[1])
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"weight_bits": 8}, "weight_bits=8"),
