@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.hf import registration as _registration  # noqa: F401
 from optimum_freeact.hf.quantizer import FreeActHfQuantizer
-from optimum_freeact.version import VERSION
+from optimum_freeact.version import VERSION as _VERSION
 
 
-__version__ = VERSION
+__version__ = _VERSION
 
 if TYPE_CHECKING:  # for type checkers and editors; names are imported on first use
     from optimum_freeact.api import quantize as quantize

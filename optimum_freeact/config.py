@@ -82,9 +82,9 @@ class FreeActConfig(QuantizationConfigMixin):
             inputs have most energy first, or as they come (`"columns"`).
         rounding_noise (`bool`, *optional*, defaults to `True`): Whether GPTQ's moments hold the rounding noise of the
             activations.
-        rounding_shrinkage (`bool`, *optional*, defaults to `False`): Round, in the place of the weight, the one that predicts its
-            outputs best from inputs with the activations' rounding noise: shrunk where the noise is louder than the input. Each
-            linear's error falls and the model's rises, because what is shrunk everywhere adds up (docs/log.md).
+        rounding_shrinkage (`bool`, *optional*): Round, in the place of the weight, the one that predicts its outputs best from
+            inputs with the activations' rounding noise: shrunk where the noise is louder than the input. Only where calibration has
+            six tokens or more for each entry of the input: with fewer it fits what it has seen.
         rounding_refit (`bool`, *optional*, defaults to `False`): Fit the scales of groups to the codes that GPTQ found, and choose
             every code once more.
         attention_compensation (`bool`, *optional*, defaults to `False`): Give the attention's output the moments that it has

@@ -199,6 +199,8 @@ def test_every_preset_is_planned_at_every_scheme_and_the_claimed_ones_with_every
 def test_ablations_change_one_field_and_skip_what_does_not_divide():
     plan = a_plan()
     plan.ablations([576, 1536])
+    fast = [job for job in plan.jobs if job.quantize["preset"] == "freeact-fast"]
+    assert [(job.seed, job.quantize["rounding_shrinkage"]) for job in fast] == [(0, True), (1, True)]
     changed = [set(job.quantize) - {"preset"} for job in plan.jobs]
     assert all(len(fields) == 1 for fields in changed)
     assert {"weight_group_size"} in changed

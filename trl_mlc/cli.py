@@ -116,9 +116,8 @@ def load_rows(options):
 
 def load_eval_rows(options: TrainOptions):
     """Rows for evaluation during training."""
-    other = options.eval_dataset_name is not None
-    split = options.eval_dataset_split or ("train" if other else "test")
-    name = options.eval_dataset_name if other else options.dataset_name
+    split = options.eval_dataset_split or ("test" if options.eval_dataset_name is None else "train")
+    name = options.dataset_name if options.eval_dataset_name is None else options.eval_dataset_name
     try:
         return load_rows(replace(options, dataset_name=name, dataset_split=split, limit=None))
     except ValueError as error:
@@ -257,7 +256,7 @@ def evaluate(arguments: list[str]) -> None:
     print(report.table())
     if options.output:
         report.save(options.output)
-    if options.figure:
+    if options.figure and before is not None:
         from trl_mlc.plots import plot_languages
 
         plot_languages(before, report, options.figure)

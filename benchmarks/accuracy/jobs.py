@@ -46,7 +46,7 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("rounding_passes", 0),
     ("rounding_order", "columns"),
     ("rounding_noise", False),
-    ("rounding_shrinkage", True),
+    ("rounding_shrinkage", False),
     ("sequential", True),
     ("error_correction", True),
     ("activation_symmetric", True),
@@ -62,7 +62,7 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
 # of the default, decided on validation text (`run.py --variants`)
 VARIANTS: tuple[dict, ...] = (
     {},
-    {"rounding_shrinkage": True},
+    {"rounding_shrinkage": False},
     {"low_rank": 32},
     {"low_rank": 64},
     {"rounding_refit": True},
@@ -251,6 +251,10 @@ class Plan:
         if "w4a4" not in self.schemes:
             return
         from optimum_freeact.config_fields import DEFAULTS
+
+        shrunk = {"preset": "freeact-fast", "rounding_shrinkage": True}
+        for seed in self.seeds:  # why only one of our presets has it
+            self.add("ablation", "freeact-fast rounding_shrinkage=True", ("w4a4",), seed, shrunk, rank=3)
 
         default = {**DEFAULTS, **PRESETS["freeact"]}
         for name, value in ABLATIONS:

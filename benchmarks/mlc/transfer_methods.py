@@ -18,6 +18,7 @@ CONTROLS = {"": {}, ".rows": {"shuffled": "rows"}, ".each": {"shuffled": "each"}
 # DPO at its usual beta of 0.1 goes on until margins are over a hundred nats, long after the rule is learned, and English
 # pays for it; at a beta of 1 its loss is gone at about ten.
 REGIMES = {
+    "full-1e-5-beta1": {"learning_rate": 1e-5, "beta": 1.0},
     "full-3e-5-beta1": {"learning_rate": 3e-5, "beta": 1.0},
     "full-2e-5-beta1-150": {"learning_rate": 2e-5, "beta": 1.0, "steps": 150},
     "body-3e-5-beta1": {"learning_rate": 3e-5, "beta": 1.0, "embedding_rate": 0.0},
@@ -26,7 +27,6 @@ REGIMES = {
     "lora32-5e-4-beta1": {"learning_rate": 5e-4, "lora": 32, "beta": 1.0},
     "lora32-2e-4-beta1": {"learning_rate": 2e-4, "lora": 32, "beta": 1.0},
     "lora32-5e-4-beta1-50": {"learning_rate": 5e-4, "lora": 32, "beta": 1.0, "steps": 50},
-    "full-1e-5-beta1": {"learning_rate": 1e-5, "beta": 1.0},
     "lora32-2e-4-beta.3": {"learning_rate": 2e-4, "lora": 32, "beta": 0.3},
 }
 

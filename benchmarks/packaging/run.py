@@ -85,6 +85,19 @@ def try_environment(environment: Environment, versions: str, tests: list[str]) -
     return rows
 
 
+def built_once(commit: str, folder: Path, isolated: bool) -> tuple[Path, Path]:
+    """Wheel and sdist of a commit, from an earlier call where there was one; a changed tree is built each time."""
+    place = folder / "dist" / commit[:10]
+    if commit.endswith("-dirty") or not place.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            build(Path(scratch) / "dist", isolated)
+            shutil.rmtree(place, ignore_errors=True)
+            place.parent.mkdir(exist_ok=True)
+            (Path(scratch) / "dist").rename(place)
+    return next(place.glob("*.whl")), next(place.glob("*.tar.gz"))
+
+
 def known_environments(progress: Path) -> list[dict]:
     """What earlier calls finished: `python`, `versions`, `commit` and `rows` of each; other commits' are refused."""
     commit, dirty = commit_and_dirty()
@@ -115,21 +128,20 @@ def main() -> int:
     wanted = [(python, versions) for python, versions in wanted if (version_of(python), versions) not in done]
     commit, dirty = commit_and_dirty()
     commit += "-dirty" * dirty
-    with tempfile.TemporaryDirectory() as scratch:
-        wheel, sdist = build(Path(scratch) / "dist", not options.no_isolation)
-        if wrong := problems(wheel, sdist):
-            raise SystemExit("\n".join(wrong))
-        for python, versions in wanted[: options.at_most]:
-            place = {"python": version_of(python), "versions": versions, "commit": commit}
-            folder = options.progress.parent / "environments" / "-".join((commit[:10], place["python"], versions))
-            environment = make_environment(wheel, python, versions, bool(options.tests), folder)
-            if options.only_install:
-                continue
-            known.append({**place, "rows": try_environment(environment, versions, options.tests)})
-            with options.progress.open("a") as stream:
-                stream.write(json.dumps(known[-1]) + "\n")
-            shutil.rmtree(folder)
-            print(*known[-1]["rows"], sep="\n", flush=True)
+    wheel, sdist = built_once(commit, options.progress.parent, not options.no_isolation)
+    if wrong := problems(wheel, sdist):
+        raise SystemExit("\n".join(wrong))
+    for python, versions in wanted[: options.at_most]:
+        place = {"python": version_of(python), "versions": versions, "commit": commit}
+        folder = options.progress.parent / "environments" / "-".join((commit[:10], place["python"], versions))
+        environment = make_environment(wheel, python, versions, bool(options.tests), folder)
+        if options.only_install:
+            continue
+        known.append({**place, "rows": try_environment(environment, versions, options.tests)})
+        with options.progress.open("a") as stream:
+            stream.write(json.dumps(known[-1]) + "\n")
+        shutil.rmtree(folder)
+        print(*known[-1]["rows"], sep="\n", flush=True)
     if options.only_install:
         return 0
     if options.at_most is not None and len(wanted) > options.at_most:

@@ -31,6 +31,9 @@ CORRECTION_STRENGTH = 0.5
 # Whether a row's share in its type's mean error is one over its output's energy: then tokens with a thousand times the energy
 # of the others, which no type of their own tells apart, do not decide the bias of all
 BALANCE_BY_ENERGY = False
+# Tokens for each entry of an input below which its weight is not shrunk to the noise: the directions that are shrunk are those
+# whose moments are known worst (docs/log.md). All that was measured has more.
+MIN_SHRINKAGE_TOKENS = 6
 MIN_ROWS_PER_TYPE = 16  # fewer sample rows of a type do not decide its own clip ratio or mean error
 
 
@@ -46,6 +49,11 @@ def map_spec(config: FreeActConfig, rank: int, type_rank: int = 0) -> MapSpec:
         smooth_alpha=config.smooth_alpha,
         type_rank=type_rank,
     )
+
+
+def is_shrunk(config: FreeActConfig, moments: Moments) -> bool:
+    """Whether weights that read an input with these moments are shrunk to its rounding noise."""
+    return config.rounding_shrinkage and float(moments.count.sum()) >= MIN_SHRINKAGE_TOKENS * moments.shift.shape[1]
 
 
 def _fake(z: torch.Tensor, config: FreeActConfig, clip: torch.Tensor | float) -> torch.Tensor:
@@ -215,7 +223,7 @@ class GroupFit:
         eye = torch.eye(len(moments_z), dtype=moments_z.dtype, device=moments_z.device)
         moments_z = (moments_z + moments_z.mT) / 2
         variance = noise[types == 0].square().mean().nan_to_num()
-        target = shrunk_weight(v, moments_z, variance) if config.rounding_shrinkage else v
+        target = shrunk_weight(v, moments_z, variance) if is_shrunk(config, self.moments) else v
         if config.rounding_noise:  # of z itself: it reaches the weights too
             moments_z = moments_z + variance * eye
         if self.stats.paired is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ KINDS = (
     "the path of a .txt or .jsonl file, a list of strings or of chat messages, token ids of shape (n, length) or a list of "
     "tensors of them, a list of a processor's outputs, or a dataset name"
 )
+
+
+#: `owner/name` or `owner/name/config`, or one word; no path.
+DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*){0,2}")
 
 
 def _read_file(path: Path) -> list:
@@ -46,6 +51,10 @@ def _read_file(path: Path) -> list:
 
 def _read_dataset(name: str) -> list:
     """Texts or chats of a dataset on the hub, `owner/name` or `owner/name/config`; wikitext2 and c4 are short for two."""
+    if (
+        not DATASET_NAME.fullmatch(name) or Path(*name.split("/")[:2]).exists()
+    ):  # `datasets` would search through a folder
+        raise ValueError(f"dataset={name!r} is no file here, and cannot be a dataset's name; pass {KINDS}.")
     try:
         from datasets import load_dataset
     except ImportError as error:

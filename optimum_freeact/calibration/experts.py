@@ -12,6 +12,7 @@ from torch import nn
 from optimum_freeact.calibration.closed_form import (
     MIN_ROWS_PER_TYPE,
     _fake,
+    is_shrunk,
     map_spec,
     output_biases,
     round_weight,
@@ -130,7 +131,7 @@ class ExpertsFit:
         ):
             moments_z = _mixed(stored, own, own_types, block_moments)
             moments_z = (moments_z + moments_z.mT) / 2
-            wanted = shrunk_weight(v, moments_z, variance) if config.rounding_shrinkage else v
+            wanted = shrunk_weight(v, moments_z, variance) if is_shrunk(config, moments) else v
             moments_z = moments_z + spread * torch.eye(d, device=device, dtype=torch.float64)
             rounded = round_weight(wanted, moments_z, config)
             linear.set_weight(*(rounded if rounded is not None else (wanted.unsqueeze(1), None)))

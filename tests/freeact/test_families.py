@@ -312,12 +312,17 @@ def test_the_rank_is_what_fits_beside_all_else_that_is_stored(budget):
 
 
 def test_shrinkage_makes_weights_smaller_and_is_nothing_where_nothing_is_rounded():
-    plain, shrunk = (quantized(rounding_shrinkage=each, weight_bits=16) for each in (False, True))
+    data = {"dataset": sample_ids(64, 24), "n_samples": 64, "weight_bits": 16}
+    plain, shrunk = (quantized(rounding_shrinkage=each, **data) for each in (False, True))
     for name, linear in quantized_linears(plain).items():
         other = quantized_linears(shrunk)[name].transformed_weight()
         assert 0.5 < float(other.square().sum() / linear.transformed_weight().square().sum()) < 1, name
-    exact = quantized(weight_bits=16, activation_bits=16, rounding_shrinkage=True)
+    exact = quantized(**data, activation_bits=16, rounding_shrinkage=True)
     assert distance(logits(exact), logits(tiny("llama"))) < 1e-5
+    few = {"dataset": sample_ids(8, 24), "n_samples": 8}  # under six tokens for each entry of an input
+    assert torch.equal(
+        logits(quantized(**few, rounding_shrinkage=True)), logits(quantized(**few, rounding_shrinkage=False))
+    )
 
 
 def test_learned_outputs_keep_codes_and_are_kept_only_if_better(tmp_path):

@@ -118,6 +118,12 @@ def test_data_without_a_prompt(tiny, tokenizer, options):
         MLCSFTTrainer(tiny, args=MLCSFTConfig(**options, **TERM), train_dataset=data, processing_class=tokenizer)
 
 
+def test_preference_rows_are_no_data_for_fine_tuning(tiny, tokenizer, preferences, options):
+    args = MLCSFTConfig(**{**options, **TERM})
+    with pytest.raises(ValueError, match="needs a 'completion' beside 'prompt'.*'chosen' and 'rejected' are for DPO"):
+        MLCSFTTrainer(tiny, args=args, train_dataset=preferences(), processing_class=tokenizer)
+
+
 def test_prepared_data_without_prompts(tiny, tokenizer, options):
     data = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4, "labels": [[1, 2, 3]] * 4})
     config = MLCSFTConfig(**options, **TERM, dataset_kwargs={"skip_prepare_dataset": True})

@@ -90,6 +90,17 @@ def test_a_dataset_without_texts(monkeypatch):
         windows("somebody/nothing")
 
 
+@pytest.mark.parametrize("name", ["../../texts", "/data/texts", "a/b/c/d", "~/texts", "here/inside/more"])
+def test_a_path_is_never_searched_as_a_dataset(name, tmp_path, monkeypatch):
+    """`datasets` would take a folder, and everything below it, for one."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "here" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("it was asked"))
+    with pytest.raises(ValueError, match="is no file here, and cannot be a dataset's name"):
+        windows(name)
+
+
 def test_the_seed_chooses_and_order_is_kept():
     first, again, other = windows([TEXT], seed=0), windows([TEXT], seed=0), windows([TEXT], seed=1)
     assert torch.equal(first, again)
