@@ -166,12 +166,16 @@ def plan(device: torch.device | str, **layer) -> Plan:
         reason = obstacle if choice == kernel else f"this is device type {device.type!r}"
         raise ValueError(f"{ENVIRONMENT}={choice} cannot be followed: {reason}. Unset it for 'auto'.")
     obstacle = layer_obstacle(**layer, kernel=kernel or "triton") or obstacle
+    if obstacle is None and kernel == "triton" and choice == "auto" and _has_groups(layer):
+        from optimum_freeact.kernels.self_check import groups_obstacle
+
+        obstacle = groups_obstacle(device.index, hopper_kernel)
     if obstacle is not None:
         product, reason = _torch_product(device, layer)
         return Plan("torch", product, obstacle if reason in obstacle else f"{obstacle}; {reason}")
     if kernel == "triton":
         major, minor = torch.cuda.get_device_capability(device)
-        if layer.get("group_size") is not None or layer.get("activation_group_size") is not None:
+        if _has_groups(layer):
             return Plan(
                 "triton",
                 "4-bit Triton kernels for groups",
@@ -188,6 +192,10 @@ def plan(device: torch.device | str, **layer) -> Plan:
     from optimum_freeact.kernels.native import kind
 
     return Plan("native", "4-bit kernel in C", f"packed weights stay packed; compiled once for this CPU ({kind()})")
+
+
+def _has_groups(layer: dict) -> bool:
+    return layer.get("group_size") is not None or layer.get("activation_group_size") is not None
 
 
 HOPPER_TILES = 96  # tiles of 128 rows by 256 outputs from which keeping programs on their multiprocessors pays

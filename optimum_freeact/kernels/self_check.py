@@ -1,0 +1,118 @@
+"""The kernels for groups against their specification, once on each GPU before a model uses them there.
+
+They serve the default preset, and a kernel that compiles can still be wrong on a GPU or a Triton that it was not tested
+on. Where they disagree with torch, or do not run, torch takes their place and `freeact inspect` says why. It takes a few
+seconds when Triton has nothing in its cache, and a moment later on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+
+import torch
+
+from optimum_freeact.kernels import reference
+from optimum_freeact.kernels.tables import InputTables, make_tables
+from optimum_freeact.numerics.byte_rows import column_codes
+from optimum_freeact.numerics.hadamard import flat_rotation
+from optimum_freeact.numerics.kronecker import factor_pair
+from optimum_freeact.numerics.packing import pack
+from optimum_freeact.transforms.affine_map import InputMap
+
+
+WIDTH, OUTPUTS, RANK = 512, 1536, 4
+VALUE_GROUP, WEIGHT_GROUP = 16, 32  # those of the default preset
+ROWS = (1, 16, 2048)  # one row, few, and so many that programs stay on their multiprocessors
+# What a rounding that falls the other way at a tie costs stays below a hundredth; what is wrong is of the order of one
+ROUNDING_ERROR = 0.05
+PRODUCT_ERROR = 0.01  # outputs are bfloat16, whose own rounding is 0.002
+
+
+@cache
+@torch.compiler.assume_constant_result
+def groups_obstacle(index: int | None, special: Callable) -> str | None:
+    """Why the kernels for groups are not to be used on a CUDA device, or `None`; `special` as in [`disagreement`]."""
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    try:
+        with torch.no_grad(), torch.cuda.device(device):
+            found = disagreement(device, special)
+    except Exception as error:  # whatever a compiler raises
+        first = str(error).strip().partition("\n")[0][:200]
+        return f"the kernels for groups do not run on this GPU ({type(error).__name__}: {first})"
+    return None if found is None else f"the kernels for groups disagree with torch on this GPU ({found})"
+
+
+def disagreement(device: torch.device, special: Callable, rows: tuple[int, ...] = ROWS) -> str | None:
+    """What differs by more than rounding does, or `None`.
+
+    Args:
+        device (`torch.device`): Where the kernels run.
+        special: Rows, weight and dtype -> the module of a kernel for this GPU alone, or `None` (`dispatch.hopper_kernel`).
+        rows (`tuple[int, ...]`, *optional*): Numbers of tokens.
+    """
+    found, tables = _input_side(device)
+    weight = _weight(device)
+    generator = torch.Generator().manual_seed(2)
+    for n in rows:
+        x = torch.randn(n, WIDTH, generator=generator).bfloat16().to(device)
+        types = torch.randint(0, 2, (n,), generator=generator).to(device)
+        for name, error, most in _errors(x, types, found, tables, weight, special):
+            if not error <= most:  # nan too
+                return f"{name} of {n} rows: relative error {error:.2g}, at most {most:g} was expected"
+    return None
+
+
+def _errors(x, types, found: InputMap, tables: InputTables, weight: reference.Weight, special: Callable):
+    """Name, relative error and bar of the rounding and of the products of the rows that it made."""
+    from optimum_freeact.kernels import groups_gemv_triton, rounding_triton, w4_groups_triton
+
+    asked = (tables.clip, tables.bits, tables.symmetric, tables.branch)
+    want = reference.round_rows(x, types, found, *asked, torch.float64, VALUE_GROUP)
+    got = rounding_triton.round_rows(x, types, tables)
+    yield "rounding", _relative(_values(got), _values(want)), ROUNDING_ERROR
+    yield "branch", _relative(got.branch, want.branch), PRODUCT_ERROR
+    exact = reference.w4_linear(got, types, weight, torch.float64, torch.float64)
+    modules = [groups_gemv_triton if len(x) == 1 else w4_groups_triton]
+    name = special(got, weight, torch.bfloat16)
+    if name is not None:
+        modules.append(import_module(f"optimum_freeact.kernels.{name}"))
+    for module in modules:
+        product = module.w4_linear(got, types, weight, torch.bfloat16)
+        yield "product", _relative(product, exact), PRODUCT_ERROR
+
+
+def _values(rows: reference.Rows) -> torch.Tensor:
+    return rows.codes.double() * rows.stats[0].double()[:, None]
+
+
+def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def _input_side(device: torch.device) -> tuple[InputMap, InputTables]:
+    """A map with all its parts but a channel scale, which no preset of ours has."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (flat_rotation(size, generator).float() for size in factor_pair(WIDTH))
+    codes, scale = column_codes(torch.linalg.qr(torch.randn(WIDTH, RANK, generator=generator))[0])
+    mean, clip = torch.randn(2, WIDTH, generator=generator), torch.tensor([0.9, 0.8])
+    parts = [tensor.to(device) for tensor in (mean, codes.float() * scale, left, right)]
+    found = InputMap(parts[0], None, *parts[1:])
+    return found, make_tables(found, codes.to(device), scale.to(device), clip.to(device), 4, False, VALUE_GROUP)
+
+
+def _weight(device: torch.device) -> reference.Weight:
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(-8, 8, (OUTPUTS, WIDTH), generator=generator)
+    groups = torch.randint(-127, 128, (OUTPUTS, WIDTH // WEIGHT_GROUP), dtype=torch.int8, generator=generator)
+    parts = (
+        pack(codes.unsqueeze(1), 4).squeeze(1),
+        torch.rand(OUTPUTS, generator=generator) * 0.001 + 0.0001,
+        codes.sum(1, dtype=torch.int32),
+        torch.randint(-127, 128, (OUTPUTS, RANK), dtype=torch.int8, generator=generator),
+        torch.rand(RANK, generator=generator) * 0.01,
+        torch.randn(2, OUTPUTS, generator=generator),
+        groups,
+    )
+    return reference.Weight(*(part.to(device) for part in parts))

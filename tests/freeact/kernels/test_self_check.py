@@ -1,0 +1,82 @@
+"""The comparison that the kernels for groups pass before a GPU uses them."""
+
+import pytest
+import torch
+
+from optimum_freeact.kernels import self_check, w4_groups_triton
+
+
+def disagreement(device, rows):
+    return self_check.disagreement(torch.device(device), lambda *args: None, rows)
+
+
+def test_kernels_that_agree_pass(device):
+    assert disagreement(device, (1, 5)) is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda y: y * 1.02, lambda y: y.roll(1, 1), lambda y: y * float("nan")], ids=["scale", "order", "nan"]
+)
+def test_a_product_that_is_wrong_is_named(device, monkeypatch, wrong):
+    right = w4_groups_triton.w4_linear
+    monkeypatch.setattr(w4_groups_triton, "w4_linear", lambda *args: wrong(right(*args)))
+    assert "product of 5 rows: relative error" in disagreement(device, (5,))
+
+
+def test_a_rounding_that_is_wrong_is_named(device, monkeypatch):
+    from optimum_freeact.kernels import rounding_triton
+
+    right = rounding_triton.round_rows
+    monkeypatch.setattr(rounding_triton, "round_rows", lambda x, types, tables: right(x.roll(1, 1), types, tables))
+    assert "rounding of 5 rows: relative error" in disagreement(device, (5,))
+
+
+@pytest.mark.parametrize("answer", [None, "product of 1 rows: relative error 1, at most 0.01 was expected"])
+def test_torch_takes_the_place_of_kernels_that_disagree(monkeypatch, answer):
+    from optimum_freeact.kernels import dispatch
+
+    monkeypatch.setenv("FREEACT_KERNELS", "auto")
+    monkeypatch.setattr(dispatch, "triton_obstacle", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(self_check, "groups_obstacle", lambda index, special: answer)
+    layer = {"weight_bits": 4, "activation_bits": 4, "transform": "hadamard", "width": 512}
+    found = dispatch.plan("cuda:0", **layer, group_size=32, activation_group_size=16)
+    assert found.name == ("triton" if answer is None else "torch")
+    assert answer is None or found.reason.startswith(answer)
+    assert dispatch.plan("cuda:0", **layer, group_size=None).name == "triton"  # one grid a row is not asked about
+
+
+def test_whatever_a_compiler_raises_is_a_reason(monkeypatch):
+    def broken(device, special):
+        raise RuntimeError("ptxas\nmore")
+
+    monkeypatch.setattr(self_check, "disagreement", broken)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    self_check.groups_obstacle.cache_clear()
+    try:
+        assert (
+            self_check.groups_obstacle(7, lambda *args: None)
+            == "the kernels for groups do not run on this GPU (RuntimeError: ptxas)"
+        )
+    finally:
+        self_check.groups_obstacle.cache_clear()
+
+
+def test_the_kernel_of_this_gpu_alone_is_compared_too(device):
+    import sys
+    from types import SimpleNamespace
+
+    asked = []
+
+    def w4_linear(rows, types, weight, out_dtype):
+        asked.append(len(rows.codes))
+        return w4_groups_triton.w4_linear(rows, types, weight, out_dtype) * 2
+
+    name = "optimum_freeact.kernels.of_this_gpu"
+    sys.modules[name] = SimpleNamespace(w4_linear=w4_linear)
+    try:
+        said = self_check.disagreement(torch.device(device), lambda *args: "of_this_gpu", (5,))
+    finally:
+        del sys.modules[name]
+    assert asked == [5]
+    assert said.startswith("product of 5 rows")
