@@ -27,9 +27,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from optimum_freeact.kernels.reference import Rows, Weight
 
 
-FOLD = True  # whether biases of types are columns of the branch's product, or added in the accumulator
-
-
 @gluon.jit
 def _tile(t, n_blocks, m_blocks, GROUP: gl.constexpr):
     """Blocks of tokens and outputs of tile `t`: GROUP blocks of tokens are visited for all outputs before the next ones."""
@@ -66,28 +63,18 @@ def _produce(
 
 @gluon.jit
 def _prepare(
-    pair, left, stats, kinds, ready, free, stats_ptr, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr,
-    n, m, n_bias, n_blocks, m_blocks,
-    HAS_TYPES: gl.constexpr, FOLDED: gl.constexpr, RANK: gl.constexpr, PR: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, GROUP: gl.constexpr, VALUES: gl.constexpr,
+    pair, left, stats, kinds, ready, free, stats_ptr, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, n, m,
+    n_bias, n_blocks, m_blocks,
+    HAS_TYPES: gl.constexpr, RANK: gl.constexpr, PR: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    GROUP: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
-    """What follows a tile's product, brought to shared memory while the product runs.
-
-    FOLDED: how much the biases of further types differ from the first's are columns beside the branch's (two for a type:
-    the number and what bfloat16 loses of it), each met by a one where the token is of that type.
-    """
+    """What follows a tile's product, brought to shared memory while the product runs."""
     PART: gl.constexpr = 32
     rows_layout: gl.constexpr = gl.BlockedLayout([1, 4], [32 * 4 // PR, PR // 4], [2, 1], [1, 0])
     token_layout: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
     c = gl.arange(0, PR, gl.SliceLayout(0, rows_layout))
     part = gl.arange(0, PART, gl.SliceLayout(1, rows_layout))
     in_rank = gl.expand_dims(c < RANK, 0)
-    if FOLDED:
-        further = n_bias - 1
-        is_rest = c >= RANK + further
-        own = gl.expand_dims(gl.where(is_rest, c - RANK - further, c - RANK) + 1, 0)  # the type of a column
-        typed = gl.expand_dims((c >= RANK) & (c < RANK + 2 * further), 0)
-        is_rest = gl.expand_dims(is_rest, 0)
     if RANK > 0:
         rank_scale = gl.expand_dims(gl.load(low_rank_scale_ptr + c, mask=c < RANK, other=0.0), 0)
     count = 0
@@ -101,7 +88,7 @@ def _prepare(
         else:
             stats.index(0).store(scale * 0.0625)
             stats.index(1).store(gl.load(stats_ptr + n + tokens, mask=tokens < n, other=0.0))
-        if HAS_TYPES and not FOLDED:
+        if HAS_TYPES:
             kind = gl.load(types_ptr + tokens, mask=tokens < n, other=0).to(gl.int32)
             kinds.store(gl.minimum(kind, n_bias - 1))
         if RANK > 0:
@@ -111,10 +98,6 @@ def _prepare(
                     branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0),
                     mask=gl.expand_dims(rows < n, 1) & in_rank, other=0.0,
                 ) * rank_scale  # fmt: skip
-                if FOLDED:
-                    kind = gl.load(types_ptr + rows, mask=rows < n, other=0).to(gl.int32)
-                    kind = gl.expand_dims(gl.minimum(kind, n_bias - 1), 1)
-                    right = gl.where(typed & (kind == own), 1.0, right)
                 upper = right.to(gl.bfloat16)
                 pair.index(0).slice(k * PART, PART, 0).store((right - upper.to(gl.float32)).to(gl.bfloat16))
                 pair.index(1).slice(k * PART, PART, 0).store(upper)
@@ -124,15 +107,7 @@ def _prepare(
                     low_rank_ptr + gl.expand_dims(rows * RANK, 1) + gl.expand_dims(c, 0),
                     mask=gl.expand_dims(rows < m, 1) & in_rank, other=0,
                 )  # fmt: skip
-                numbers = codes.to(gl.float32)
-                if FOLDED:
-                    inside = gl.expand_dims(rows < m, 1) & typed
-                    change = gl.load(bias_ptr + own * m + gl.expand_dims(rows, 1), mask=inside, other=0.0)
-                    bias = gl.expand_dims(gl.load(bias_ptr + rows, mask=rows < m, other=0.0), 1)
-                    change -= bias
-                    upper = change.to(gl.bfloat16).to(gl.float32)
-                    numbers = gl.where(inside, gl.where(is_rest, change - upper, upper), numbers)
-                left.slice(k * PART, PART, 0).store(numbers.to(gl.bfloat16))
+                left.slice(k * PART, PART, 0).store(codes.to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(ready)
         count += 1
@@ -207,8 +182,8 @@ def _scaled_codes(w, scale, layout: gl.constexpr, OWN: gl.constexpr, BK: gl.cons
 
 @gluon.jit
 def _consume(
-    given, WHICH: gl.constexpr, HALF: gl.constexpr, HAS_TYPES: gl.constexpr, FOLDED: gl.constexpr,
-    HAS_BIAS: gl.constexpr, RANK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    given, WHICH: gl.constexpr, HALF: gl.constexpr, HAS_TYPES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    RANK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr, VALUES: gl.constexpr, GB: gl.constexpr,
 ):  # fmt: skip
     """One half of a tile's outputs."""
@@ -276,7 +251,7 @@ def _consume(
         y *= gl.expand_dims(qscale, 1)
         if HAS_BIAS:
             y += gl.expand_dims(bias, 1)
-            if HAS_TYPES and not FOLDED:
+            if HAS_TYPES:
                 kind = kinds.load(gl.SliceLayout(0, float_layout))
                 if gl.max(kind, 0) > 0:
                     for other in range(1, n_bias):
@@ -300,8 +275,8 @@ def _consume(
 def _w4_hopper(
     w_desc, codes_desc, y_desc, stats_ptr, branch_ptr, types_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr,
     low_rank_scale_ptr, bias_ptr, group_scale_ptr, n, m, n_bias,
-    HALF: gl.constexpr, HAS_TYPES: gl.constexpr, FOLDED: gl.constexpr, HAS_BIAS: gl.constexpr, RANK: gl.constexpr,
-    PR: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    HALF: gl.constexpr, HAS_TYPES: gl.constexpr, HAS_BIAS: gl.constexpr, RANK: gl.constexpr, PR: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     VALUES: gl.constexpr, GB: gl.constexpr,
 ):  # fmt: skip
     w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BN, BK], w_desc.layout)
@@ -330,8 +305,8 @@ def _w4_hopper(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (given, 0, HALF, HAS_TYPES, FOLDED, HAS_BIAS, RANK, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
-            (_consume, (given, 1, HALF, HAS_TYPES, FOLDED, HAS_BIAS, RANK, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
+            (_consume, (given, 0, HALF, HAS_TYPES, HAS_BIAS, RANK, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
+            (_consume, (given, 1, HALF, HAS_TYPES, HAS_BIAS, RANK, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
             (
                 _produce,
                 (
@@ -343,8 +318,7 @@ def _w4_hopper(
                 _prepare,
                 (
                     pair, left, stats, kinds, ready, free, stats_ptr, branch_ptr, types_ptr, low_rank_ptr,
-                    low_rank_scale_ptr, bias_ptr, n, m, n_bias, n_blocks, m_blocks, HAS_TYPES, FOLDED, RANK, PR, BM, BN,
-                    GROUP, VALUES,
+                    low_rank_scale_ptr, n, m, n_bias, n_blocks, m_blocks, HAS_TYPES, RANK, PR, BM, BN, GROUP, VALUES,
                 ),
             ),
         ],
@@ -383,13 +357,11 @@ def w4_linear(
     launch = {"BM": 128, "BN": 256, "BK": 32 if values else 64, "STAGES": 4, "GROUP": 16, **(options or {})}
     bm, bn, bk = launch["BM"], launch["BN"], launch["BK"]
     tiles = triton.cdiv(n, bm) * triton.cdiv(m, bn)
-    rank = 0 if low_rank is None else low_rank.shape[1]
-    width = 32 if rows.branch is None else rows.branch.shape[1]
-    folded = FOLD and types is not None and rank > 0 and bias is not None and rank + 2 * (n_bias - 1) <= width
     _w4_hopper[(min(tiles, _processors(y.device)),)](
         _described(weight.packed, bn, bk, bk), _described(rows.codes, bm, bk, bk * rows.codes.element_size()), _described(y, bm, bn // 2, 128),
         rows.stats, rows.branch, types, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias,
-        groups, n, m, n_bias, HALF=half, HAS_TYPES=types is not None, FOLDED=folded, HAS_BIAS=bias is not None, RANK=rank, PR=width,
+        groups, n, m, n_bias, HALF=half, HAS_TYPES=types is not None, HAS_BIAS=bias is not None,
+        RANK=0 if low_rank is None else low_rank.shape[1], PR=32 if rows.branch is None else rows.branch.shape[1],
         VALUES=values, GB=0 if groups is None else half // groups.shape[1], **launch, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return y

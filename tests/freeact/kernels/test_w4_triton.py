@@ -96,3 +96,16 @@ def test_nan_goes_through(device, name):
 def test_no_rows(device):
     got = product("mma")(to(random_rows(0, 96), device), None, to(random_weight(20, 96), device), torch.bfloat16)
     assert got.shape == (0, 20)
+
+
+@pytest.mark.parametrize(("name", "n"), [("mma", 5), ("dp4a", 1), ("dp4a", 3)])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_mixed_batch_has_the_bits_of_batches_of_one_type(device, name, n, rank):
+    rows, weight = random_rows(n, 96, rank=rank), random_weight(40, 96, rank=rank, n_bias=4)
+    types = torch.arange(n) % 4 if n > 1 else torch.tensor([3])
+    mixed, want = both(device, name, rows, types, weight)
+    # what a type's bias adds is right to sixteen bits of it
+    assert torch.allclose(mixed, want, rtol=1e-5, atol=1e-4)
+    for kind in types.unique().tolist():
+        alone, _ = both(device, name, rows, torch.full_like(types, kind), weight)
+        assert torch.equal(alone[types == kind], mixed[types == kind])
