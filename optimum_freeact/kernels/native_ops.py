@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,8 @@ def _linear(
 ) -> Tensor:
     """Output `(..., m)` of `x` `(..., d)`; `turned` and `panels` are the weight's copies in C's own order."""
     read = dict(zip(READ, (mean, channel_scale, basis, basis_scale, left, right, clip), strict=True))
-    tables = InputTables(**dict.fromkeys(TENSORS) | read, a=a, b=b, bits=bits, symmetric=symmetric)
+    tensors: dict[str, Any] = dict.fromkeys(TENSORS) | read
+    tables = InputTables(**tensors, a=a, b=b, bits=bits, symmetric=symmetric)
     weight = Weight(packed, qscale, row_sum, low_rank, low_rank_scale, type_bias)
     return NativeSide(tables, group).linears(x, types, [NativeWeight(weight, group_scale, (turned, panels))])[0]
 

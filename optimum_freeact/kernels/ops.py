@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def _round_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.round_rows` of `x` `(n, d)`; the branch has no columns where there is none."""
     tensors = (mean, channel_scale, basis, basis_scale, left, right, clip, factor, mean_branch, reach)
-    sizes = {"a": a, "b": b, "bits": bits, "symmetric": symmetric, "group": group}
+    sizes: dict[str, Any] = {"a": a, "b": b, "bits": bits, "symmetric": symmetric, "group": group}
     tables = InputTables(**dict(zip(TENSORS, tensors, strict=True)), **sizes)
 
     def kernel() -> reference.Rows:

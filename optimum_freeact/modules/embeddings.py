@@ -6,6 +6,8 @@ whoever computes it. Tied embeddings stay tied: head and embedding hold the same
 
 from __future__ import annotations
 
+from typing import NoReturn, SupportsIndex
+
 import torch
 from torch import nn
 
@@ -71,7 +73,7 @@ class _ByteRows(nn.Module):
     def __deepcopy__(self, memo: dict) -> _ByteRows:
         return deepcopy_module(self, memo)
 
-    def __reduce_ex__(self, protocol: int) -> None:  # noqa: ARG002
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:  # noqa: ARG002
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
 
 
@@ -171,13 +173,13 @@ def replace_embeddings(model: nn.Module, device: torch.device | str | None = Non
             codes, scale = row_codes(plain.weight)
             made.weight.data.copy_(codes)
             made.qscale.copy_(scale)
-        if head is not None and head.bias is not None:
+        if head is not None and old_head is not None and head.bias is not None:
             head.bias.data.copy_(old_head.bias)
-    if tied:
+    if tied and head is not None:
         head.weight = new.weight
         head.qscale.copy_(new.qscale)
     model.set_submodule(name, new.train(old.training))
-    if head is not None:
+    if head is not None and old_head is not None:
         model.set_submodule(head_name, head.train(old_head.training))
 
 
