@@ -264,6 +264,7 @@ def test_marks_are_filled_and_filling_is_stable(folder):
     [
         ("other", r"'other'; there are \['toy'\]"),
         ("toy method=nobody", r"\['ours', 'theirs'\]"),
+        ("toy method=ours,nobody", r"No row has method=nobody; there are \['ours', 'theirs'\]"),
         ("toy claim=toy.none", r"\['toy.ratio'\]"),
         ("toy value", "still differ in"),
         ("toy huge", "Unknown word"),
@@ -272,6 +273,12 @@ def test_marks_are_filled_and_filling_is_stable(folder):
 def test_a_mark_that_cannot_be_filled_says_what_there_is(folder, query, message):
     with pytest.raises(ValueError, match=message):
         results.fill(f"<!-- results:{query} -->x<!-- /results -->", folder)
+
+
+def test_a_value_may_hold_a_comma_itself():
+    rows = [{"method": "ours"}, {"method": "ours, groups"}]
+    assert results._select(rows, {"method": "ours, groups"}) == rows[1:]
+    assert results._select(rows, {"method": "ours"}) == rows[:1]
 
 
 def test_an_open_mark_is_an_error(folder):

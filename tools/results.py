@@ -97,12 +97,11 @@ def _one(entries: list[dict], key: str, value: str) -> dict:
 
 def _select(rows: list[dict], wanted: dict[str, str]) -> list[dict]:
     for field, text in wanted.items():
-        values = text.split(",")
-        kept = [row for row in rows if str(row.get(field)) in values]
-        if not kept:
-            there = sorted({str(row.get(field)) for row in rows})
-            raise ValueError(f"No row has {field}={text}; there are {there}.")
-        rows = kept
+        there = sorted({str(row.get(field)) for row in rows})
+        values = [text] if text in there else text.split(",")  # a value may hold a comma itself
+        if missing := [value for value in values if value not in there]:
+            raise ValueError(f"No row has {field}={','.join(missing)}; there are {there}.")
+        rows = [row for row in rows if str(row.get(field)) in values]
     return rows
 
 
