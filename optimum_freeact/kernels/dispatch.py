@@ -214,7 +214,8 @@ def hopper_kernel(rows: Rows, weight: Weight, out_dtype: torch.dtype) -> str | N
         return None
     group = 0 if weight.group_scale is None else weight.packed.shape[1] // weight.group_scale.shape[1]
     branch = 0 if rows.branch is None else rows.branch.shape[1]
-    return hopper_choice(len(rows.codes), *weight.packed.shape, branch, out_dtype, group)
+    m, half = weight.packed.shape
+    return hopper_choice(len(rows.codes), m, half, branch, out_dtype, group)
 
 
 def hopper_choice(n: int, m: int, half: int, branch: int, out_dtype: torch.dtype, group: int = 0) -> str | None:

@@ -37,6 +37,7 @@ def states(rows: CacheRows, start: torch.Tensor, size: int, dtype: torch.dtype) 
     if rows.mean is not None:
         mean = rows.mean.to(dtype)[None, :, None]  # (1, heads, 1, head_dim)
         if rows.cos is not None:
+            assert rows.sin is not None
             n = rows.cos.shape[1]
             cos, sin = (table.to(dtype)[index.clamp_min(0)][:, None] for table in (rows.cos, rows.sin))
             first, second, rest = mean.split((n, n, size - 2 * n), -1)

@@ -371,7 +371,9 @@ def attend(
     keys_there, values_there = (rows.data.view(torch.int16) for rows in (keys, values))
     half_type = torch.float32 if INTERPRETED else torch.float16
     nothing = norm
-    near = (keys.cos[:block].to(half_type), keys.sin[:block].to(half_type)) if n else (nothing, nothing)
+    near = (nothing, nothing)
+    if keys.cos is not None and keys.sin is not None and n:
+        near = (keys.cos[:block].to(half_type), keys.sin[:block].to(half_type))
     if n and len(near[0]) < block:  # a short table: a block's angles are read to its end
         near = tuple(torch.nn.functional.pad(table, (0, 0, 0, block - len(table))) for table in near)
     if mask is not None:

@@ -103,9 +103,16 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
+def _kernels() -> ctypes.CDLL:
+    """The library, for those who know that there is one."""
+    library, _ = _library()
+    assert library is not None
+    return library
+
+
 def kind() -> str:
     """How this CPU multiplies bytes in the kernels, e.g. `"AVX-512 VNNI"`."""
-    return _library()[0].freeact_kind().decode()
+    return _kernels().freeact_kind().decode()
 
 
 def obstacle() -> str | None:
@@ -152,7 +159,7 @@ class NativeWeight:
         n_bias = 0 if weight.type_bias is None else len(weight.type_bias)
         half = weight.packed.shape[1]
         if copies is None:
-            low_rank = None if rank == 0 else weight.low_rank.mT.contiguous()
+            low_rank = None if weight.low_rank is None or rank == 0 else weight.low_rank.mT.contiguous()
             copies = (low_rank, None if group_scale is None else _panels(group_scale, -(-half // 16)))
         self.copies = low_rank, panels = copies
         parts = (weight.packed, panels, weight.qscale, weight.row_sum, low_rank, *weight[4:6])
@@ -175,7 +182,7 @@ class NativeWeight:
         n, brief = len(codes), out_dtype == torch.bfloat16
         y = torch.empty(n, self.m, dtype=out_dtype if brief else torch.float32)
         width = 0 if branch is None else branch.shape[1]
-        failed = _library()[0].freeact_w4_linear(
+        failed = _kernels().freeact_w4_linear(
             self.address, codes.data_ptr(), stats.data_ptr(), _at(branch), _at(types), y.data_ptr(), brief, n, width,
             group or codes.shape[1], torch.get_num_threads(),
         )  # fmt: skip
@@ -186,7 +193,7 @@ class NativeWeight:
 
 def _panels(group_scale: torch.Tensor, blocks: int) -> torch.Tensor:
     """Scales `(m, groups)` in the order in which C reads them: `(panels, blocks of 32 columns, rows of a panel)`."""
-    lanes = _library()[0].freeact_lanes()
+    lanes = _kernels().freeact_lanes()
     spread = group_scale.repeat_interleave(blocks // group_scale.shape[1], 1)
     spread = torch.nn.functional.pad(spread, (0, 0, 0, -len(spread) % lanes))
     return spread.view(-1, lanes, blocks).mT.contiguous()
@@ -245,7 +252,7 @@ class NativeSide:
         for at in range(0, len(weights), MOST):
             part = weights[at : at + MOST]
             count = len(part)
-            failed = _library()[0].freeact_linears(
+            failed = _kernels().freeact_linears(
                 self.address, (ctypes.c_void_p * count)(*[weight.address for weight in part]),
                 (ctypes.c_void_p * count)(*[y.data_ptr() for y in outputs[at : at + MOST]]), count,
                 x.data_ptr(), brief, None if types is None else types.data_ptr(), brief, n, torch.get_num_threads(),
@@ -261,7 +268,7 @@ class NativeSide:
         stats = torch.empty((3, n) if grids == 1 else (3, n, grids), dtype=torch.float32)
         branch = torch.empty(n, self.branch, dtype=torch.float32) if self.rank else None
         x = x.float() if x.dtype == torch.float16 else x
-        failed = _library()[0].freeact_round_rows(
+        failed = _kernels().freeact_round_rows(
             self.address, x.data_ptr(), x.dtype == torch.bfloat16, _at(types), codes.data_ptr(), stats.data_ptr(),
             _at(branch), n, torch.get_num_threads(),
         )  # fmt: skip

@@ -142,6 +142,8 @@ def w4_linear(
         y = w4_product(rows.codes, weight.packed).to(dtype) * scale + offset * weight.row_sum.to(dtype)
     y = y * weight.qscale.to(dtype)
     if weight.low_rank is not None:
+        assert rows.branch is not None
+        assert weight.low_rank_scale is not None
         rank = weight.low_rank.shape[1]
         y = y + (rows.branch[:, :rank].to(dtype) * weight.low_rank_scale.to(dtype)) @ weight.low_rank.to(dtype).mT
     if weight.type_bias is not None:

@@ -243,7 +243,7 @@ def round_rows(
     turned = torch.empty(n, d, dtype=torch.float16, device=x.device)
     n_means = 1 if tables.mean is None else len(tables.mean)
     pdl = launch_pdl(launch["pdl"])
-    has = {"HAS_TYPES": types is not None, "HAS_MEAN": tables.mean is not None}
+    has: dict[str, object] = {"HAS_TYPES": types is not None, "HAS_MEAN": tables.mean is not None}
     has |= {"HAS_CHANNEL": tables.channel_scale is not None, "RANK": tables.rank, "PR": tables.branch}
     has |= {"DOT": DOT_TYPE, "PDL": bool(pdl)}
     _project[(triton.cdiv(n, launch["rows"]), parts)](

@@ -73,11 +73,13 @@ class InputTables:
 
     def input_map(self) -> InputMap:
         """The map once more, float32, as far as float16 factors hold it."""
-        found = InputMap(
-            mean=None if self.mean is None else self.mean.float(),
-            channel_scale=self.channel_scale,
-            basis=None if not self.rank else (self.basis[: self.rank].float() * self.basis_scale[:, None]).mT,
-        )
+        basis = None
+        if self.rank:
+            assert self.basis is not None
+            assert self.basis_scale is not None
+            basis = (self.basis[: self.rank].float() * self.basis_scale[:, None]).mT
+        mean = None if self.mean is None else self.mean.float()
+        found = InputMap(mean=mean, channel_scale=self.channel_scale, basis=basis)
         if self.left.dtype == torch.float32:
             found.left, found.right = self.left.mT, self.right
             return found
@@ -139,6 +141,7 @@ def _lines(mean: torch.Tensor | None, basis: torch.Tensor | None, n_types: int, 
         return None
     rank = 0 if basis is None else basis.shape[1]
     like = basis if mean is None else mean
+    assert like is not None
     lines = torch.zeros(branch_width(rank, n_types), d, dtype=torch.bfloat16, device=like.device)
     if basis is not None:
         lines[:rank] = basis.mT
@@ -169,6 +172,8 @@ def make_tables(
     padded_right = right.new_zeros(padded(b), padded(b))
     padded_right[:b, :b] = right[:, column_order(a, b, group)]
     mean = None if found.mean is None else found.mean.to(torch.bfloat16).contiguous()
+    assert found.left is not None
+    assert found.right is not None
     scaled = None if mean is None else mean.double() * (1 if found.channel_scale is None else found.channel_scale)
     return InputTables(
         mean=mean,
@@ -200,6 +205,8 @@ def make_native_tables(
     symmetric: bool,
 ) -> InputTables:
     """The same for the kernels in C: float32 factors as they are, the left one transposed."""
+    assert found.left is not None
+    assert found.right is not None
     return InputTables(
         mean=None if found.mean is None else found.mean.to(torch.bfloat16).contiguous(),
         channel_scale=found.channel_scale,

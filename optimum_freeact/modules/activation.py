@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn, SupportsIndex
 
 import torch
 from torch import nn
@@ -203,7 +203,7 @@ class FreeActInput(nn.Module):
         """Whether the kept codes are those of `x`. A traced tensor has no weak references; its trace ends with the call."""
         if torch.compiler.is_compiling():
             return last[0] is x
-        return isinstance(last[0], weakref.ref) and last[0]() is x and last[1] == x._version
+        return isinstance(last[0], weakref.ref) and last[1] == x._version and last[0]() is x
 
     def _round(self, x: torch.Tensor) -> RoundedInput | KernelRows:
         if self._offloaded and self.clip.device.type != "meta":  # here for this call only
@@ -249,6 +249,7 @@ class FreeActInput(nn.Module):
         if self._native is not None:
             return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1], True)
         tables = self._tables
+        assert tables is not None
         found = ops.round_rows(
             flat, types, *tables.tensors(), tables.a, tables.b, self.bits, self.symmetric, tables.group
         )
@@ -282,7 +283,7 @@ class FreeActInput(nn.Module):
         self._last = None
         return deepcopy_module(self, memo)
 
-    def __reduce_ex__(self, protocol: int) -> None:  # noqa: ARG002
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:  # noqa: ARG002
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
