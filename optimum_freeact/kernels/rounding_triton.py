@@ -72,7 +72,7 @@ def _project(
     branch_ptr, factors_ptr, undo_ptr, count_ptr, n, n_means,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Codes of the basis times some columns of some rows as they come, and the largest magnitude there.
 
@@ -88,8 +88,11 @@ def _project(
     if HAS_TYPES:  # there since the model's own hook ran, long before
         kind = tl.minimum(tl.load(types_ptr + tl.minimum(rows, n - 1)), n_means - 1)
     if PDL:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
     for step in range(STEPS):
         o = (part * STEPS + step) * CHUNK + tl.arange(0, CHUNK)
         if D % (CHUNK * STEPS) == 0:
@@ -136,21 +139,37 @@ def _project(
 
 
 @triton.jit
-def _row_of_tiles(
-    i, x_ptr, mean_ptr, basis_ptr, safe, kind, j, r,
+def _numbers_of_tiles(i, x_ptr, safe, j, B: tl.constexpr, PB: tl.constexpr, D: tl.constexpr):
+    """Row i of some tokens' tiles."""
+    at = safe.to(tl.int64)[:, None] * D + (i * B + j)[None, :]
+    return tl.load(x_ptr + at) if B == PB else tl.load(x_ptr + at, mask=(j < B)[None, :], other=0.0)
+
+
+@triton.jit
+def _lines_of_tiles(
+    i, mean_ptr, basis_ptr, kind, j, r,
     GATHERED: tl.constexpr, LINES: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """What a row of some tokens' tiles is made of: the tokens' numbers and what is to be taken off."""
+    """What is to be taken off row i of tiles: each token's mean, and a table's lines."""
     column = i * B + j
-    at = safe.to(tl.int64)[:, None] * D + column[None, :]
-    x = tl.load(x_ptr + at) if B == PB else tl.load(x_ptr + at, mask=(j < B)[None, :], other=0.0)
-    mean, lines = x, x
+    mean = tl.zeros((1, 1), tl.float32)
+    lines = tl.zeros((1, 1), tl.float32)
     if GATHERED:
         mean = tl.load(mean_ptr + kind[:, None] * D + column[None, :], mask=(j < B)[None, :], other=0.0)
     if LINES:
         at = r[:, None] * D + column[None, :]
         lines = tl.load(basis_ptr + at) if B == PB else tl.load(basis_ptr + at, mask=(j < B)[None, :], other=0.0)
-    return x, mean, lines
+    return mean, lines
+
+
+@triton.jit
+def _row_of_tiles(
+    i, x_ptr, mean_ptr, basis_ptr, safe, kind, j, r,
+    GATHERED: tl.constexpr, LINES: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """What a row of some tokens' tiles is made of: the tokens' numbers and what is to be taken off."""
+    mean, lines = _lines_of_tiles(i, mean_ptr, basis_ptr, kind, j, r, GATHERED, LINES, B, PB, D)
+    return _numbers_of_tiles(i, x_ptr, safe, j, B, PB, D), mean, lines
 
 
 @triton.jit
@@ -158,7 +177,7 @@ def _correct(
     x_ptr, types_ptr, mean_ptr, channel_ptr, basis_ptr, right_ptr, factors_ptr, undo_ptr, turned_ptr, n, n_means,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """NB rows of the tiles of some tokens: less mean and branch, in float16, times the right factor."""
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -177,10 +196,14 @@ def _correct(
     kind = tl.zeros((ROWS,), tl.int64)
     if HAS_TYPES and GATHERED:
         kind = tl.minimum(tl.load(types_ptr + safe), n_means - 1)
-    if NB == 1:
+    if NB == 1 and not EARLY:
         x, mean, lines = _row_of_tiles(first, x_ptr, mean_ptr, basis_ptr, safe, kind, j, r, GATHERED, LINES, B, PB, D)
+    if NB == 1 and EARLY:
+        mean, lines = _lines_of_tiles(first, mean_ptr, basis_ptr, kind, j, r, GATHERED, LINES, B, PB, D)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if NB == 1 and EARLY:
+        x = _numbers_of_tiles(first, x_ptr, safe, j, B, PB, D)
     undo = tl.load(undo_ptr + safe)
     upper = tl.load(factors_ptr + safe[:, None] * (2 * PR) + r[None, :]).to(DOT)
     lower = tl.load(factors_ptr + safe[:, None] * (2 * PR) + PR + r[None, :]).to(DOT)
@@ -245,7 +268,7 @@ def round_rows(
     pdl = launch_pdl(launch["pdl"])
     has: dict[str, object] = {"HAS_TYPES": types is not None, "HAS_MEAN": tables.mean is not None}
     has |= {"HAS_CHANNEL": tables.channel_scale is not None, "RANK": tables.rank, "PR": tables.branch}
-    has |= {"DOT": DOT_TYPE, "PDL": bool(pdl)}
+    has |= {"DOT": DOT_TYPE, "PDL": bool(pdl), "EARLY": launch["early"]}
     _project[(triton.cdiv(n, launch["rows"]), parts)](
         x, types, tables.channel_scale, tables.basis, part, peak, tables.mean_branch, tables.reach, tables.basis_scale,
         rows.branch, factors, undo, counters(x.device), n, n_means, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
