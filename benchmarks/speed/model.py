@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -192,13 +193,15 @@ def main() -> None:
             meter("prefill_seconds", None, how=how, note=f"{type(error).__name__}: {error}"[:200])
 
     found: list[float] = []
-    call = step
+    call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = step
     if args.run in ("graph", "parts") and device == "cuda":
         graph, kept = captured(lambda: step(token, where))
 
-        def call(token, where):  # noqa: ARG001
+        def replayed(token, where):  # noqa: ARG001
             graph.replay()
             return kept
+
+        call = replayed
     elif args.run == "compile":
         call = torch.compile(step, mode="reduce-overhead" if device == "cuda" else "default", fullgraph=True)
     begin = time.perf_counter()

@@ -14,6 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
+from optimum_freeact.kernels.epilogue_triton import (
+    add_branch,
+    arrived_last,
+    room_for_parts,
+    scale_outputs,
+    scales_of,
+    store_outputs,
+    tile_order,
+)
 from optimum_freeact.kernels.launches import launch_pdl, w4_launch
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.tables import branch_width
@@ -40,68 +49,17 @@ def nibbles(w, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def _add_branch(
-    y, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, tokens, outs, n, m, n_bias,
-    HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """Y (outs, tokens) plus the low-rank branch and the biases of the types.
-
-    How much the biases of further types differ from the first's are columns beside the branch's, each met by a one where
-    the token is of that type: what types add is in a product that is made in any case.
-    """
-    is_out, is_token = outs < m, tokens < n
-    TYPED: tl.constexpr = HAS_TYPES and HAS_BIAS
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + outs, mask=is_out, other=0.0)
-        y += bias[:, None]
-    if RANK > 0 or TYPED:
-        c = tl.arange(0, PR)
-        left = tl.zeros((y.shape[0], PR), tl.float32)
-        right = tl.zeros((PR, y.shape[1]), tl.float32)
-        if RANK > 0:
-            in_rank = c < RANK
-            left = tl.load(
-                low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out[:, None] & in_rank[None, :], other=0
-            ).to(tl.float32)
-            right = tl.load(
-                branch_ptr + tokens[None, :] * PR + c[:, None], mask=is_token[None, :] & in_rank[:, None], other=0.0
-            ) * tl.load(low_rank_scale_ptr + c, mask=in_rank, other=0.0)[:, None]  # fmt: skip
-        upper = right.to(tl.bfloat16)
-        lower = (right - upper.to(tl.float32)).to(tl.bfloat16)
-        left_upper, left_lower = left.to(tl.bfloat16), left.to(tl.bfloat16)
-        if TYPED:
-            other = c - RANK + 1
-            typed = (c >= RANK) & (other < n_bias)
-            kind = tl.minimum(tl.load(types_ptr + tokens, mask=is_token, other=0), n_bias - 1)
-            is_kind = (kind[None, :] == other[:, None]) & typed[:, None]
-            upper, lower = tl.where(is_kind, 1.0, upper).to(tl.bfloat16), tl.where(is_kind, 1.0, lower).to(tl.bfloat16)
-            change = tl.load(
-                bias_ptr + other[None, :] * m + outs[:, None], mask=is_out[:, None] & typed[None, :], other=0.0
-            )
-            change = tl.where(typed[None, :], change - bias[:, None], 0.0)
-            left_upper = tl.where(typed[None, :], change, left).to(tl.bfloat16)
-            left_lower = tl.where(typed[None, :], change - left_upper.to(tl.float32), left).to(tl.bfloat16)
-        y = tl.dot(left_lower.to(DOT), lower.to(DOT), y)
-        y = tl.dot(left_upper.to(DOT), upper.to(DOT), y)
-    return y
-
-
-@triton.jit
 def _w4_linear(
     codes_ptr, stats_ptr, branch_ptr, types_ptr, w_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr,
     bias_ptr, y_ptr, n, m, n_bias, partial_ptr, count_ptr,
     HALF: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-    PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    UNIT: tl.constexpr, PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     part = tl.program_id(1)
-    n_blocks, m_blocks = tl.cdiv(n, BM), tl.cdiv(m, BN)
-    per_group = GROUP * n_blocks  # GROUP blocks of outputs are visited for all tokens before the next ones
-    first = (pid // per_group) * GROUP
-    size = tl.minimum(m_blocks - first, GROUP)
-    pid_m = first + (pid % per_group) % size
-    pid_n = (pid % per_group) // size
+    m_blocks = tl.cdiv(m, BN)
+    pid_n, pid_m = tile_order(pid, n, m, BM, BN, GROUP)
     tokens = pid_n * BM + tl.arange(0, BM)
     outs = pid_m * BN + tl.arange(0, BN)
     safe_tokens = tl.where(tokens < n, tokens, 0).to(tl.int64)
@@ -132,11 +90,8 @@ def _w4_linear(
         here = outs[:, None] * BM + tl.arange(0, BM)[None, :]  # partial sums: (SPLIT, m_blocks * BN, BM)
         own = partial_ptr + (part * m_blocks * BN * BM + here)
         tl.store(own, acc)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(count_ptr + pid, 1, sem="acq_rel")
-        if arrived != SPLIT - 1:
+        if not arrived_last(count_ptr + pid, SPLIT):
             return
-        tl.store(count_ptr + pid, 0)  # ready for the next launch
         acc = tl.zeros((BN, BM), tl.int32)
         for other in range(SPLIT):
             acc += tl.load(partial_ptr + (other * m_blocks * BN * BM + here), cache_modifier=".cg")
@@ -148,32 +103,12 @@ def _w4_linear(
     y = (acc - 8 * total[None, :]).to(tl.float32) * scale[None, :] + offset[None, :] * row_sum[:, None]
     y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
     if HAS_BIAS or RANK > 0:
-        y = _add_branch(
-            y, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, tokens, outs, n, m, n_bias,
+        scales = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
+        y = add_branch(
+            y, branch_ptr, types_ptr, low_rank_ptr, scales, bias_ptr, tokens, outs, n, m, n_bias,
             HAS_TYPES, HAS_BIAS, RANK, PR, DOT,
         )  # fmt: skip
-    tl.store(
-        y_ptr + tokens.to(tl.int64)[:, None] * m + outs[None, :],
-        tl.trans(y).to(y_ptr.dtype.element_ty),
-        mask=is_token[:, None] & is_out[None, :],
-    )
-
-
-COUNTERS = 65536  # blocks of outputs whose parts are summed; one per block of a launch
-_counters_of: dict[torch.device, torch.Tensor] = {}
-
-
-def counters(device: torch.device) -> torch.Tensor:
-    """Zeros that each launch leaves as zeros, one buffer per device: launches that split rows run one after the other.
-
-    To be made before a CUDA graph is captured, or it would lie in the graph's own memory ([`ops.make_ready`]).
-    """
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device not in _counters_of:
-        _counters_of[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    return _counters_of[device]
+    store_outputs(y_ptr, y, tokens, outs, n, m)
 
 
 def w4_linear(
@@ -197,22 +132,15 @@ def w4_linear(
         types = None
     launch = {**w4_launch(n, m, half), **(options or {})}
     blocks = triton.cdiv(n, launch["BM"]) * triton.cdiv(m, launch["BN"])
-    split, partial, count = launch["SPLIT"], None, None
-    if split > 1:
-        if n > launch["BM"]:
-            raise ValueError(f"SPLIT={split} needs all {n} tokens in one block, got BM={launch['BM']}.")
-        size = split * triton.cdiv(m, launch["BN"]) * launch["BN"] * launch["BM"]
-        partial = torch.empty(size, dtype=torch.int32, device=y.device)
-        if blocks > COUNTERS:
-            raise ValueError(f"SPLIT={split} serves up to {COUNTERS} blocks of outputs, got {blocks}.")
-        count = counters(y.device)
+    split = launch["SPLIT"]
+    partial, count = room_for_parts(split, n, m, launch, torch.int32, y.device)
     width = rows.branch.shape[1] if rows.branch is not None else branch_width(0, n_bias)
     pdl = launch_pdl(launch["pdl"])
     _w4_linear[(blocks, split)](
         rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, weight.row_sum, low_rank,
         weight.low_rank_scale, bias, y, n, m, n_bias, partial, count, HALF=half, HAS_TYPES=types is not None,
         HAS_BIAS=bias is not None, RANK=rank, PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
-        GROUP=launch["GROUP"], SPLIT=split, PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
+        GROUP=launch["GROUP"], SPLIT=split, UNIT=scale_outputs(weight), PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
         num_warps=launch["warps"], num_stages=launch["stages"], **pdl,
     )  # fmt: skip
     return y
