@@ -72,11 +72,11 @@ def _project(
     branch_ptr, factors_ptr, undo_ptr, count_ptr, n, n_means,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     """Codes of the basis times some columns of some rows as they come, and the largest magnitude there.
 
-    The last program of some rows to arrive makes of the parts what `_correct` needs.
+    If SUMMED, the last program of some rows to arrive makes of the parts what `_correct` needs.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -87,6 +87,9 @@ def _project(
     kind = tl.zeros((ROWS,), tl.int64)
     if HAS_TYPES:  # there since the model's own hook ran, long before
         kind = tl.minimum(tl.load(types_ptr + tl.minimum(rows, n - 1)), n_means - 1)
+    if RANK > 0 and STEPS == 1:
+        o = part * CHUNK + tl.arange(0, CHUNK)
+        basis = tl.load(basis_ptr + r[None, :] * D + o[:, None], mask=(o < D)[:, None], other=0)
     if PDL:
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
@@ -101,9 +104,9 @@ def _project(
             x = tl.load(x_ptr + at[:, None] + o[None, :], mask=(o < D)[None, :], other=0.0)
         peak = tl.maximum(peak, tl.abs(x.to(tl.float32)))
         if RANK > 0:
-            if D % (CHUNK * STEPS) == 0:
+            if STEPS > 1 and D % (CHUNK * STEPS) == 0:
                 basis = tl.load(basis_ptr + r[None, :] * D + o[:, None])
-            else:
+            elif STEPS > 1:
                 basis = tl.load(basis_ptr + r[None, :] * D + o[:, None], mask=(o < D)[:, None], other=0)
             if HAS_CHANNEL:
                 u = x.to(tl.float32) * tl.load(channel_ptr + o, mask=o < D, other=0.0)[None, :]
@@ -118,6 +121,8 @@ def _project(
     tl.store(peak_ptr + part * n + rows, tl.max(peak, 1), mask=alive)
     if RANK > 0:
         tl.store(part_ptr + (part * n + rows)[:, None] * PR + r[None, :], p, mask=alive[:, None])
+    if not SUMMED:
+        return
     if PARTS > 1:
         tl.debug_barrier()
         arrived = tl.atomic_add(count_ptr + tl.program_id(0), 1, sem="acq_rel")
@@ -174,12 +179,16 @@ def _row_of_tiles(
 
 @triton.jit
 def _correct(
-    x_ptr, types_ptr, mean_ptr, channel_ptr, basis_ptr, right_ptr, factors_ptr, undo_ptr, turned_ptr, n, n_means,
+    x_ptr, types_ptr, mean_ptr, channel_ptr, basis_ptr, right_ptr, factors_ptr, undo_ptr, turned_ptr, part_ptr, peak_ptr,
+    mean_branch_ptr, reach_ptr, basis_scale_ptr, branch_ptr, n, n_means,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
-    PDL: tl.constexpr, EARLY: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, PARTS: tl.constexpr,
+    LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """NB rows of the tiles of some tokens: less mean and branch, in float16, times the right factor."""
+    """NB rows of the tiles of some tokens: less mean and branch, in float16, times the right factor.
+
+    Unless SUMMED, every program adds the parts of the projection; the first of some tokens keeps what others read.
+    """
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * NB
     alive = tokens < n
@@ -194,7 +203,7 @@ def _correct(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     kind = tl.zeros((ROWS,), tl.int64)
-    if HAS_TYPES and GATHERED:
+    if HAS_TYPES and (GATHERED or not SUMMED):
         kind = tl.minimum(tl.load(types_ptr + safe), n_means - 1)
     if NB == 1 and not EARLY:
         x, mean, lines = _row_of_tiles(first, x_ptr, mean_ptr, basis_ptr, safe, kind, j, r, GATHERED, LINES, B, PB, D)
@@ -204,9 +213,21 @@ def _correct(
         tl.extra.cuda.gdc_wait()
     if NB == 1 and EARLY:
         x = _numbers_of_tiles(first, x_ptr, safe, j, B, PB, D)
-    undo = tl.load(undo_ptr + safe)
-    upper = tl.load(factors_ptr + safe[:, None] * (2 * PR) + r[None, :]).to(DOT)
-    lower = tl.load(factors_ptr + safe[:, None] * (2 * PR) + PR + r[None, :]).to(DOT)
+    if SUMMED:
+        undo = tl.load(undo_ptr + safe)
+        upper = tl.load(factors_ptr + safe[:, None] * (2 * PR) + r[None, :]).to(DOT)
+        lower = tl.load(factors_ptr + safe[:, None] * (2 * PR) + PR + r[None, :]).to(DOT)
+    else:
+        p, upper, lower, bound = _taken_off(
+            part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means, HAS_MEAN,
+            HAS_CHANNEL, RANK, PR, ROWS, PARTS,
+        )  # fmt: skip
+        undo = bound / LIMIT
+        upper, lower = upper.to(DOT), lower.to(DOT)
+        if tl.program_id(1) == 0:
+            tl.store(undo_ptr + tokens, undo, mask=alive)
+            if RANK > 0:
+                tl.store(branch_ptr + tokens[:, None] * PR + r[None, :], p, mask=alive[:, None])
     shrink = (1.0 / undo)[:, None]
     for i in range(first, tl.minimum(first + NB, A)):
         if NB > 1:
@@ -268,16 +289,24 @@ def round_rows(
     pdl = launch_pdl(launch["pdl"])
     has: dict[str, object] = {"HAS_TYPES": types is not None, "HAS_MEAN": tables.mean is not None}
     has |= {"HAS_CHANNEL": tables.channel_scale is not None, "RANK": tables.rank, "PR": tables.branch}
-    has |= {"DOT": DOT_TYPE, "PDL": bool(pdl), "EARLY": launch["early"]}
+    has |= {
+        "DOT": DOT_TYPE,
+        "PDL": bool(pdl),
+        "EARLY": launch["early"],
+        "SUMMED": launch["summed"],
+        "LIMIT": HEADROOM,
+        "PARTS": parts,
+    }
     _project[(triton.cdiv(n, launch["rows"]), parts)](
         x, types, tables.channel_scale, tables.basis, part, peak, tables.mean_branch, tables.reach, tables.basis_scale,
         rows.branch, factors, undo, counters(x.device), n, n_means, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
-        STEPS=launch["steps"], PARTS=parts, LIMIT=HEADROOM, num_warps=launch["project_warps"], num_stages=4, **pdl,
+        STEPS=launch["steps"], num_warps=launch["project_warps"], num_stages=4, **pdl,
     )  # fmt: skip
     nb = max(1, min(launch["elements"] // pb, pa))
     block = launch["correct_rows"]
     _correct[(triton.cdiv(n, block), triton.cdiv(tables.a, nb))](
-        x, types, tables.mean, tables.channel_scale, tables.basis, tables.right, factors, undo, turned, n, n_means, **has,
+        x, types, tables.mean, tables.channel_scale, tables.basis, tables.right, factors, undo, turned,
+        part, peak, tables.mean_branch, tables.reach, tables.basis_scale, rows.branch, n, n_means, **has,
         A=tables.a, B=tables.b, PB=pb, ROWS=block, NB=nb, num_warps=launch["correct_warps"], num_stages=3, **pdl,
     )  # fmt: skip
     big = pa * pb > 8192
