@@ -116,6 +116,7 @@ def measure(batch: int, tokens: int, device: str) -> list[dict]:
     keys, _ = cached(batch, 256, device, True)
     new = torch.randn(batch, KEY_HEADS, 1, SIZE, device=device, dtype=torch.bfloat16)
     out = torch.empty(batch, KEY_HEADS, 1, 68, dtype=torch.uint8, device=device)
+    assert keys.mean is not None
     means = keys.mean[None, :, None]
     record("write", "freeact", [lambda: kv_write_triton.write_rows(new, keys, start, 200, out)] * 8)
     record("write", "torch", [lambda: out.copy_(encode(new.float() - means, 4, torch.bfloat16))] * 8)

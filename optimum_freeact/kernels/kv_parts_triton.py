@@ -41,6 +41,7 @@ def sink_score(
 
 @triton.jit
 def join_shares(partial_ptr, norm_ptr, y_ptr, parts, QUERIES: tl.constexpr, SIZE: tl.constexpr, PS: tl.constexpr):
+    """One query's output from the running softmax of each share of the tokens."""
     row = tl.program_id(0).to(tl.int64)
     bh = row // QUERIES
     query = row % QUERIES
