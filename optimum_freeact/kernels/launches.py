@@ -28,6 +28,9 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (None, {"rows": 64, "chunk": 128, "parts": 4, "fill": 128, "project_warps": 4, "correct_rows": 64, "elements": 256,
                 "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False, "early": True, "summed": True}),
     ],
+    "row": [
+        (None, {"BN": 16, "warps": 16, "programs": 132, "pdl": True}),
+    ],
     "dp4a": [
         (1, {"words": 4096, "warps": 4, "pdl": True}),
         (None, {"words": 2048, "warps": 2, "pdl": True}),
@@ -82,6 +85,11 @@ def round_launch(n: int, d: int, changes: dict) -> dict:
     blocks = -(-n // found["rows"])  # of rows; each is cut into so many parts that the GPU is full
     parts = max(1, min(found["parts"], -(-d // found["chunk"]), -(-found["fill"] // blocks)))
     return {**found, "steps": -(-d // (found["chunk"] * parts))}
+
+
+def row_launch(d: int) -> dict:  # noqa: ARG001
+    """Settings of one row's whole linear."""
+    return _find(_settings()["row"], 1)
 
 
 def dp4a_launch(n: int, wide: int) -> dict:

@@ -103,9 +103,10 @@ def _w4_linear(
     y = (acc - 8 * total[None, :]).to(tl.float32) * scale[None, :] + offset[None, :] * row_sum[:, None]
     y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
     if HAS_BIAS or RANK > 0:
-        scales = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
+        if UNIT > 0:
+            low_rank_scale_ptr = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
         y = add_branch(
-            y, branch_ptr, types_ptr, low_rank_ptr, scales, bias_ptr, tokens, outs, n, m, n_bias,
+            y, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, tokens, outs, n, m, n_bias,
             HAS_TYPES, HAS_BIAS, RANK, PR, DOT,
         )  # fmt: skip
     store_outputs(y_ptr, y, tokens, outs, n, m)
