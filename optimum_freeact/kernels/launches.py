@@ -36,9 +36,9 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (None, {"words": 2048, "warps": 2, "pdl": True}),
     ],
     "w4": [
-        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
-        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
-        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "pdl": False}),
+        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "first": 0, "pdl": True}),
+        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "first": 0, "pdl": True}),
+        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "first": 0, "pdl": False}),
     ],
     "gemv": [
         (None, {"bytes": 16384, "warps": 4, "pdl": True}),
