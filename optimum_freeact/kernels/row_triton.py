@@ -19,7 +19,7 @@ from optimum_freeact.kernels.dp4a_triton import _dp4a
 from optimum_freeact.kernels.epilogue_triton import scale_outputs, scales_of
 from optimum_freeact.kernels.grids_triton import _grid, _stepped
 from optimum_freeact.kernels.launches import launch_pdl, row_launch
-from optimum_freeact.kernels.reference import HEADROOM, Weight
+from optimum_freeact.kernels.reference import HEADROOM, Rows, Weight
 from optimum_freeact.kernels.tables import InputTables
 from optimum_freeact.kernels.triton_state import INTERPRETED
 
@@ -263,6 +263,68 @@ def _row_linear(
             BN,
             UNIT,
         )
+
+
+@triton.jit
+def _round_row(
+    x_ptr, types_ptr, mean_ptr, basis_ptr, basis_scale_ptr, left_ptr, right_ptr, clip_ptr, factor_ptr, codes_ptr, stats_ptr,
+    branch_ptr, n, n_means, n_clips,
+    HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr, A: tl.constexpr,
+    B: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, LIMIT: tl.constexpr,
+    PLAIN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row's codes as `rounding_triton` leaves them."""
+    WORDS: tl.constexpr = A * B // 8
+    row = tl.program_id(0)
+    kind = 0
+    if HAS_TYPES:  # there since the model's own hook ran, long before
+        kind = tl.load(types_ptr + row)
+    i, j = tl.arange(0, A), tl.arange(0, B)
+    left = tl.load(left_ptr + i[:, None] * A + i[None, :])
+    right = tl.load(right_ptr + j[:, None] * B + j[None, :])
+    clip = tl.load(clip_ptr + (tl.minimum(kind, n_clips - 1) if HAS_TYPES else 0))
+    factor = tl.load(factor_ptr)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    even, odd, scale, offset, total, p = _rounded(
+        x_ptr + row.to(tl.int64) * (A * B), mean_ptr, basis_ptr, basis_scale_ptr, left, right, clip, factor,
+        tl.minimum(kind, n_means - 1) if HAS_TYPES else 0, HAS_MEAN, RANK, PR, A, B, QMIN, QMAX, SYMMETRIC, LIMIT, PLAIN,
+    )  # fmt: skip
+    k = tl.arange(0, WORDS)
+    tl.store(codes_ptr + row * 2 * WORDS + k, even)
+    tl.store(codes_ptr + row * 2 * WORDS + WORDS + k, odd)
+    tl.store(stats_ptr + row, scale)
+    tl.store(stats_ptr + n + row, offset)
+    tl.store(stats_ptr + 2 * n + row, total.to(tl.float32))
+    if RANK > 0:
+        tl.store(branch_ptr + row * PR + tl.arange(0, PR), p)
+
+
+def round_rows(
+    x: torch.Tensor, types: torch.Tensor | None, tables: InputTables, *, options: dict | None = None
+) -> Rows:
+    """As `rounding_triton.round_rows`, a program for each row."""
+    n, d = x.shape
+    rows = Rows(
+        torch.empty(n, d, dtype=torch.int8, device=x.device),
+        torch.empty(3, n, dtype=torch.float32, device=x.device),
+        torch.empty(n, tables.branch, dtype=torch.float32, device=x.device) if tables.rank else None,
+    )
+    if len(tables.clip) == 1 and (tables.mean is None or len(tables.mean) == 1):
+        types = None
+    qmax = (1 << (tables.bits - 1)) - 1
+    launch = {**row_launch(tables.width), **(options or {})}
+    pdl = launch_pdl(launch["pdl"])
+    basis = None if tables.basis_bytes is None else tables.basis_bytes.view(torch.int32)
+    _round_row[(n,)](
+        x, types, tables.mean, basis, tables.basis_scale, tables.left, tables.right, tables.clip, tables.factor,
+        rows.codes.view(torch.int32), rows.stats, rows.branch, n, 1 if tables.mean is None else len(tables.mean),
+        len(tables.clip), HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None, RANK=tables.rank, PR=tables.branch,
+        A=tables.a, B=tables.b, QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, LIMIT=HEADROOM, PLAIN=INTERPRETED,
+        PDL=bool(pdl), num_warps=launch["warps"], **pdl,
+    )  # fmt: skip
+    return rows
 
 
 def row_linear(
