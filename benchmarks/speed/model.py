@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--run", choices=("memory", "eager", "graph", "parts", "compile"), default="graph")
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--attention", choices=("sdpa", "sdpa_grouped"), default="sdpa_grouped")
     parser.add_argument("--preset", default="freeact-fast")
     parser.add_argument("--embedding-bits", type=int, choices=(8, 16), default=8, help="of the quantized model")
     parser.add_argument("--prompt", type=int, default=2048)
@@ -101,14 +102,14 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="print what runs on the GPU")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = shape_config(args.shape, args.layers)
+    config = shape_config(args.shape, args.layers, args.attention)
     name = args.provider
     if name == "freeact":
         name += "" if args.preset == "freeact-fast" else ", groups"
         name += "" if args.embedding_bits == 8 else ", bfloat16 embeddings"
     meter = Meter(
         args.out, provider=name, run=args.run, shape=args.shape, layers=config.num_hidden_layers,
-        prompt=args.prompt,
+        prompt=args.prompt, attention=args.attention,
     )  # fmt: skip
     begin = time.perf_counter()
     with quiet():
