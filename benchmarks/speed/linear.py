@@ -96,7 +96,7 @@ class Shape:
     def rows(self, n: int, grouped: bool = False) -> Rows:
         layer = self.freeact(grouped)[0]
         layer.source.state.types = self.types(n)
-        found = layer.source._kernel_rows(self.x(n).unsqueeze(0))
+        found = layer.source(self.x(n).unsqueeze(0))
         return Rows(found.codes, found.stats, found.branch)
 
     # what is measured: lists of calls on different weights
@@ -138,7 +138,7 @@ class Shape:
     def part_round(self, n: int, grouped: bool = False):
         x, source = self.x(n).unsqueeze(0), self.freeact(grouped)[0].source
         source.state.types = self.types(n)
-        return [lambda: source._kernel_rows(x)]
+        return [lambda: source(x)]
 
     def part_product(self, n: int, grouped: bool = False):
         """The product with all that follows it."""

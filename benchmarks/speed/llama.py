@@ -34,7 +34,7 @@ SHAPES = {
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **others):
     """transformers' SDPA, which for one new token repeats keys and values for all query heads that read them; here those heads are
-    rows of one query instead, as transformers itself does from 5.20 on where it does not compile.
+    rows of one query instead, as newer versions of transformers do themselves where they do not compile.
     """
     batch, heads, tokens, size = query.shape
     groups = heads // key.shape[1]

@@ -22,23 +22,20 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
         (4, {"rows": 16, "chunk": 512, "parts": 64, "fill": 264, "project_warps": 8, "correct_rows": 16, "elements": 1,
-             "correct_warps": 4, "programs": 132, "finish_rows": 1, "finish_warps": 4, "pdl": True, "early": False, "summed": True}),
+             "correct_warps": 4, "programs": 132, "finish_rows": 1, "finish_warps": 4, "pdl": True}),
         (64, {"rows": 16, "chunk": 256, "parts": 64, "fill": 264, "project_warps": 4, "correct_rows": 16, "elements": 1,
-              "correct_warps": 4, "programs": 132, "finish_rows": 1, "finish_warps": 4, "pdl": True, "early": False, "summed": True}),
+              "correct_warps": 4, "programs": 132, "finish_rows": 1, "finish_warps": 4, "pdl": True}),
         (None, {"rows": 64, "chunk": 128, "parts": 4, "fill": 128, "project_warps": 4, "correct_rows": 64, "elements": 256,
-                "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False, "early": False, "summed": True}),
-    ],
-    "row": [
-        (None, {"BN": 16, "warps": 16, "programs": 132, "pdl": True}),
+                "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False}),
     ],
     "dp4a": [
         (1, {"words": 4096, "warps": 4, "pdl": True}),
         (None, {"words": 2048, "warps": 2, "pdl": True}),
     ],
     "w4": [
-        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "first": 0, "pdl": True}),
-        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "first": 0, "pdl": True}),
-        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "first": 0, "pdl": False}),
+        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
+        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
+        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "pdl": False}),
     ],
     "gemv": [
         (None, {"bytes": 16384, "warps": 4, "pdl": True}),
@@ -85,11 +82,6 @@ def round_launch(n: int, d: int, changes: dict) -> dict:
     blocks = -(-n // found["rows"])  # of rows; each is cut into so many parts that the GPU is full
     parts = max(1, min(found["parts"], -(-d // found["chunk"]), -(-found["fill"] // blocks)))
     return {**found, "steps": -(-d // (found["chunk"] * parts))}
-
-
-def row_launch(d: int) -> dict:  # noqa: ARG001
-    """Settings of one row's whole linear."""
-    return _find(_settings()["row"], 1)
 
 
 def dp4a_launch(n: int, wide: int) -> dict:

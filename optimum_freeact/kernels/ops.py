@@ -72,7 +72,6 @@ def _round_rows(
     factor: Tensor,
     mean_branch: Tensor | None,
     reach: Tensor | None,
-    basis_bytes: Tensor | None,
     a: int,
     b: int,
     bits: int,
@@ -80,7 +79,7 @@ def _round_rows(
     group: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.round_rows` of `x` `(n, d)`; the branch has no columns where there is none."""
-    tensors = (mean, channel_scale, basis, basis_scale, left, right, clip, factor, mean_branch, reach, basis_bytes)
+    tensors = (mean, channel_scale, basis, basis_scale, left, right, clip, factor, mean_branch, reach)
     sizes: dict[str, Any] = {"a": a, "b": b, "bits": bits, "symmetric": symmetric, "group": group}
     tables = InputTables(**dict(zip(TENSORS, tensors, strict=True)), **sizes)
 
@@ -173,60 +172,6 @@ def _(codes, stats, branch, types, packed, qscale, row_sum, low_rank, scale, bia
     return codes.new_empty((codes.shape[0], packed.shape[0]), dtype=out_dtype)
 
 
-def _row_linear(
-    x: Tensor,
-    types: Tensor | None,
-    mean: Tensor | None,
-    channel_scale: Tensor | None,
-    basis: Tensor | None,
-    basis_scale: Tensor | None,
-    left: Tensor,
-    right: Tensor,
-    clip: Tensor,
-    factor: Tensor,
-    mean_branch: Tensor | None,
-    reach: Tensor | None,
-    basis_bytes: Tensor | None,
-    a: int,
-    b: int,
-    bits: int,
-    symmetric: bool,
-    group: int,
-    packed: Tensor,
-    qscale: Tensor,
-    row_sum: Tensor,
-    low_rank: Tensor | None,
-    low_rank_scale: Tensor | None,
-    type_bias: Tensor | None,
-    group_scale: Tensor | None,
-) -> Tensor:
-    """[`round_rows`] and [`w4_linear`] of one row `x` of shape `(1, d)`."""
-    tensors = (mean, channel_scale, basis, basis_scale, left, right, clip, factor, mean_branch, reach, basis_bytes)
-    sizes: dict[str, Any] = {"a": a, "b": b, "bits": bits, "symmetric": symmetric, "group": group}
-    weight = reference.Weight(packed, qscale, row_sum, low_rank, low_rank_scale, type_bias, group_scale)
-
-    def kernel() -> Tensor:
-        from optimum_freeact.kernels import row_triton
-
-        return row_triton.row_linear(
-            x, types, InputTables(**dict(zip(TENSORS, tensors, strict=True)), **sizes), weight
-        )
-
-    def apart() -> Tensor:
-        rows = _round_rows(x, types, *tensors, a, b, bits, symmetric, group)
-        return _w4_linear(*rows, types, *weight, x.dtype)
-
-    return _attempt(f"row_linear[{a}x{b}]", kernel, apart)
-
-
-row_linear_op = torch.library.custom_op("freeact::row_linear", _row_linear, mutates_args=())
-
-
-@row_linear_op.register_fake
-def _(x, *others):
-    return x.new_empty((1, others[-7].shape[0]))
-
-
 def round_rows(*args) -> tuple[Tensor, Tensor, Tensor]:
     """The operator where a graph is traced, else what is in it: an operator's own cost is that of a small kernel."""
     return (round_rows_op if torch.compiler.is_compiling() else _round_rows)(*args)
@@ -235,11 +180,6 @@ def round_rows(*args) -> tuple[Tensor, Tensor, Tensor]:
 def w4_linear(*args) -> Tensor:
     """As [`round_rows`]."""
     return (w4_linear_op if torch.compiler.is_compiling() else _w4_linear)(*args)
-
-
-def row_linear(*args) -> Tensor:
-    """As [`round_rows`]."""
-    return (row_linear_op if torch.compiler.is_compiling() else _row_linear)(*args)
 
 
 W8_ROWS = 64  # above, a plain weight is made once for many rows

@@ -22,7 +22,6 @@ def branch_width(rank: int, n_types: int) -> int:
 
 TENSORS = (
     "mean", "channel_scale", "basis", "basis_scale", "left", "right", "clip", "factor", "mean_branch", "reach",
-    "basis_bytes",
 )  # fmt: skip
 
 
@@ -50,8 +49,6 @@ class InputTables:
         bits (`int`): 4 or 8.
         symmetric (`bool`): Kind of the grid.
         group (`int`): 0 for codes with one grid a row; else values with a grid for so many columns. For Triton only.
-        basis_bytes (`uint8`, shape `(padded branch, d)`, *optional*): Codes of the basis plus 128, then 128s, where `row_triton`
-            serves the input.
     """
 
     mean: torch.Tensor | None
@@ -69,7 +66,6 @@ class InputTables:
     bits: int
     symmetric: bool
     group: int = 0
-    basis_bytes: torch.Tensor | None = None
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """All tensors, in the order of the fields."""
@@ -91,16 +87,6 @@ class InputTables:
         right[:, column_order(self.a, self.b, self.group)] = self.right[: self.b, : self.b].float()
         found.left, found.right = self.left[: self.a, : self.a].float().mT * self.factor, right
         return found
-
-    @property
-    def one_row(self) -> bool:
-        """Whether `row_triton` serves the input."""
-        channel, n_types = self.channel_scale is not None, len(self.clip)
-        return (
-            self.left.is_floating_point()
-            and self.left.itemsize == 2
-            and takes_one_row(self.a, self.b, self.rank, n_types, channel, self.group)
-        )
 
     @property
     def width(self) -> int:
@@ -164,21 +150,6 @@ def _lines(mean: torch.Tensor | None, basis: torch.Tensor | None, n_types: int, 
     return lines
 
 
-def takes_one_row(a: int, b: int, rank: int, n_types: int, channel: bool, group: int) -> bool:
-    """Whether `row_triton` serves an input: whole tiles of short rows, codes, a branch of one tile's width."""
-    whole = padded(a) == a and padded(b) == b
-    return whole and a * b <= ONE_ROW and branch_width(rank, n_types) <= 32 and not channel and group == 0
-
-
-ONE_ROW = 4096  # numbers of a row that each program may round for itself
-
-
-def _basis_bytes(basis: torch.Tensor, width: int) -> torch.Tensor:
-    found = torch.full((width, len(basis)), 128, dtype=torch.uint8, device=basis.device)
-    found[: basis.shape[1]] = (basis.mT.short() + 128).to(torch.uint8)
-    return found
-
-
 def _reach(mean: torch.Tensor | None, channel_scale: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     means = like.new_zeros(1) if mean is None else mean.abs().amax(1)
     scale = like.new_ones(1) if channel_scale is None else channel_scale.abs().amax()[None]
@@ -203,8 +174,6 @@ def make_tables(
     mean = None if found.mean is None else found.mean.to(torch.bfloat16).contiguous()
     assert found.left is not None
     assert found.right is not None
-    rank = 0 if basis is None else basis.shape[1]
-    one_row = takes_one_row(a, b, rank, len(clip), found.channel_scale is not None, group)
     scaled = None if mean is None else mean.double() * (1 if found.channel_scale is None else found.channel_scale)
     return InputTables(
         mean=mean,
@@ -224,7 +193,6 @@ def make_tables(
         bits=bits,
         symmetric=symmetric,
         group=group,
-        basis_bytes=_basis_bytes(basis, branch_width(rank, len(clip))) if basis is not None and one_row else None,
     )
 
 

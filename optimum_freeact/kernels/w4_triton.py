@@ -54,7 +54,7 @@ def _w4_linear(
     bias_ptr, y_ptr, n, m, n_bias, partial_ptr, count_ptr,
     HALF: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-    UNIT: tl.constexpr, FIRST: tl.constexpr, PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    UNIT: tl.constexpr, PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     part = tl.program_id(1)
@@ -70,19 +70,10 @@ def _w4_linear(
     acc = tl.zeros((BN, BM), tl.int32)
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     PER_PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    begin = part * PER_PART
-    if FIRST > 0:  # so much of the weight is on its way while the codes are still being made
-        first = begin * BK + tl.arange(0, FIRST * BK)
-        early = tl.load(w_ptr + safe_outs[:, None] * HALF + first[None, :])
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    if FIRST > 0:
-        first_ptrs = codes_ptr + safe_tokens[None, :] * (2 * HALF) + first[:, None]
-        early_low, early_high = nibbles(early, PLAIN)
-        acc = tl.dot(early_low, tl.load(first_ptrs), acc, out_dtype=tl.int32)
-        acc = tl.dot(early_high, tl.load(first_ptrs + HALF), acc, out_dtype=tl.int32)
-    for step in range(begin + FIRST, tl.minimum(begin + PER_PART, STEPS)):
+    for step in range(part * PER_PART, tl.minimum((part + 1) * PER_PART, STEPS)):
         at = step * BK
         if HALF % BK == 0:
             w = tl.load(w_ptrs + at)
@@ -146,13 +137,11 @@ def w4_linear(
     partial, count = room_for_parts(split, n, m, launch, torch.int32, y.device)
     width = rows.branch.shape[1] if rows.branch is not None else branch_width(0, n_bias)
     pdl = launch_pdl(launch["pdl"])
-    whole = half % (launch["BK"] * split * max(1, launch["first"])) == 0  # no part is shorter than what it begins with
-    first = launch["first"] if whole else 0
     _w4_linear[(blocks, split)](
         rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, weight.row_sum, low_rank,
         weight.low_rank_scale, bias, y, n, m, n_bias, partial, count, HALF=half, HAS_TYPES=types is not None,
         HAS_BIAS=bias is not None, RANK=rank, PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
-        GROUP=launch["GROUP"], SPLIT=split, UNIT=scale_outputs(weight), FIRST=first, PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
+        GROUP=launch["GROUP"], SPLIT=split, UNIT=scale_outputs(weight), PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
         num_warps=launch["warps"], num_stages=launch["stages"], **pdl,
     )  # fmt: skip
     return y

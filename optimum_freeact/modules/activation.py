@@ -58,20 +58,6 @@ class KernelRows(NamedTuple):
     outputs: list | None = None
 
 
-class OneRow(NamedTuple):
-    """What a [`FreeActInput`] hands to its linears where one kernel does all for a row: the row as it came.
-
-    Args:
-        x (`torch.Tensor` of shape `(1, d)`), types (`torch.Tensor` of shape `(1,)`, *optional*): The row and its token type.
-        shape (`torch.Size`), outputs (`list`, *optional*): As in [`KernelRows`].
-    """
-
-    x: torch.Tensor
-    types: torch.Tensor | None
-    shape: torch.Size
-    outputs: list | None = None
-
-
 class FreeActInput(nn.Module):
     """Centring per token type, channel scale, low-rank split, transform and per-token rounding of one input.
 
@@ -213,7 +199,7 @@ class FreeActInput(nn.Module):
         ):
             self._joined = join(self.readers)
 
-    def forward(self, x: torch.Tensor) -> RoundedInput | KernelRows | OneRow:
+    def forward(self, x: torch.Tensor) -> RoundedInput | KernelRows:
         """Round rows `x` of shape `(..., in_features)`; the linears of one group get the same object."""
         versioned = torch.compiler.is_compiling() or not x.is_inference()  # else a change of x would not be seen
         if self.n_readers == 1 or not versioned or (torch.is_grad_enabled() and x.requires_grad):
@@ -223,7 +209,7 @@ class FreeActInput(nn.Module):
             result, left = last[2], last[3] - 1
         else:
             result, left = self._round(x), self.n_readers - 1
-            if self._joined is not None and isinstance(result, (KernelRows, OneRow)):
+            if self._joined is not None and isinstance(result, KernelRows):
                 result = result._replace(outputs=[])
         if left:
             tracing = torch.compiler.is_compiling()
@@ -237,7 +223,7 @@ class FreeActInput(nn.Module):
             return last[0] is x
         return isinstance(last[0], weakref.ref) and last[1] == x._version and last[0]() is x
 
-    def _round(self, x: torch.Tensor) -> RoundedInput | KernelRows | OneRow:
+    def _round(self, x: torch.Tensor) -> RoundedInput | KernelRows:
         if self._offloaded and self.clip.device.type != "meta":  # here for this call only
             self.prepare()
             try:
@@ -245,7 +231,7 @@ class FreeActInput(nn.Module):
             finally:
                 self._tables, self._native, self._joined, self._offloaded = None, None, None, True
         if (self._tables is not None or self._native is not None) and self._kernel_serves(x):
-            return self._one_row(x) if self._takes_one_row(x) else self._kernel_rows(x)
+            return self._kernel_rows(x)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         types = self.state.of(x) if len(self.clip) > 1 else None
         z, low_rank = self.input_map(dtype).apply(x.to(dtype), types)
@@ -274,28 +260,17 @@ class FreeActInput(nn.Module):
         kinds = (torch.bfloat16, torch.float16) if x.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
         return x.dtype in kinds
 
-    def _takes_one_row(self, x: torch.Tensor) -> bool:
-        return self._tables is not None and self._tables.one_row and x.numel() == self.in_features
-
-    def table_arguments(self) -> tuple:
-        """What [`ops.row_linear`] takes of the input side."""
-        tables = self._tables
-        assert tables is not None
-        return (*tables.tensors(), tables.a, tables.b, self.bits, self.symmetric, tables.group)
-
-    def _flat_types(self, x: torch.Tensor) -> torch.Tensor | None:
-        types = self.state.of(x) if len(self.clip) > 1 else None
-        return None if types is None else types.reshape(-1)
-
-    def _one_row(self, x: torch.Tensor) -> OneRow:
-        return OneRow(x.reshape(1, -1).contiguous(), self._flat_types(x), x.shape[:-1])
-
     def _kernel_rows(self, x: torch.Tensor) -> KernelRows:
-        types = self._flat_types(x)
+        types = self.state.of(x) if len(self.clip) > 1 else None
+        types = None if types is None else types.reshape(-1)
         flat = x.reshape(-1, self.in_features).contiguous()
         if self._native is not None:
             return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1], True)
-        found = ops.round_rows(flat, types, *self.table_arguments())
+        tables = self._tables
+        assert tables is not None
+        found = ops.round_rows(
+            flat, types, *tables.tensors(), tables.a, tables.b, self.bits, self.symmetric, tables.group
+        )
         return KernelRows(*found, types, x.shape[:-1])
 
     def native_output(self, x: torch.Tensor, reader) -> torch.Tensor | None:

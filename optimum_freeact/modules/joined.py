@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_freeact.kernels.reference import SCALE_OUTPUTS, Weight
+from optimum_freeact.kernels import ops
+from optimum_freeact.kernels.reference import SCALE_OUTPUTS, Rows, Weight
 
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class JoinedLinears:
             if w.low_rank_scale is not None
         ]
         biases = [w.type_bias for w in weights if w.type_bias is not None]
-        self.weight = Weight(
+        self.joined = Weight(
             packed.flatten(1),
             torch.cat([w.qscale for w in weights]),
             torch.cat([w.row_sum for w in weights]),
@@ -63,7 +64,11 @@ class JoinedLinears:
             torch.cat(biases, 1) if biases else None,
             whole["weight_group_scale"],
         )
-        keep_in_place(*self.weight)
+        keep_in_place(*self.joined)
+
+    def product(self, rows: Rows, types: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """Outputs of all linears, `(n, sum of out_features)`."""
+        return ops.w4_linear(*rows, types, *self.joined, dtype)
 
 
 @torch.no_grad()

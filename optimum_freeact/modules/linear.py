@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn, SupportsIndex
 
@@ -13,7 +13,7 @@ from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import int_linear, plan
 from optimum_freeact.kernels.native import NativeWeight
 from optimum_freeact.kernels.reference import Rows, Weight
-from optimum_freeact.modules.activation import FreeActInput, KernelRows, OneRow
+from optimum_freeact.modules.activation import FreeActInput, KernelRows
 from optimum_freeact.modules.joined import keep_in_place
 from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes
 from optimum_freeact.numerics.affine import dequantize
@@ -222,8 +222,6 @@ class FreeActLinear(nn.Linear):
             if y is not None:
                 return y
         rounded = self.source(x)
-        if isinstance(rounded, OneRow):
-            return self._row_product(rounded)
         if isinstance(rounded, KernelRows):
             return self._kernel_product(rounded, x.dtype)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -246,21 +244,18 @@ class FreeActLinear(nn.Linear):
             weight = NativeWeight(self.kernel_weight(), self.weight_group_scale)
             y = weight.linear(Rows(rows.codes, rows.stats, rows.branch), rows.types, dtype, self.source.group_size)
         else:
-            y = self._product(rows, lambda weight: ops.w4_linear(*rows[:4], *weight, dtype))
+            y = self._joined_output(rows, dtype)
+            if y is None:
+                y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype)
         return y.view(*rows.shape, self.out_features)
 
-    def _row_product(self, row: OneRow) -> torch.Tensor:
-        tables = self.source.table_arguments()
-        y = self._product(row, lambda weight: ops.row_linear(row.x, row.types, *tables, *weight))
-        return y.view(*row.shape, self.out_features)
-
-    def _product(self, rows: KernelRows | OneRow, product: Callable[[Weight], torch.Tensor]) -> torch.Tensor:
-        """The product, or this layer's part of one for all that read the rows, which the first of them makes."""
+    def _joined_output(self, rows: KernelRows, dtype: torch.dtype) -> torch.Tensor | None:
+        """This layer's part of one product for all that read the rows, which the first of them makes."""
         joined = self.source._joined
         if joined is None or rows.outputs is None:
-            return product(self.kernel_weight())
+            return None
         if not rows.outputs:
-            rows.outputs.append(product(joined.weight))
+            rows.outputs.append(joined.product(Rows(rows.codes, rows.stats, rows.branch), rows.types, dtype))
         return rows.outputs[0][:, slice(*self.span)]
 
     def _integer_product(self, rounded, dtype: torch.dtype) -> torch.Tensor:

@@ -91,16 +91,6 @@ def test_parts_of_a_row_are_summed_exactly_and_again(device, split):
     assert (results[0][0] - results[0][1]).norm() <= 2e-5 * results[0][1].norm()
 
 
-@pytest.mark.parametrize(("split", "first"), [(1, 1), (1, 2), (2, 2)])
-def test_weights_may_be_asked_for_before_the_codes(device, split, first):
-    weight, rows = random_weight(70, 512), random_rows(5, 512)
-    types = torch.zeros(5, dtype=torch.long)
-    options = {"SPLIT": split, "BK": 64}
-    plain, _ = both(device, "mma", rows, types, weight, options={**options, "first": 0})
-    got, _ = both(device, "mma", rows, types, weight, options={**options, "first": first})
-    assert torch.equal(got, plain)
-
-
 @pytest.mark.parametrize("name", ["mma", "dp4a"])
 def test_nan_goes_through(device, name):
     weight, rows = random_weight(20, 96), random_rows(3, 96)

@@ -22,8 +22,8 @@ def as_on_a_gpu(monkeypatch):
         return dispatch.Plan("torch" if obstacle else "triton", "product", obstacle or "test")
 
     def round_rows(x, types, *tables):
-        tensors = dict(zip(ops.TENSORS, tables[: len(ops.TENSORS)], strict=True))
-        sizes = dict(zip(("a", "b", "bits", "symmetric", "group"), tables[len(ops.TENSORS) :], strict=True))
+        tensors = dict(zip(ops.TENSORS, tables[:10], strict=True))
+        sizes = dict(zip(("a", "b", "bits", "symmetric", "group"), tables[10:], strict=True))
         made = ops.InputTables(**tensors, **sizes)
         asked = (made.clip, made.bits, made.symmetric, made.branch)
         return reference.round_rows(x, types, made.input_map(), *asked, group=made.group)
