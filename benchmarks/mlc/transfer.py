@@ -50,6 +50,7 @@ def parse() -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     add("--ours", default=f"{MAIN}@{next(iter(REGIMES))}", help="a point of the map, or 'chosen' from --map-rows")
     add("--map-rows", type=Path, help="finished runs of the map (default: runs/mlc_transfer_map.jsonl)")
+    add("--map-seeds", nargs="+", type=int, default=[MAP_SEED], help="none of the table's")
     add("--steps", type=int, default=100)
     add("--batch", type=int, default=32)
     add("--rows-train", type=int, default=1600)
@@ -98,7 +99,7 @@ def main() -> None:
         return
     pool = Pool(options)
     if options.map or options.first:
-        pool.run((options.map and options.methods) or first_points(), [MAP_SEED], mapping=True)
+        pool.run((options.map and options.methods) or first_points(), options.map_seeds, mapping=True)
         regime = choose_regime(read_rows(options.map_rows))
         print(f"The regime is {regime}.", flush=True)
         options.ours = f"{MAIN}@{regime}"
@@ -108,7 +109,7 @@ def main() -> None:
     if not options.map:
         pool.run(options.methods or list(methods(options.ours)), options.seeds)
     if (options.map and not options.methods) or options.first:
-        pool.run(second_points(regime), [MAP_SEED], mapping=True)
+        pool.run(second_points(regime), options.map_seeds, mapping=True)
     report(options)
 
 
