@@ -88,9 +88,17 @@ LANGUAGES = {  # how many training languages, with the same number of them in ea
     "tied,10-languages": {**TIED, "mlc_languages": list(FEW)},
     "tied,20-languages": {**TIED, "mlc_languages": list(SEEN[:20])},
 }
+PLAIN = VARIANTS["plain"]
+GUARDED = {  # each guard by itself, on the loss as the paper has it
+    "plain,no-extractor": {**PLAIN, "mlc_extractor_dim": 0},
+    "plain,frozen": {**PLAIN, "mlc_extractor_frozen": True},
+    "plain,language": {**PLAIN, "mlc_center": "language"},
+    "plain,repulsion": {**PLAIN, "mlc_repulsion": 1.0},
+    "plain,contrast": {**PLAIN, "mlc_contrast": 1.0},
+}
 LONGER = {"tied,steps=200": {**TIED, "steps": 200}, f"{ALIGNED},steps=200": {"mlc_weight": 0.0, "steps": 200}}
 ALONE = {ALIGNED: {"mlc_weight": 0.0}, "guards": {**COMMON, "mlc_repulsion": 1.0, "mlc_objective": "none"}}
-POINTS = {**VARIANTS, **LANGUAGES, **LONGER, **ALONE}
+POINTS = {**VARIANTS, **GUARDED, **LANGUAGES, **LONGER, **ALONE}
 
 
 def point(name: str) -> dict:
@@ -112,7 +120,8 @@ def second_points(regime: str) -> list[str]:
     pairs = [f"{name}{control}@{regime}" for name in VARIANTS for control in ("", ".rows")]
     languages = [f"{name}@{regime}" for name in LANGUAGES]
     others = [f"{name}@{regime}" for name in ("guards", *LONGER, f"{MAIN}.each", "repulsion.each")]
-    return [*pairs[:14], *languages, *pairs[14:16], *others, *pairs[16:]]
+    guarded = [f"{name}@{regime}" for name in GUARDED]
+    return [*pairs[:14], *languages, *pairs[14:16], *guarded, *others, *pairs[16:]]
 
 
 def methods(ours: str) -> dict[str, dict]:
