@@ -32,7 +32,7 @@ def choose_layer(decoder: nn.Module, rows: Iterable[dict], args: MLCArguments, i
     Raises:
         `ValueError`: for a layer that is not there, a partitioned model, or fewer than two rows to retrieve from.
     """
-    if args.mlc_layer != "auto":
+    if isinstance(args.mlc_layer, int):
         return check_layer(args.mlc_layer, decoder)
     refuse_partitioned(decoder, "mlc_layer='auto'")
     chosen: list = [None]

@@ -76,12 +76,9 @@ class PromptPass:
             if self._request is None or (model.training and not with_gradients):
                 return original(*args, **kwargs)
             request, self._request = self._request, None
-            first = self._goes_first(request[0])
-            if first:
-                self._states = self._run(*request, training=model.training)
+            early = self._run(*request, training=model.training) if self._goes_first(request[0]) else None
             outputs = original(*args, **kwargs)
-            if not first:
-                self._states = self._run(*request, training=model.training)
+            self._states = early or self._run(*request, training=model.training)
             # DistributedDataParallel finds used parameters by walking back from the outputs
             return _with_field(outputs, self._states.representations) if with_gradients else outputs
 

@@ -39,7 +39,7 @@ def whole_reference(trainer: type) -> Iterator[None]:
     @functools.wraps(original)
     def prepare(model, accelerator, *args, **kwargs):
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
-        if getattr(plugin, "fsdp_version", 1) == 2 and plugin.cpu_ram_efficient_loading:
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading:
             send_from_first(model, accelerator.device)
         return original(model, accelerator, *args, **kwargs)
 
