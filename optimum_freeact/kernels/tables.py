@@ -16,8 +16,8 @@ def padded(size: int) -> int:
 
 
 def branch_width(rank: int, n_types: int) -> int:
-    """Columns of the padded branch: the high-precision coordinates, then one column per token type for the biases."""
-    return padded(rank + n_types)
+    """Columns of the padded branch: the high-precision coordinates, then the marks of token types (`reference.marked`)."""
+    return padded(rank + max(n_types, 2 * (n_types - 1)))
 
 
 TENSORS = (
@@ -97,6 +97,11 @@ class InputTables:
     def rank(self) -> int:
         """Columns of the branch."""
         return 0 if self.basis_scale is None else len(self.basis_scale)
+
+    @property
+    def has_branch(self) -> bool:
+        """Whether rows leave with coordinates or marks of types."""
+        return self.rank > 0 or (self.mean is not None and len(self.mean) > 1)
 
     @property
     def branch(self) -> int:
