@@ -83,8 +83,8 @@ def round_rows(
 def marked(rows: Rows, types: torch.Tensor | None, rank: int, n_means: int, width: int) -> Rows:
     """Rows whose branch also says each row's type, for products whose weight has [`type_columns`].
 
-    After the `rank` coordinates come two times as many columns as there are types beyond the first: a row of type k > 0 has a
-    one in the k-th of either half, one of type 0 has zeros. `width` is the branch's where there is none yet.
+    After the `rank` coordinates come two columns for each type beyond the first: a row of type k > 0 has ones in the k-th two
+    of them, one of type 0 has zeros. `width` is the branch's where there is none yet.
     """
     if n_means < 2:
         return rows
@@ -93,7 +93,7 @@ def marked(rows: Rows, types: torch.Tensor | None, rank: int, n_means: int, widt
     if types is not None:
         kind = types.clamp(max=further)[:, None]
         marks = (kind == torch.arange(1, n_means, device=kind.device)).to(branch.dtype)
-        branch[:, rank : rank + 2 * further] = marks.repeat(1, 2)
+        branch[:, rank : rank + 2 * further] = marks.repeat_interleave(2, 1)
     return rows._replace(branch=branch)
 
 
@@ -139,13 +139,13 @@ class Weight(NamedTuple):
 
 def type_columns(bias: torch.Tensor | None) -> torch.Tensor | None:
     """How much the biases `(n_means, m)` of further types exceed the first's, as columns `(m, 2 (n_means - 1))` that meet the
-    marks of a row ([`marked`]): the numbers in bfloat16, then what that lost of them.
+    marks of a row ([`marked`]): for each type the numbers in bfloat16, and what that lost of them.
     """
     if bias is None or len(bias) < 2:
         return None
     change = (bias[1:] - bias[0]).mT
     upper = change.to(torch.bfloat16)
-    return torch.cat((upper, (change - upper.to(change.dtype)).to(torch.bfloat16)), 1).contiguous()
+    return torch.stack((upper, (change - upper.to(change.dtype)).to(torch.bfloat16)), -1).flatten(1)
 
 
 def w4_product(codes: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:

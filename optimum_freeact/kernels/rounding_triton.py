@@ -84,10 +84,10 @@ def _project(
     r = tl.arange(0, PR)
     p = tl.zeros((ROWS, PR), tl.float32)
     peak = tl.zeros((ROWS, CHUNK), tl.float32)
-    kind = tl.zeros((ROWS,), tl.int64)
+    kind = tl.zeros((ROWS,), tl.int32)
     clip_kind = kind
     if HAS_TYPES:  # there since the model's own hook ran, long before
-        given = tl.load(types_ptr + tl.minimum(rows, n - 1))
+        given = tl.load(types_ptr + tl.minimum(rows, n - 1)).to(tl.int32)
         kind, clip_kind = tl.minimum(given, n_means - 1), tl.minimum(given, n_clips - 1)
     clip = tl.load(clip_ptr + clip_kind)
     if PDL:
@@ -132,9 +132,8 @@ def _project(
         RANK, PR, ROWS, PARTS,
     )  # fmt: skip
     if MARKED:  # the row's type, for the product (`reference.marked`)
-        first = (r - (RANK - 1))[None, :] == kind[:, None]
-        second = (r - (RANK - 2 + n_means))[None, :] == kind[:, None]
-        p = tl.where((first | second) & (kind > 0)[:, None], 1.0, p)
+        further = tl.where(kind > 0, kind - 1, PR)
+        p = tl.where(((r - RANK) >> 1)[None, :] == further[:, None], 1.0, p)
     if RANK > 0 or MARKED:
         tl.store(branch_ptr + rows[:, None] * PR + r[None, :], p, mask=alive[:, None])
     tl.store(factors_ptr + rows[:, None] * (2 * PR) + r[None, :], upper, mask=alive[:, None])

@@ -170,7 +170,7 @@ def columns_of(rows: Rows, weight: Weight) -> torch.Tensor | None:
         return None
     columns = type_columns(weight.type_bias) if weight.type_columns is None else weight.type_columns
     rank = 0 if weight.low_rank is None else weight.low_rank.shape[1]
-    if rows.branch is None or rows.branch.shape[1] < rank + columns.shape[1]:
+    if columns is None or rows.branch is None or rows.branch.shape[1] < rank + columns.shape[1]:
         raise ValueError(f"The rows carry no marks of {len(weight.type_bias)} types (see reference.marked).")
     return columns
 
