@@ -108,7 +108,7 @@ def _(x, types, mean, channel_scale, basis, basis_scale, left, right, clip, *oth
     n, d = x.shape
     group = others[-1]
     rank = 0 if basis_scale is None else basis_scale.shape[0]
-    has_branch = rank > 0 or (mean is not None and mean.shape[0] > 1)
+    has_branch = rank > 0 or (mean is not None and reference.n_marks(mean.shape[0]) > 0)
     width = branch_width(rank, clip.shape[0]) if has_branch else 0
     return (
         x.new_empty((n, d), dtype=torch.float16 if group else torch.int8),

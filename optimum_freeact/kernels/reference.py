@@ -80,13 +80,21 @@ def round_rows(
     return Rows(split_columns(codes.nan_to_num(0.0).to(torch.int8)), stats, p)
 
 
+MOST_MARKED = 9  # types; with more the marks would outgrow the coordinates that they stand beside
+
+
+def n_marks(n_means: int) -> int:
+    """Columns of a branch that say a row's type."""
+    return 2 * (n_means - 1) if 1 < n_means <= MOST_MARKED else 0
+
+
 def marked(rows: Rows, types: torch.Tensor | None, rank: int, n_means: int, width: int) -> Rows:
     """Rows whose branch also says each row's type, for products whose weight has [`type_columns`].
 
     After the `rank` coordinates come two columns for each type beyond the first: a row of type k > 0 has ones in the k-th two
     of them, one of type 0 has zeros. `width` is the branch's where there is none yet.
     """
-    if n_means < 2:
+    if n_marks(n_means) == 0:
         return rows
     further = n_means - 1
     branch = rows.stats.new_zeros((len(rows.codes), width)) if rows.branch is None else rows.branch.clone()
@@ -141,7 +149,7 @@ def type_columns(bias: torch.Tensor | None) -> torch.Tensor | None:
     """How much the biases `(n_means, m)` of further types exceed the first's, as columns `(m, 2 (n_means - 1))` that meet the
     marks of a row ([`marked`]): for each type the numbers in bfloat16, and what that lost of them.
     """
-    if bias is None or len(bias) < 2:
+    if bias is None or n_marks(len(bias)) == 0:
         return None
     change = (bias[1:] - bias[0]).mT
     upper = change.to(torch.bfloat16)

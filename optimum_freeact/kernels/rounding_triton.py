@@ -26,7 +26,7 @@ import triton.language as tl
 
 from optimum_freeact.kernels.grids_triton import finish, round_flat
 from optimum_freeact.kernels.launches import launch_pdl, round_launch
-from optimum_freeact.kernels.reference import HEADROOM, Rows
+from optimum_freeact.kernels.reference import HEADROOM, Rows, n_marks
 from optimum_freeact.kernels.tables import InputTables, padded, runs_in_tiles
 from optimum_freeact.kernels.triton_state import DOT_TYPE
 from optimum_freeact.kernels.w4_triton import counters
@@ -255,7 +255,7 @@ def round_rows(
     has |= {"DOT": DOT_TYPE, "PDL": bool(pdl)}
     _project[(triton.cdiv(n, launch["rows"]), parts)](
         x, types, tables.channel_scale, tables.basis, part, peak, tables.mean_branch, tables.reach, tables.basis_scale,
-        tables.clip, rows.branch, factors, undo, counters(x.device), n, n_means, len(tables.clip), MARKED=n_means > 1, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
+        tables.clip, rows.branch, factors, undo, counters(x.device), n, n_means, len(tables.clip), MARKED=n_marks(n_means) > 0, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
         STEPS=launch["steps"], PARTS=parts, LIMIT=HEADROOM, num_warps=launch["project_warps"], num_stages=4, **pdl,
     )  # fmt: skip
     nb = max(1, min(launch["elements"] // pb, pa))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from optimum_freeact.kernels.reference import n_marks
 from optimum_freeact.transforms.affine_map import InputMap
 
 
@@ -17,7 +18,7 @@ def padded(size: int) -> int:
 
 def branch_width(rank: int, n_types: int) -> int:
     """Columns of the padded branch: the high-precision coordinates, then the marks of token types (`reference.marked`)."""
-    return padded(rank + max(n_types, 2 * (n_types - 1)))
+    return padded(rank + max(n_types, n_marks(n_types)))
 
 
 TENSORS = (
@@ -101,7 +102,7 @@ class InputTables:
     @property
     def has_branch(self) -> bool:
         """Whether rows leave with coordinates or marks of types."""
-        return self.rank > 0 or (self.mean is not None and len(self.mean) > 1)
+        return self.rank > 0 or (self.mean is not None and n_marks(len(self.mean)) > 0)
 
     @property
     def branch(self) -> int:

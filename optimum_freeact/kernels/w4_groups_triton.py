@@ -15,7 +15,7 @@ import triton.language as tl
 from optimum_freeact.kernels.launches import groups_launch, launch_pdl
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.triton_state import DOT_TYPE, INTERPRETED
-from optimum_freeact.kernels.w4_triton import COUNTERS, add_branch, columns_of, counters
+from optimum_freeact.kernels.w4_triton import COUNTERS, add_branch, counters, further_types
 
 
 @triton.jit
@@ -57,8 +57,8 @@ def _times_groups(codes, scale, BN: tl.constexpr, BK: tl.constexpr, NG: tl.const
 @triton.jit
 def _w4_groups(
     values_ptr, scale_ptr, branch_ptr, w_ptr, qscale_ptr, group_scale_ptr, low_rank_ptr, low_rank_scale_ptr,
-    bias_ptr, columns_ptr, y_ptr, n, m, partial_ptr, count_ptr,
-    HALF: tl.constexpr, GB: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr,
+    bias_ptr, columns_ptr, types_ptr, y_ptr, n, m, partial_ptr, count_ptr,
+    HALF: tl.constexpr, GB: tl.constexpr, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr,
     PR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,7 @@ def _w4_groups(
     y = acc * tl.load(scale_ptr + tokens, mask=is_token, other=0.0)[None, :]
     y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
     y = add_branch(
-        y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, columns_ptr, tokens, outs, n, m, HAS_BIAS, RANK, MARKS, PR,
+        y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, columns_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS, RANK, MARKS, PR,
         DOT,
     )  # fmt: skip
     tl.store(
@@ -137,7 +137,7 @@ def _w4_groups(
 
 def w4_linear(
     rows: Rows,
-    types: torch.Tensor | None,  # noqa: ARG001 (the rows' branch says it)
+    types: torch.Tensor | None,
     weight: Weight,
     out_dtype: torch.dtype,
     *,
@@ -150,7 +150,7 @@ def w4_linear(
     if n == 0:
         return y
     bias, low_rank, groups = weight.type_bias, weight.low_rank, weight.group_scale
-    columns = columns_of(rows, weight)
+    kinds, columns = further_types(rows, types, weight)
     group_bytes = 0 if groups is None else half // groups.shape[1]
     launch = {**groups_launch(n, m, half), **(options or {})}
     blocks = triton.cdiv(n, launch["BM"]) * triton.cdiv(m, launch["BN"])
@@ -167,7 +167,7 @@ def w4_linear(
     pdl = launch_pdl(launch["pdl"])
     _w4_groups[(blocks, split)](
         rows.codes, rows.stats, rows.branch, weight.packed, weight.qscale, groups, low_rank, weight.low_rank_scale,
-        bias, columns, y, n, m, partial, count, HALF=half, GB=group_bytes, HAS_BIAS=bias is not None,
+        bias, columns, types, y, n, m, partial, count, HALF=half, GB=group_bytes, HAS_BIAS=bias is not None, KINDS=kinds,
         RANK=0 if low_rank is None else low_rank.shape[1], MARKS=0 if columns is None else columns.shape[1], PR=width, BM=launch["BM"],
         BN=launch["BN"], BK=launch["BK"], GROUP=launch["GROUP"], SPLIT=split, PLAIN=INTERPRETED, DOT=DOT_TYPE,
         PDL=bool(pdl), num_warps=launch["warps"], num_stages=launch["stages"], **pdl,

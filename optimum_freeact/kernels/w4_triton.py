@@ -5,8 +5,9 @@ The integer product is exact. Bytes of the weight are taken apart in registers i
 weight is the left operand, which tensor cores read from registers, so that nothing unpacked ever goes through memory.
 
 What follows happens in the accumulator: scales, a bias, and a product of the high-precision coordinates (bfloat16 pairs)
-with the low-rank branch. How much the biases of further types differ are columns beside the branch's, met by the marks that the
-rounding left beside the coordinates (`reference.marked`): no product looks at types, and a mixed batch does what any does.
+with the low-rank branch. Many rows: how much the biases of further types differ are columns beside the branch's, met by the
+marks that the rounding left beside the coordinates (`reference.marked`), in a product that is made in any case. Few rows: each
+further type is added where it is a row's. Either way every row goes through the same steps, whatever the others' types are.
 """
 
 from __future__ import annotations
@@ -39,15 +40,28 @@ def nibbles(w, PLAIN: tl.constexpr):
     return low, high
 
 
+FEW_ROWS, FEW_KINDS = tl.constexpr(64), tl.constexpr(3)
+
+
 @triton.jit
 def add_branch(
-    y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, columns_ptr, tokens, outs, n, m,
-    HAS_BIAS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr,
+    y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, columns_ptr, types_ptr, tokens, outs, n, m,
+    HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Y (outs, tokens) plus bias, low-rank branch and the columns of the types."""
+    """Y (outs, tokens) plus bias, low-rank branch, and the types' biases: as columns, or by KINDS further types."""
     is_out, is_token = outs < m, tokens < n
     if HAS_BIAS:
-        y += tl.load(bias_ptr + outs, mask=is_out, other=0.0)[:, None]
+        bias = tl.load(bias_ptr + outs, mask=is_out, other=0.0)
+        y += bias[:, None]
+        if KINDS > 0:
+            kind = tl.minimum(tl.load(types_ptr + tokens, mask=is_token, other=0).to(tl.int32), KINDS)
+        if KINDS > FEW_KINDS:
+            further = tl.load(bias_ptr + kind[None, :] * m + outs[:, None], mask=is_out[:, None], other=0.0)
+            y += further - bias[:, None]
+        else:
+            for other in tl.static_range(1, KINDS + 1):
+                change = tl.load(bias_ptr + other * m + outs, mask=is_out, other=0.0) - bias
+                y += tl.where(kind[None, :] == other, change[:, None], 0.0)
     if RANK + MARKS > 0:
         c = tl.arange(0, PR)
         right = tl.load(branch_ptr + tokens[None, :] * PR + c[:, None], mask=is_token[None, :], other=0.0)
@@ -74,8 +88,8 @@ def add_branch(
 @triton.jit
 def _w4_linear(
     codes_ptr, stats_ptr, branch_ptr, w_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr,
-    bias_ptr, columns_ptr, y_ptr, n, m, partial_ptr, count_ptr,
-    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr,
+    bias_ptr, columns_ptr, types_ptr, y_ptr, n, m, partial_ptr, count_ptr,
+    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +147,7 @@ def _w4_linear(
     y = (acc - 8 * total[None, :]).to(tl.float32) * scale[None, :] + offset[None, :] * row_sum[:, None]
     y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
     y = add_branch(
-        y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, columns_ptr, tokens, outs, n, m, HAS_BIAS, RANK, MARKS, PR,
+        y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, columns_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS, RANK, MARKS, PR,
         DOT,
     )  # fmt: skip
     tl.store(
@@ -166,18 +180,28 @@ def columns_of(rows: Rows, weight: Weight) -> torch.Tensor | None:
     Raises:
         `ValueError`: if the weight has further types and the rows no room for marks.
     """
-    if weight.type_bias is None or len(weight.type_bias) < 2:
-        return None
     columns = type_columns(weight.type_bias) if weight.type_columns is None else weight.type_columns
+    if weight.type_bias is None or columns is None:
+        return None
     rank = 0 if weight.low_rank is None else weight.low_rank.shape[1]
-    if columns is None or rows.branch is None or rows.branch.shape[1] < rank + columns.shape[1]:
+    if rows.branch is None or rows.branch.shape[1] < rank + columns.shape[1]:
         raise ValueError(f"The rows carry no marks of {len(weight.type_bias)} types (see reference.marked).")
     return columns
 
 
+def further_types(rows: Rows, types: torch.Tensor | None, weight: Weight) -> tuple[int, torch.Tensor | None]:
+    """How [`add_branch`] adds the biases of further types: their number where it looks at types, else columns."""
+    n_bias = 0 if weight.type_bias is None else len(weight.type_bias)
+    if types is None or n_bias < 2:
+        return 0, None
+    few = len(rows.codes) <= FEW_ROWS.value and n_bias - 1 <= FEW_KINDS.value
+    columns = None if few else columns_of(rows, weight)
+    return (n_bias - 1 if columns is None else 0), columns
+
+
 def w4_linear(
     rows: Rows,
-    types: torch.Tensor | None,  # noqa: ARG001 (the rows' branch says it)
+    types: torch.Tensor | None,
     weight: Weight,
     out_dtype: torch.dtype,
     *,
@@ -191,7 +215,7 @@ def w4_linear(
         return y
     bias, low_rank = weight.type_bias, weight.low_rank
     rank = 0 if low_rank is None else low_rank.shape[1]
-    columns = columns_of(rows, weight)
+    kinds, columns = further_types(rows, types, weight)
     launch = {**w4_launch(n, m, half), **(options or {})}
     blocks = triton.cdiv(n, launch["BM"]) * triton.cdiv(m, launch["BN"])
     split, partial, count = launch["SPLIT"], None, None
@@ -207,7 +231,7 @@ def w4_linear(
     pdl = launch_pdl(launch["pdl"])
     _w4_linear[(blocks, split)](
         rows.codes, rows.stats, rows.branch, weight.packed, weight.qscale, weight.row_sum, low_rank,
-        weight.low_rank_scale, bias, columns, y, n, m, partial, count, HALF=half, HAS_BIAS=bias is not None, RANK=rank,
+        weight.low_rank_scale, bias, columns, types, y, n, m, partial, count, HALF=half, HAS_BIAS=bias is not None, KINDS=kinds, RANK=rank,
         MARKS=0 if columns is None else columns.shape[1], PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
         GROUP=launch["GROUP"], SPLIT=split, PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
         num_warps=launch["warps"], num_stages=launch["stages"], **pdl,
