@@ -4,8 +4,8 @@ The integer product is exact. Bytes of the weight are taken apart in registers i
 (code + 8; the eight is taken back by the sum of the row's codes), one for the even and one for the odd columns. The
 weight is the left operand, which tensor cores read from registers, so that nothing unpacked ever goes through memory.
 
-What follows happens in the accumulator: scales, the biases of the types, and a product of the high-precision coordinates
-(bfloat16 pairs) with the low-rank branch.
+What follows happens in the accumulator: scales, a bias, and a product of the high-precision coordinates (bfloat16 pairs)
+with the low-rank branch (`epilogue_triton`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import triton.language as tl
 from optimum_freeact.kernels.epilogue_triton import (
     add_branch,
     arrived_last,
+    further_types,
     room_for_parts,
     scale_outputs,
     scales_of,
@@ -25,7 +26,6 @@ from optimum_freeact.kernels.epilogue_triton import (
 )
 from optimum_freeact.kernels.launches import launch_pdl, w4_launch
 from optimum_freeact.kernels.reference import Rows, Weight
-from optimum_freeact.kernels.tables import branch_width
 from optimum_freeact.kernels.triton_state import DOT_TYPE, INTERPRETED
 
 
@@ -50,9 +50,9 @@ def nibbles(w, PLAIN: tl.constexpr):
 
 @triton.jit
 def _w4_linear(
-    codes_ptr, stats_ptr, branch_ptr, types_ptr, w_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr,
-    bias_ptr, y_ptr, n, m, n_bias, partial_ptr, count_ptr,
-    HALF: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
+    codes_ptr, stats_ptr, branch_ptr, w_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr,
+    bias_ptr, columns_ptr, types_ptr, y_ptr, n, m, partial_ptr, count_ptr,
+    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     UNIT: tl.constexpr, PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -102,13 +102,12 @@ def _w4_linear(
     row_sum = tl.load(row_sum_ptr + outs, mask=is_out, other=0).to(tl.float32)
     y = (acc - 8 * total[None, :]).to(tl.float32) * scale[None, :] + offset[None, :] * row_sum[:, None]
     y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
-    if HAS_BIAS or RANK > 0:
-        if UNIT > 0:
-            low_rank_scale_ptr = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
-        y = add_branch(
-            y, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, tokens, outs, n, m, n_bias,
-            HAS_TYPES, HAS_BIAS, RANK, PR, DOT,
-        )  # fmt: skip
+    if UNIT > 0:
+        low_rank_scale_ptr = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
+    y = add_branch(
+        y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, columns_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS, RANK, MARKS, PR,
+        DOT,
+    )  # fmt: skip
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 
@@ -128,19 +127,17 @@ def w4_linear(
         return y
     bias, low_rank = weight.type_bias, weight.low_rank
     rank = 0 if low_rank is None else low_rank.shape[1]
-    n_bias = 0 if bias is None else len(bias)
-    if n_bias == 1:
-        types = None
+    kinds, columns = further_types(rows, types, weight)
     launch = {**w4_launch(n, m, half), **(options or {})}
     blocks = triton.cdiv(n, launch["BM"]) * triton.cdiv(m, launch["BN"])
     split = launch["SPLIT"]
     partial, count = room_for_parts(split, n, m, launch, torch.int32, y.device)
-    width = rows.branch.shape[1] if rows.branch is not None else branch_width(0, n_bias)
+    width = 16 if rows.branch is None else rows.branch.shape[1]
     pdl = launch_pdl(launch["pdl"])
     _w4_linear[(blocks, split)](
-        rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, weight.row_sum, low_rank,
-        weight.low_rank_scale, bias, y, n, m, n_bias, partial, count, HALF=half, HAS_TYPES=types is not None,
-        HAS_BIAS=bias is not None, RANK=rank, PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
+        rows.codes, rows.stats, rows.branch, weight.packed, weight.qscale, weight.row_sum, low_rank,
+        weight.low_rank_scale, bias, columns, types, y, n, m, partial, count, HALF=half, HAS_BIAS=bias is not None, KINDS=kinds, RANK=rank,
+        MARKS=0 if columns is None else columns.shape[1], PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
         GROUP=launch["GROUP"], SPLIT=split, UNIT=scale_outputs(weight), PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
         num_warps=launch["warps"], num_stages=launch["stages"], **pdl,
     )  # fmt: skip

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_freeact.kernels import ops
-from optimum_freeact.kernels.reference import SCALE_OUTPUTS, Rows, Weight
+from optimum_freeact.kernels.reference import SCALE_OUTPUTS, Weight, type_columns
 
 
 if TYPE_CHECKING:
@@ -55,20 +54,18 @@ class JoinedLinears:
             if w.low_rank_scale is not None
         ]
         biases = [w.type_bias for w in weights if w.type_bias is not None]
-        self.joined = Weight(
+        bias = torch.cat(biases, 1) if biases else None
+        self.weight = Weight(
             packed.flatten(1),
             torch.cat([w.qscale for w in weights]),
             torch.cat([w.row_sum for w in weights]),
             whole["low_rank"],
             torch.cat(scales) if scales else None,
-            torch.cat(biases, 1) if biases else None,
+            bias,
             whole["weight_group_scale"],
+            type_columns(bias),
         )
-        keep_in_place(*self.joined)
-
-    def product(self, rows: Rows, types: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """Outputs of all linears, `(n, sum of out_features)`."""
-        return ops.w4_linear(*rows, types, *self.joined, dtype)
+        keep_in_place(*self.weight)
 
 
 @torch.no_grad()

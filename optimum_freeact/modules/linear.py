@@ -12,7 +12,7 @@ from torch import nn
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import int_linear, plan
 from optimum_freeact.kernels.native import NativeWeight
-from optimum_freeact.kernels.reference import Rows, Weight
+from optimum_freeact.kernels.reference import Rows, Weight, type_columns
 from optimum_freeact.modules.activation import FreeActInput, KernelRows
 from optimum_freeact.modules.joined import keep_in_place
 from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes
@@ -88,6 +88,7 @@ class FreeActLinear(nn.Linear):
         self._row_sum: torch.Tensor | None = None
         self._native: NativeWeight | None = None
         self._bias_rows: torch.Tensor | None = None
+        self._type_columns: torch.Tensor | None = None
         self.span = (0, out_features)  # of the outputs where several linears are one product
 
     @torch.no_grad()
@@ -123,7 +124,7 @@ class FreeActLinear(nn.Linear):
                 shift, scale = to_bytes(shift)
                 self.type_shift_scale.copy_(scale)
             self.type_shift.copy_(shift)
-        self._bias_rows = self.source._joined = None
+        self._bias_rows = self._type_columns = self.source._joined = None
 
     def bias_rows(self) -> torch.Tensor | None:
         """Output biases of all token types, `float32` of shape `(n_means or 1, out)`, as the layer uses them."""
@@ -188,7 +189,8 @@ class FreeActLinear(nn.Linear):
             self._codes = codes
         elif chosen.name == "triton":
             ops.make_ready(self.weight.device)
-            keep_in_place(self._row_sum, self._bias_rows)
+            self._type_columns = type_columns(self._bias_rows)
+            keep_in_place(self._row_sum, self._bias_rows, self._type_columns)
             self.source.join_readers()
         else:
             self._native = NativeWeight(self.kernel_weight(), self.weight_group_scale)
@@ -200,7 +202,8 @@ class FreeActLinear(nn.Linear):
 
     def _forget(self) -> None:
         """What was made of the stored tensors is no longer theirs."""
-        self._codes = self._row_sum = self._native = self._bias_rows = self.source._joined = None
+        self._codes = self._row_sum = self._native = self._bias_rows = self._type_columns = None
+        self.source._joined = None
 
     def kernel_weight(self) -> Weight:
         """What is stored, as kernels read it; the packed codes are not copied."""
@@ -213,6 +216,7 @@ class FreeActLinear(nn.Linear):
             self.low_rank_scale,
             self.bias_rows(),
             self.weight_group_scale,
+            self._type_columns,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -255,7 +259,7 @@ class FreeActLinear(nn.Linear):
         if joined is None or rows.outputs is None:
             return None
         if not rows.outputs:
-            rows.outputs.append(joined.product(Rows(rows.codes, rows.stats, rows.branch), rows.types, dtype))
+            rows.outputs.append(ops.w4_linear(*rows[:4], *joined.weight, dtype))
         return rows.outputs[0][:, slice(*self.span)]
 
     def _integer_product(self, rounded, dtype: torch.dtype) -> torch.Tensor:

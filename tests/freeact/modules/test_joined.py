@@ -22,17 +22,19 @@ def as_on_a_gpu(monkeypatch):
         return dispatch.Plan("torch" if obstacle else "triton", "product", obstacle or "test")
 
     def round_rows(x, types, *tables):
-        tensors = dict(zip(ops.TENSORS, tables[:10], strict=True))
-        sizes = dict(zip(("a", "b", "bits", "symmetric", "group"), tables[10:], strict=True))
+        tensors = dict(zip(ops.TENSORS, tables[: len(ops.TENSORS)], strict=True))
+        sizes = dict(zip(("a", "b", "bits", "symmetric", "group"), tables[len(ops.TENSORS) :], strict=True))
         made = ops.InputTables(**tensors, **sizes)
         asked = (made.clip, made.bits, made.symmetric, made.branch)
-        return reference.round_rows(x, types, made.input_map(), *asked, group=made.group)
+        rows = reference.round_rows(x, types, made.input_map(), *asked, group=made.group)
+        rows = reference.marked(rows, types, made.rank, 2, made.branch)
+        return rows._replace(branch=x.new_zeros(len(x), 0) if rows.branch is None else rows.branch)
 
     calls = []
 
     def w4_linear(codes, stats, branch, types, *weight):
         calls.append(len(weight[0]))
-        rows = reference.Rows(codes, stats, branch)
+        rows = reference.Rows(codes, stats, branch)  # marks and all
         return reference.w4_linear(rows, types, reference.Weight(*weight[:-1]), weight[-1])
 
     for module in (activation, linear):
