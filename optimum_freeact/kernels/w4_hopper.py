@@ -296,11 +296,12 @@ def w4_linear(
     bias, low_rank = weight.type_bias, weight.low_rank
     columns = columns_of(rows, weight)
     values, groups = rows.codes.dtype == torch.float16, weight.group_scale
+    width = 32 if rows.branch is None else rows.branch.shape[1]
     launch = {
         "BM": 128,
         "BN": 256,
         "BK": 32 if values else 64,
-        "STAGES": 4,
+        "STAGES": 4 if values or width <= 32 else 3,  # what shared memory holds beside the branch
         "GROUP": 16,
         "pdl": False,
         **(options or {}),
@@ -312,7 +313,7 @@ def w4_linear(
         _described(weight.packed, bn, bk, bk), _described(rows.codes, bm, bk, bk * rows.codes.element_size()), _described(y, bm, bn // 2, 128),
         rows.stats, rows.branch, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, columns,
         groups, n, m, HALF=half, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
-        MARKS=0 if columns is None else columns.shape[1], PR=32 if rows.branch is None else rows.branch.shape[1],
+        MARKS=0 if columns is None else columns.shape[1], PR=width,
         VALUES=values, GB=0 if groups is None else half // groups.shape[1], UNIT=scale_outputs(weight), PDL=bool(pdl),
         **launch, num_warps=4, maxnreg=168, **pdl,
     )  # fmt: skip
