@@ -62,6 +62,7 @@ def parse() -> argparse.Namespace:
         choices=("regimes",),
         help="first the map's regimes: ours is its main variant in the best of them; last the map",
     )
+    add("--regimes", nargs="+", default=list(REGIMES), help="of the map's first part")
     add("--rest", action="store_true", help="after the table, the map's variants in the regime of ours")
     add("--tiny", action="store_true", help="2 steps on few rows, for a CPU")
     add("--jobs", type=int, default=1, help="runs at a time")
@@ -101,7 +102,7 @@ def main() -> None:
         return
     pool = Pool(options)
     if options.map or options.first:
-        pool.run((options.map and options.methods) or first_points(), options.map_seeds, mapping=True)
+        pool.run((options.map and options.methods) or first_points(options.regimes), options.map_seeds, mapping=True)
         options.ours = f"{MAIN}@{choose_regime(read_rows(options.map_rows))}"
         print(f"The best regime makes it {options.ours}.", flush=True)
     elif options.ours == "chosen":
@@ -110,7 +111,7 @@ def main() -> None:
     if not options.map:
         pool.run(options.methods or list(methods(options.ours)), options.seeds)
     if (options.map and not options.methods) or options.first or options.rest:
-        pool.run(second_points(options.ours.partition("@")[2]), options.map_seeds, mapping=True)
+        pool.run(second_points(options.ours.partition("@")[2]), options.map_seeds[:1], mapping=True)
     report(options)
 
 
