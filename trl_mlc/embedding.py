@@ -23,11 +23,9 @@ def untie_head(model: nn.Module) -> None:
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    model.all_tied_weights_keys = {
-        name: source
-        for name, source in model.all_tied_weights_keys.items()
-        if model.get_parameter(name) is not head.weight
-    }
+    tied = getattr(model, "all_tied_weights_keys", {})
+    kept = {name: source for name, source in tied.items() if model.get_parameter(name) is not head.weight}
+    model.all_tied_weights_keys = kept
 
 
 def set_embedding_lr(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float) -> None:
