@@ -29,6 +29,7 @@ class Stream:
         self.propagate = config.propagate_error
         self.sequential = config.sequential
         self.paired = config.error_correction and config.propagate_error
+        self.loudest = config.loudest
         self.keep_outputs = config.calibration == "learned"
         self.actual = [batch.hidden for batch in batches]
         self.exact = list(self.actual) if self.paired else None
@@ -109,7 +110,7 @@ class Stream:
         self, block: nn.Module, index: int, linear: nn.Linear, n_types: int, ranks: Ranks, peaks: bool = False
     ) -> Moments:
         """Moments of what a linear reads in the block as it is now."""
-        seen, found = _Seen(), Moments(linear.in_features, n_types, self.device, peaks=peaks)
+        seen, found = _Seen(), Moments(linear.in_features, n_types, self.device, peaks=peaks, limit=self.loudest)
         hook = linear.register_forward_pre_hook(_keep(seen, "input"))
         for i, batch in enumerate(self.batches):
             self.run(block, index, i)
