@@ -132,13 +132,15 @@ def evaluate(
 ) -> None:
     """Score the merge in OUT beside the target and every control, and write the report."""
     from mergekit_ot.report.evaluate import evaluate_recipe
-    from mergekit_ot.report.page import verdict, write_report
+    from mergekit_ot.report.page import refuse_other_report, verdict, write_report
 
     _hush(quiet)
+    place = Path(report or f"{out.rstrip('/')}.report")
+    refuse_other_report(place)
     result = evaluate_recipe(
         load_recipe(recipe), Path(out), plans=plans, texts=texts, max_tokens=max_tokens, device=device, quiet=quiet
     )
-    folder = write_report(result, Path(report or f"{out.rstrip('/')}.report"))
+    folder = write_report(result, place)
     for row in result.rows():
         click.echo(f"{row['model']:24} {row['loss']:.4f} nats per token")
     click.echo(verdict(result.losses).replace("**", ""))

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergekit_ot.alpha import unmatched_filters
-from mergekit_ot.bundle import PlanBundle, load_bundle, replace_folder, scratch_beside
+from mergekit_ot.bundle import PlanBundle, load_bundle
 from mergekit_ot.card import finish_card
 from mergekit_ot.checkpoint import CheckpointReader
 from mergekit_ot.compatibility import Finding, compare
 from mergekit_ot.disk import require_space
+from mergekit_ot.folders import refuse_foreign, replace_folder, scratch_beside
 from mergekit_ot.planning import Pair, make_bundle, match_pair, open_pair, plan_key
 from mergekit_ot.recipe import Recipe, RecipeError
 from mergekit_ot.structure import layer_tensor
@@ -119,7 +120,7 @@ def merge_recipe(
     from mergekit_ot.registration import register
 
     out = Path(out)
-    refuse_foreign_folder(out)
+    refuse_foreign(out, "transport.json", "an earlier transport merge")
     pair, bundle, folder = bundle_of or plan_recipe(recipe, plans, device=options.device or "cpu", quiet=options.quiet)
     weights = sum(path.stat().st_size for path in pair.target_folder.glob("*.safetensors"))
     require_space(out, 2 * weights, "the merged weights")
@@ -148,11 +149,3 @@ def merge_recipe(
         method.release()
         LoaderCache.loaders.clear()
     return out
-
-
-def refuse_foreign_folder(out: Path) -> None:
-    """Refuse to write over anything but an earlier transport merge."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "transport.json").is_file():
-        raise RecipeError(f"{out} exists and is not an earlier transport merge; choose another output folder.")
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"{out} is a file; choose another output folder.")
