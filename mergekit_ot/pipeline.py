@@ -90,6 +90,14 @@ def check_place(plans: str | Path | None, device: str) -> None:
         raise ValueError(f"device {device!r} cannot be used here: {reason}") from None
 
 
+def keep_inputs(recipe: Recipe, out: Path, plans: str | Path | None) -> None:
+    """Refuse an output folder in which something lies that the merge reads: replacing it would remove that."""
+    text = [recipe.folder / recipe.calibration.dataset] if recipe.calibration else []
+    for path in map(Path, [recipe.target, recipe.donor, *text, *filter(None, (plans, recipe.plan))]):
+        if out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise RecipeError(f"{out} cannot be the output: {path}, which is read, lies there; choose another folder.")
+
+
 def merge_recipe(
     recipe: Recipe,
     out: str | Path,
@@ -121,6 +129,7 @@ def merge_recipe(
 
     out = Path(out)
     refuse_foreign(out, "transport.json", "an earlier transport merge")
+    keep_inputs(recipe, out, plans)
     pair, bundle, folder = bundle_of or plan_recipe(recipe, plans, device=options.device or "cpu", quiet=options.quiet)
     weights = sum(path.stat().st_size for path in pair.target_folder.glob("*.safetensors"))
     require_space(out, 2 * weights, "the merged weights")

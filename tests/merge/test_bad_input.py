@@ -15,7 +15,7 @@ from mergekit_ot.checkpoint import CheckpointReader
 from mergekit_ot.cli import main
 from mergekit_ot.pipeline import merge_recipe
 from mergekit_ot.planning import match_pair, open_pair, record_pair, row_bytes
-from mergekit_ot.recipe import load_recipe
+from mergekit_ot.recipe import RecipeError, load_recipe
 from mergekit_ot.report.evaluate import Evaluation
 from mergekit_ot.report.page import write_report
 from mergekit_ot.rows import RowStore
@@ -156,6 +156,18 @@ def test_foreign_folders_are_left_alone(tmp_path, capsys):
     assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
     assert (mine / "thesis.txt").read_text() == "years of work"
     assert (donor / "model.safetensors").is_file()
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_are_never_the_output(tmp_path):
+    """An earlier merge may be replaced, but not where this one reads it, or its plans or texts lie in it."""
+    _, target, donor = pair(tmp_path)
+    (target / "transport.json").write_text("{}")
+    recipe = load_recipe(write_recipe(tmp_path, target, donor))
+    for out, plans in ((target, None), (tmp_path / "out", tmp_path / "out" / "plans")):
+        with pytest.raises(RecipeError, match="which is read, lies there"):
+            merge_recipe(recipe, out, OPTIONS, plans=plans)
+    assert (target / "model.safetensors").is_file()
     assert not (tmp_path / "out").exists()
 
 
