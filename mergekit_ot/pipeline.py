@@ -92,8 +92,9 @@ def check_place(plans: str | Path | None, device: str) -> None:
 
 def keep_inputs(recipe: Recipe, out: Path, plans: str | Path | None) -> None:
     """Refuse an output folder in which something lies that the merge reads: replacing it would remove that."""
-    text = [recipe.folder / recipe.calibration.dataset] if recipe.calibration else []
-    for path in map(Path, [recipe.target, recipe.donor, *text, *filter(None, (plans, recipe.plan))]):
+    read = [Path(place) for place in (recipe.target, recipe.donor, plans, recipe.plan) if place]
+    read += [recipe.folder / recipe.calibration.dataset] if recipe.calibration else []
+    for path in read:
         if out.resolve() in (path.resolve(), *path.resolve().parents):
             raise RecipeError(f"{out} cannot be the output: {path}, which is read, lies there; choose another folder.")
 
