@@ -71,7 +71,8 @@ def _snapshot(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=list(SNAPSHOT)))
     except Exception as error:
-        raise FileNotFoundError(f"{model!r} is neither a folder nor a model that the hub gives: {error}") from error
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"{model!r} is neither a folder nor a model that the hub gives: {reason}") from error
 
 
 def open_pair(target: str, donor: str) -> Pair:
