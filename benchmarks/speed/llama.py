@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
@@ -30,11 +32,28 @@ SHAPES = {
 }  # fmt: skip
 
 
-def shape_config(shape: str, layers: int | None = None) -> LlamaConfig:
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **others):
+    """transformers' SDPA, which for one new token repeats keys and values for all query heads that read them; here those heads are
+    rows of one query instead, as newer versions of transformers do themselves where they do not compile.
+    """
+    batch, heads, tokens, size = query.shape
+    groups = heads // key.shape[1]
+    if tokens > 1 or groups == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    packed = query.reshape(batch, key.shape[1], groups, size)
+    y = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
+    return y.reshape(batch, 1, heads, size), None
+
+
+AttentionInterface.register("sdpa_grouped", grouped_attention)
+AttentionMaskInterface.register("sdpa_grouped", sdpa_mask)
+
+
+def shape_config(shape: str, layers: int | None = None, attention: str = "sdpa") -> LlamaConfig:
     """A Llama's configuration, with another number of layers if given."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=False)
     config.num_hidden_layers = layers or config.num_hidden_layers
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention
     return config
 
 

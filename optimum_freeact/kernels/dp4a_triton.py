@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from optimum_freeact.kernels.epilogue_triton import scale_outputs, scales_of
 from optimum_freeact.kernels.launches import dp4a_launch, launch_pdl
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.triton_state import INTERPRETED
@@ -33,7 +34,8 @@ def _dp4a_linear(
     codes_ptr, stats_ptr, branch_ptr, types_ptr, w_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr,
     bias_ptr, y_ptr, m, n_bias,
     N: tl.constexpr, WORDS: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr,
-    PR: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
+    PR: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr,
+    PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     outs = tl.program_id(0) * BN + tl.arange(0, BN)
     is_out = outs < m
@@ -49,7 +51,8 @@ def _dp4a_linear(
         low_rank = tl.load(
             low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out[:, None] & (c < RANK)[None, :], other=0
         ).to(tl.float32)
-        low_rank_scale = tl.load(low_rank_scale_ptr + c, mask=c < RANK, other=0.0)
+        scales = scales_of(low_rank_scale_ptr, tl.program_id(0) * BN, RANK, UNIT)
+        low_rank_scale = tl.load(scales + c, mask=c < RANK, other=0.0)
     if HAS_BIAS and N == 1:
         kind = tl.minimum(tl.load(types_ptr), n_bias - 1) if HAS_TYPES else 0
         bias = tl.load(bias_ptr + kind * m + outs, mask=is_out, other=0.0)
@@ -101,7 +104,8 @@ def w4_linear(
         rows.codes.view(torch.int32), rows.stats, rows.branch, types, weight.packed.view(torch.int32), weight.qscale,
         weight.row_sum, low_rank, weight.low_rank_scale, bias, y, m, n_bias, N=n, WORDS=words,
         HAS_TYPES=types is not None, HAS_BIAS=bias is not None, RANK=rank,
-        PR=16 if rows.branch is None else rows.branch.shape[1], BN=launch["BN"], BW=wide, PLAIN=INTERPRETED, PDL=bool(pdl),
+        PR=16 if rows.branch is None else rows.branch.shape[1], BN=launch["BN"], BW=wide, UNIT=scale_outputs(weight),
+        PLAIN=INTERPRETED, PDL=bool(pdl),
 
         num_warps=launch["warps"], **pdl,
     )  # fmt: skip

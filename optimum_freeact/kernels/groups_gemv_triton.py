@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from optimum_freeact.kernels.epilogue_triton import scale_outputs, scales_of
 from optimum_freeact.kernels.launches import gemv_launch, launch_pdl
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.triton_state import INTERPRETED
@@ -51,7 +52,8 @@ def _groups_gemv(
     values_ptr, scale_ptr, branch_ptr, types_ptr, w_ptr, qscale_ptr, group_scale_ptr, low_rank_ptr, low_rank_scale_ptr,
     bias_ptr, y_ptr, m, n_bias,
     N: tl.constexpr, HALF: tl.constexpr, GB: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr,
-    RANK: tl.constexpr, PR: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
+    RANK: tl.constexpr, PR: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr,
+    PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """GB bytes of a row of the weight share a scale; HALF where the row does."""
     GROUPS: tl.constexpr = HALF // GB
@@ -73,7 +75,8 @@ def _groups_gemv(
         low_rank = tl.load(
             low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out[:, None] & (c < RANK)[None, :], other=0
         ).to(tl.float32)
-        low_rank_scale = tl.load(low_rank_scale_ptr + c, mask=c < RANK, other=0.0)
+        scales = scales_of(low_rank_scale_ptr, tl.program_id(0) * BN, RANK, UNIT)
+        low_rank_scale = tl.load(scales + c, mask=c < RANK, other=0.0)
     if HAS_BIAS and N == 1:  # types are there since the model's own hook ran
         kind = tl.minimum(tl.load(types_ptr), n_bias - 1) if HAS_TYPES else 0
         bias = tl.load(bias_ptr + kind * m + outs, mask=is_out, other=0.0)
@@ -123,7 +126,8 @@ def w4_linear(
         rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, groups, low_rank, weight.low_rank_scale,
         bias, y, m, n_bias, N=n, HALF=half, GB=half if groups is None else half // groups.shape[1],
         HAS_TYPES=types is not None, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
-        PR=16 if rows.branch is None else rows.branch.shape[1], BN=launch["BN"], BW=wide, PLAIN=INTERPRETED, PDL=bool(pdl),
+        PR=16 if rows.branch is None else rows.branch.shape[1], BN=launch["BN"], BW=wide, UNIT=scale_outputs(weight),
+        PLAIN=INTERPRETED, PDL=bool(pdl),
         num_warps=launch["warps"], **pdl,
     )  # fmt: skip
     return y

@@ -24,12 +24,12 @@ import torch
 import triton
 import triton.language as tl
 
+from optimum_freeact.kernels.epilogue_triton import counters
 from optimum_freeact.kernels.grids_triton import finish, round_flat
 from optimum_freeact.kernels.launches import launch_pdl, round_launch
 from optimum_freeact.kernels.reference import HEADROOM, Rows, n_marks
 from optimum_freeact.kernels.tables import InputTables, padded, runs_in_tiles
 from optimum_freeact.kernels.triton_state import DOT_TYPE
-from optimum_freeact.kernels.w4_triton import counters
 
 
 @triton.jit
