@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks._results import problems, read
-from benchmarks.accuracy import run
+from benchmarks.accuracy import jobs, run
 from benchmarks.accuracy.claims import QUALITY, claims, excess, expected
-from benchmarks.accuracy.jobs import CLAIMED, GRIDS, QUAROTS, SLICES, Job, Plan, Text, absent, bits
+from benchmarks.accuracy.jobs import CLAIMED, GRIDS, QUAROTS, SLICES, VARIANTS, Job, Plan, Text, absent, bits
 from optimum_freeact.config_fields import DEFAULTS
 from optimum_freeact.presets import PRESETS
 from tools.results import MARK, table
@@ -244,7 +244,19 @@ def test_variants_are_scored_between_what_is_calibrated_on_and_what_is_evaluated
     plan.variants()
     assert {job.texts[0].evaluation for job in plan.jobs} == {text.evaluation}
     assert plan.jobs[0].group == "full"
-    assert {job.method for job in plan.jobs[1:]} > {"freeact", "freeact low_rank=32"}
+    assert {job.method for job in plan.jobs[1:]} == {name for name, *_ in VARIANTS}
+
+
+def test_a_variant_changes_constants_for_its_job_only():
+    from optimum_freeact.transforms import affine_map, fit
+
+    before = (affine_map.READS_OUTSIDE, fit.JOINT_DIRECTIONS)
+    jobs._set_constants({"transforms.affine_map.READS_OUTSIDE": "changed"})
+    assert (affine_map.READS_OUTSIDE, fit.JOINT_DIRECTIONS) == ("changed", before[1])
+    jobs._set_constants({"transforms.fit.JOINT_DIRECTIONS": "too"})
+    assert (affine_map.READS_OUTSIDE, fit.JOINT_DIRECTIONS) == (before[0], "too")
+    jobs._set_constants({})
+    assert (affine_map.READS_OUTSIDE, fit.JOINT_DIRECTIONS) == before
 
 
 def test_the_sweep_holds_all_pairs_of_groups_once():
