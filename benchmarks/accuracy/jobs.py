@@ -64,7 +64,6 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
 # each with the constants of the package that it changes, by name
 AS_BEFORE = {
     "transforms.affine_map.READS_OUTSIDE": False,
-    "transforms.fit.JOINT_DIRECTIONS": False,
     "modules.activation.ROTATION_IN_BFLOAT16": False,
 }
 VARIANTS: tuple[tuple[str, dict, dict], ...] = (
@@ -72,7 +71,7 @@ VARIANTS: tuple[tuple[str, dict, dict], ...] = (
     ("freeact of before", {"rounding_shrinkage": True}, AS_BEFORE),
     ("freeact of before, no shrinkage", {}, AS_BEFORE),
     ("exact branch", {}, {**AS_BEFORE, "transforms.affine_map.READS_OUTSIDE": True}),
-    ("exact branch, joint directions", {}, {"modules.activation.ROTATION_IN_BFLOAT16": False}),
+    ("freeact, joint directions", {}, {"transforms.fit.JOINT_DIRECTIONS": True}),
     ("freeact, branch corrected", {"error_correction": True}, {}),
     (
         "freeact, branch corrected between blocks",

@@ -144,7 +144,7 @@ def top_directions(c: torch.Tensor, rank: int) -> torch.Tensor:
 
 # Whether the branch takes the directions that lower the product of what is left of activations and weights, which rounding
 # noise of both is proportional to, or those of the activations alone
-JOINT_DIRECTIONS = True
+JOINT_DIRECTIONS = False
 JOINT_STEPS = 3
 
 
