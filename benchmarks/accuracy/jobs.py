@@ -66,21 +66,18 @@ AS_BEFORE = {
     "transforms.affine_map.READS_OUTSIDE": False,
     "modules.activation.ROTATION_IN_BFLOAT16": False,
 }
+CORRECTED = {"error_correction": True}
 VARIANTS: tuple[tuple[str, dict, dict], ...] = (
     ("freeact", {}, {}),
     ("freeact of before", {"rounding_shrinkage": True}, AS_BEFORE),
     ("freeact of before, no shrinkage", {}, AS_BEFORE),
-    ("exact branch", {}, {**AS_BEFORE, "transforms.affine_map.READS_OUTSIDE": True}),
-    ("freeact, joint directions", {}, {"transforms.fit.JOINT_DIRECTIONS": True}),
-    ("freeact, branch corrected", {"error_correction": True}, {}),
-    (
-        "freeact, branch corrected between blocks",
-        {"error_correction": True},
-        {"calibration.stream.PAIRED_WITHIN": False},
-    ),
-    ("freeact, means corrected", {"error_correction": True}, {"calibration.closed_form.CORRECTED": "means"}),
-    ("freeact, refit", {"rounding_refit": True}, {}),
-    ("freeact, weight corrected", {"error_correction": True}, {"calibration.closed_form.CORRECTED": "weight"}),
+    ("branch corrected", CORRECTED, {}),
+    ("means corrected", CORRECTED, {"calibration.closed_form.CORRECTED": "means"}),
+    ("weight corrected", CORRECTED, {"calibration.closed_form.CORRECTED": "weight"}),
+    ("joint directions", {}, {"transforms.fit.JOINT_DIRECTIONS": True}),
+    ("branch corrected, refit", {**CORRECTED, "rounding_refit": True}, {}),
+    ("branch corrected, shrinkage", {**CORRECTED, "rounding_shrinkage": True}, {}),
+    ("branch corrected between blocks", CORRECTED, {"calibration.stream.PAIRED_WITHIN": False}),
 )
 CLAIMED = ("freeact", "freeact-fast", "freeact-learned", "flatquant", "quarot")
 GRIDS = (None, 64, 32, 16)  # of the sweep: group sizes of weights times those of activations
