@@ -31,11 +31,10 @@ CORRECTION_STRENGTH = 0.5
 # Whether a row's share in its type's mean error is one over its output's energy: then tokens with a thousand times the energy
 # of the others, which no type of their own tells apart, do not decide the bias of all
 BALANCE_BY_ENERGY = False
+BALANCE = True  # whether biases take back what rounding takes from mean outputs
 # Tokens for each entry of an input below which its weight is not shrunk to the noise: the directions that are shrunk are those
 # whose moments are known worst (docs/log.md). All that was measured has more.
 MIN_SHRINKAGE_TOKENS = 6
-# What is corrected for earlier layers' errors: "weight" (all of it), "branch" (what the branch carries), "means" (biases only)
-CORRECTED = "branch"
 MIN_ROWS_PER_TYPE = 16  # fewer sample rows of a type do not decide its own clip ratio or mean error
 
 
@@ -229,15 +228,12 @@ class GroupFit:
         if config.rounding_noise:  # of z itself: it reaches the weights too
             moments_z = moments_z + variance * eye
         if self.stats.paired is not None:
-            if CORRECTED == "weight":
-                corrected = self._corrected(stored, noise[types == 0], *self.stats.paired)
-                target, low_rank = stored.transform_weight(corrected)
-            elif CORRECTED == "branch" and low_rank is not None:
-                low_rank = low_rank + self._branch_correction(stored, *self.stats.paired)
+            corrected = self._corrected(stored, noise[types == 0], *self.stats.paired)
+            target, low_rank = stored.transform_weight(corrected)
         self._write(target, round_weight(target, moments_z, config, weight_clip), low_rank, stored)
         used = torch.cat([module.transformed_weight(torch.float64) for module in self.targets])
         output = z @ v.mT
-        if self.stats.paired is None or CORRECTED != "weight":
+        if self.stats.paired is None and BALANCE:
             self._balance(output - (z + noise) @ used.mT, output, types)
         energy = rows.double().square().sum()
         left = stored.centre(rows.double(), types).square().sum()
@@ -249,18 +245,6 @@ class GroupFit:
             activation_error=_share(noise @ v.mT, output),
             weight_error=_share(z @ (used - v).mT, output),
         )
-
-    def _branch_correction(self, stored: InputMap, moments: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-        """What the branch must carry more, so that outputs on its directions are those of full precision.
-
-        The least-squares answer for W (y - x) from the branch's coordinates of x alone. These are few, and the loudest: it fits
-        no noise, and takes nothing away where an input is hardly louder than its error.
-        """
-        basis = stored.basis if stored.channel_scale is None else stored.basis * stored.channel_scale.unsqueeze(-1)
-        seen = moments @ basis
-        gram = basis.mT @ seen
-        ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return self.weight @ torch.linalg.solve(gram + ridge, (cross @ basis - seen).mT).mT
 
     def _corrected(
         self, stored: InputMap, noise: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor

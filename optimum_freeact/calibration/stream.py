@@ -19,8 +19,6 @@ from optimum_freeact.type_state import TypeState
 
 
 NO_TYPE = -1  # of padding
-# Whether corrected inputs are paired with what they are behind the block's own quantized linears, or behind earlier blocks only
-PAIRED_WITHIN = True
 
 
 class Stream:
@@ -60,8 +58,7 @@ class Stream:
                 self.exact[i] = run_block(block, self.exact[i], batch.calls[index], self.device)
                 paired = dict(seen)
                 for name, rows in seen.items():
-                    if PAIRED_WITHIN:
-                        self.exact_rows[name].append(rows)
+                    self.exact_rows[name].append(rows)
                 seen.clear()
             else:
                 paired = {}

@@ -20,9 +20,6 @@ from optimum_freeact.transforms.affine_map import InputMap, pick
 from optimum_freeact.type_state import TypeState
 
 
-ROTATION_IN_BFLOAT16 = True
-
-
 class RoundedInput(NamedTuple):
     """What a [`FreeActInput`] hands to its linears.
 
@@ -122,7 +119,7 @@ class FreeActInput(nn.Module):
         a, b = factor_pair(in_features)
         factored, dense = transform in ("hadamard", "kronecker"), transform == "orthogonal"
         # flat rotations have one magnitude throughout: rounded, they are the same up to a factor
-        kind = torch.bfloat16 if transform == "hadamard" and ROTATION_IN_BFLOAT16 else torch.float32
+        kind = torch.bfloat16 if transform == "hadamard" else torch.float32
         self.register_buffer("left", torch.eye(a, dtype=kind) if factored else None)
         self.register_buffer("right", torch.eye(b, dtype=kind) if factored else None)
         self.register_buffer("dense", torch.eye(in_features) if dense else None)

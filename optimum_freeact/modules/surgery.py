@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from optimum_freeact.config import FreeActConfig
-from optimum_freeact.modules import activation
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.embeddings import replace_embeddings
 from optimum_freeact.modules.experts import FreeActExperts, find_experts, stand_ins
@@ -56,8 +55,7 @@ def rank_of(config: FreeActConfig, in_features: int, out_features: list[int]) ->
     types, means = config.n_types, {"none": 0, "shared": 1, "per_type": config.n_types}[config.centring]
     a, b = factor_pair(n)
     stored = 4 * types + 2 * means * n  # clips, means
-    rotation = {"hadamard": 2 if activation.ROTATION_IN_BFLOAT16 else 4, "kronecker": 4}.get(config.transform, 0)
-    stored += rotation * (a * a + b * b)
+    stored += {"hadamard": 2, "kronecker": 4}.get(config.transform, 0) * (a * a + b * b)
     stored += 4 * n if config.channel_scale != "none" else 0
     if config.weight_bits < 16:
         stored += m * (4 + (n // config.weight_group_size if config.weight_group_size else 0))

@@ -29,9 +29,6 @@ import torch
 from optimum_freeact.numerics.kronecker import kron_apply
 
 
-READS_OUTSIDE = True  # whether the rounded weight reads only outside the branch's directions
-
-
 @dataclass
 class InputMap:
     """Parameters of the map; absent parts are `None`. All float64 while fitting.
@@ -117,8 +114,6 @@ class InputMap:
         """A scaled weight without what lies in the directions that all types carry around, and L."""
         if self.basis is None:
             return scaled, None
-        if not READS_OUTSIDE:
-            return scaled, scaled @ self.basis
         shared = self.basis.new_ones(self.basis.shape[1]) if self.uses is None else self.uses.prod(0)
         inside = scaled @ self.basis
         gram = self.basis.mT @ self.basis

@@ -142,26 +142,6 @@ def top_directions(c: torch.Tensor, rank: int) -> torch.Tensor:
     return basis @ torch.linalg.eigh(basis.mT @ c @ basis)[1][:, -rank:]
 
 
-# Whether the branch takes the directions that lower the product of what is left of activations and weights, which rounding
-# noise of both is proportional to, or those of the activations alone
-JOINT_DIRECTIONS = False
-JOINT_STEPS = 3
-
-
-def joint_directions(c: torch.Tensor, h: torch.Tensor, rank: int) -> torch.Tensor:
-    """Orthonormal basis U of `rank` directions without which tr(P C) tr(P H), P = I - U U^T, is small.
-
-    Where the product is smallest, U are the top directions of C / tr(P C) + H / tr(P H); starts from those of C.
-    """
-    basis, tiny = top_directions(c, rank), torch.finfo(c.dtype).tiny
-    for _ in range(JOINT_STEPS):
-        left = [m.trace() - ((m @ basis) * basis).sum() for m in (c, h)]
-        if min(left) <= tiny:
-            break
-        basis = top_directions(c / left[0] + h / left[1], rank)
-    return basis
-
-
 def low_rank_and_scale(stats: InputStatistics, spec: MapSpec) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Channel scale and low-rank basis, alternated twice because each changes what the other sees."""
     n = len(stats.c)
@@ -176,11 +156,7 @@ def low_rank_and_scale(stats: InputStatistics, spec: MapSpec) -> tuple[torch.Ten
         return scale, None
     for last in (False, True):
         scaled = stats.c if scale is None else stats.c * scale[:, None] * scale
-        if JOINT_DIRECTIONS:
-            read = stats.h if scale is None else stats.h / scale[:, None] / scale
-            basis = joint_directions(scaled, read, rank)
-        else:
-            basis = top_directions(scaled, rank)
+        basis = top_directions(scaled, rank)
         if last or spec.channel_scale != "closed_form":
             return scale, basis
         image = scaled @ basis  # diagonal of (I - U U^T) S (I - U U^T) without forming it
