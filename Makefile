@@ -1,4 +1,5 @@
-# Concord: two commands for a newcomer (first-run, test), a few more for those who work on it (make help).
+# Concord: a command for a newcomer to each package (first-run, first-align, first-merge), the tests, and a few more for
+# those who work on it (make help).
 #
 # Everything happens in one virtual environment, $(VENV), which is made once and brought up to date only when
 # pyproject.toml changes. Variables: the interpreter (`make PYTHON=python3.12 test`), the torch to install
@@ -16,7 +17,7 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install -qq --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help first-run journey docs package test quality format results clean
+.PHONY: help first-run first-align first-merge journey docs package test quality format results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -25,6 +26,18 @@ first-run: $(VENV)/.installed-run ## install, fetch a small real model, quantize
 	@echo "Fetching the model (once) ..."
 	$(VENV)/bin/python tools/assets.py smollm2
 	$(VENV)/bin/python examples/quantize_and_chat.py
+
+first-align: $(VENV)/.installed-align ## teach a small model in English, see it in four other languages (minutes)
+	@echo "Fetching the model and the words (once) ..."
+	$(VENV)/bin/python tools/assets.py smollm2 concepts
+	$(VENV)/bin/python -W ignore examples/mlc_dpo.py
+
+first-merge: $(VENV)/.installed-merge ## merge a widened fine-tune back into its small target, beside controls (minutes)
+	@echo "Fetching the model and a text (once), making a donor of it ..."
+	$(VENV)/bin/python -W ignore examples/merge/prepare.py relative
+	$(VENV)/bin/mergekit-ot run --quiet examples/merge/relative.yml examples/merge/work/relative-merge
+	$(VENV)/bin/mergekit-ot eval --quiet examples/merge/relative.yml examples/merge/work/relative-merge \
+		--texts examples/merge/work/handbook-eval.txt --max-tokens 2048
 
 journey: $(VENV)/.installed-dev ## merge, align, quantize and chat with small real models (minutes)
 	$(VENV)/bin/python examples/journey/run.py
@@ -64,10 +77,10 @@ $(VENV)/.installed-torch: | $(VENV)/bin/python
 	$(PIP_INSTALL) '$(TORCH)'
 	@touch $@
 
-$(VENV)/.installed-run: pyproject.toml | $(VENV)/.installed-torch
-	$(PIP_INSTALL) --editable '.[gguf,plots]'
-	@touch $@
-
-$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed-torch
-	$(PIP_INSTALL) --editable '.[dev,docs]'
+EXTRAS_run = gguf,plots
+EXTRAS_align = align,peft,gguf
+EXTRAS_merge = merge,plots,gguf
+EXTRAS_dev = dev,docs
+$(VENV)/.installed-%: pyproject.toml | $(VENV)/.installed-torch
+	$(PIP_INSTALL) --editable '.[$(EXTRAS_$*)]'
 	@touch $@

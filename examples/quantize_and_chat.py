@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from optimum_freeact import FreeActConfig, score_text, tokenize_windows  # noqa: E402
-from tools.assets import Unavailable, fetch  # noqa: E402
+from tools.assets import fetch, fetch_prose  # noqa: E402
 
 
 PROMPTS = (
@@ -46,14 +46,6 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512, help="tokens a calibration sample (default %(default)s)")
     parser.add_argument("--window", type=int, default=1024, help="tokens an evaluation window (default %(default)s)")
     return parser.parse_args(arguments)
-
-
-def fetch_text() -> Path:
-    """English prose: the handbook, or the Brown corpus where distribution packages cannot be fetched."""
-    try:
-        return fetch("handbook") / "text.txt"
-    except Unavailable:
-        return fetch("brown") / "text.txt"
 
 
 def load(folder: Path, **kwargs) -> torch.nn.Module:
@@ -84,7 +76,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     console = Console()
     transformers_logging.set_verbosity_error()
     source = options.model or fetch("smollm2")
-    text = (options.text or fetch_text()).read_text(encoding="utf-8")
+    text = (options.text or fetch_prose()).read_text(encoding="utf-8")
     cut = len(text) * 3 // 4
     n_samples, n_windows, max_new_tokens = (8, 2, 16) if options.quick else (16, 4, 40)
     prompts = PROMPTS[:1] if options.quick else PROMPTS

@@ -30,7 +30,7 @@ from optimum_freeact import FreeActConfig  # noqa: E402
 from optimum_freeact.calibration.masking import mask_samples  # noqa: E402
 from optimum_freeact.models.denoise import denoise  # noqa: E402
 from optimum_freeact.report.type_report import measure_types, write_report  # noqa: E402
-from tools.assets import Unavailable, fetch  # noqa: E402
+from tools.assets import fetch, fetch_prose  # noqa: E402
 
 
 def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -46,14 +46,6 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=16, help="calibration samples (default %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to write (default %(default)s)")
     return parser.parse_args(arguments)
-
-
-def fetch_text() -> Path:
-    """English prose: the handbook, or the Brown corpus where distribution packages cannot be fetched."""
-    try:
-        return fetch("handbook") / "text.txt"
-    except Unavailable:
-        return fetch("brown") / "text.txt"
 
 
 def make_model(options: argparse.Namespace, device: str, stream: torch.Tensor) -> Path:
@@ -83,7 +75,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = options.model or options.source or fetch("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(where)
-    text = (options.text or fetch_text()).read_text(encoding="utf-8")
+    text = (options.text or fetch_prose()).read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     stream, held_out = ids[: len(ids) * 3 // 4], ids[len(ids) * 3 // 4 :]
 

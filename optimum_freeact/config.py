@@ -10,7 +10,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from optimum_freeact.config_checks import check_combinations, check_types, check_values
 from optimum_freeact.config_fields import DEFAULTS, FORMAT_VERSION, LOADING, RECORDED, RUNTIME
 from optimum_freeact.presets import PRESETS
-from optimum_freeact.type_rules import AUTO
+from optimum_freeact.type_rules import AUTO, SINK, TEXT
+
+
+LOUDNESS_LIMIT = 2.0
 
 
 class FreeActConfig(QuantizationConfigMixin):
@@ -40,6 +43,10 @@ class FreeActConfig(QuantizationConfigMixin):
             directions around the rounding; 0 for none.
         low_rank_budget (`float`, *optional*): Cut each input's rank (not below 8) to what fits into this share of the bfloat16
             bytes of its linears, with all else that is stored but the codes; the default is not to.
+        loudness_limit (`float` or `"auto"`, *optional*): Beyond so many times what is usual in its type, a calibration token's
+            energy counts for no more: a few far louder tokens, which act as attention sinks somewhere inside a sequence, decide
+            neither the type's mean nor how weights are rounded. `"auto"` is 2 for models with types beyond text and sink,
+            and no limit for others.
         embedding_bits (`int`, *optional*, defaults to 16): 8 stores embeddings and output head in one byte a number and one
             scale a row, tied ones once; 16 leaves them as they are. Refused for embeddings that compute something of their own.
         type_rank (`int`, *optional*, defaults to 0): So many further directions of that branch for each token type alone, its
@@ -170,6 +177,15 @@ class FreeActConfig(QuantizationConfigMixin):
         return [
             0 if "cluster" in (self.type_rules or {}).get(name, {}) else k for k, name in enumerate(self.token_types)
         ]
+
+    @property
+    def loudest(self) -> float | None:
+        """The `loudness_limit` for the model's types; known once `"auto"` types are replaced by what the model has."""
+        if self.loudness_limit != "auto":
+            return self.loudness_limit
+        rules = self.type_rules or {}
+        told = [name for name in self.token_types if name not in (TEXT, SINK) and "cluster" not in rules.get(name, {})]
+        return LOUDNESS_LIMIT if told else None
 
     @property
     def scheme(self) -> str:

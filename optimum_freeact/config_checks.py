@@ -47,6 +47,11 @@ def check_values(config: Any) -> None:
     budget = config.low_rank_budget
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < 1):
         raise ValueError(f"low_rank_budget must be None or a number between 0 and 1, got {budget!r}.")
+    limit = config.loudness_limit
+    if limit not in (None, "auto") and (
+        isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0
+    ):
+        raise ValueError(f"loudness_limit must be None, 'auto' or a positive number, got {limit!r}.")
     for name in ("activation_clip", "weight_clip"):
         value = getattr(config, name)
         is_ratio = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1

@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "weight_group_size": None,
     "activation_group_size": None,
     "low_rank_budget": None,
+    "loudness_limit": None,
     "smooth_alpha": 0.5,
     "learned_start": "closed_form",
     "learned_part": "maps",

@@ -4,6 +4,11 @@ Sums are accumulated in float64 about a fixed shift per type (the mean of the ty
 means later cancels no digits, and memory does not grow with the number of tokens. The shift must be the type's own:
 a sink token's input is thousands of times larger than the others', and about the others' mean its rounding errors alone
 exceed its variance (measured on SmolLM2: covariances lost their positivity, and everything fitted to them diverged).
+
+Tokens have grids of their own, so what rounding takes from each is a share of its own energy; what is fitted shall make these
+shares small, and not the error of whoever is loudest. So, inside a type, rows may count less the louder they are beyond what is usual there
+([`loudness_weights`]): without that, a few image tokens that act as attention sinks move their type's mean to themselves, and
+what all other tokens of the type have left is mostly that mean.
 """
 
 from __future__ import annotations
@@ -11,8 +16,23 @@ from __future__ import annotations
 import torch
 
 
+def loudness_weights(rows: torch.Tensor, limit: float | None, usual: torch.Tensor | None = None) -> torch.Tensor:
+    """How much each of some rows of one type counts, shape `(n,)`.
+
+    One, or where a row has more than `limit` times the `usual` energy (the rows' median by default) so much that it has no more
+    say than a row of just that energy. Without a limit all count alike.
+    """
+    energy = rows.float().square().sum(1)
+    if limit is None or len(energy) == 0:
+        return torch.ones_like(energy)
+    usual = energy.median() if usual is None else usual
+    if usual == 0:  # most rows are zeros
+        return torch.ones_like(energy)
+    return (limit * usual / energy.clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num(0.0).clamp(max=1)
+
+
 class Moments:
-    """Counts, means and centred second moments of rows `x`, optionally crossed with paired rows `y`.
+    """Counts, weighted means and centred second moments of rows `x`, optionally crossed with paired rows `y`.
 
     `y` are the inputs that the same tokens have in the full-precision model; their cross moments tell how the weight
     must change so that `W' x` best predicts `W y` (see `optimum_freeact.transforms.correction`).
@@ -23,6 +43,7 @@ class Moments:
         device (`torch.device`): Where sums live.
         paired (`bool`, *optional*, defaults to `False`): Whether [`update`] gets `y` too.
         peaks (`bool`, *optional*, defaults to `False`): Whether the largest magnitude per channel is noted.
+        limit (`float`, *optional*): Beyond so many times a type's usual energy a row counts less ([`loudness_weights`]).
         n_rows (`int`, *optional*, defaults to 512): Sample rows kept (evenly over batches) for measuring real rounding.
     """
 
@@ -34,10 +55,12 @@ class Moments:
         *,
         paired: bool = False,
         peaks: bool = False,
+        limit: float | None = None,
         n_rows: int = 512,
     ):
-        self.n_types = n_types
+        self.n_types, self.limit = n_types, limit
         self.count = torch.zeros(n_types, dtype=torch.float64, device=device)
+        self.weight = torch.zeros_like(self.count)  # of the rows, by how loud each is
         self.shift = torch.zeros(n_types, n_features, dtype=torch.float64, device=device)
         self.sum = torch.zeros_like(self.shift)  # of x - shift
         self.second = torch.zeros(n_types, n_features, n_features, dtype=torch.float64, device=device)
@@ -47,6 +70,7 @@ class Moments:
         self.sum_y = torch.zeros_like(self.sum) if paired else None
         self.cross = torch.zeros_like(self.second) if paired else None  # sum of (y - shift)^T (x - shift)
         self.n_rows = n_rows
+        self._usual: list[torch.Tensor | None] = [None] * n_types  # median energy of a type's first rows
         self._rows: list[torch.Tensor] = []
         self._row_types: list[torch.Tensor] = []
 
@@ -67,17 +91,33 @@ class Moments:
             n = int(chosen.sum())
             if n == 0:
                 continue
+            weights = self._weights(x, chosen, kind)
             if self.count[kind] == 0:  # a float32 number, so that float32 rows are shifted without a second rounding
-                self.shift[kind] = x[chosen].mean(0, dtype=torch.float64).float()
+                own, share = x[chosen], weights[chosen, None]
+                self.shift[kind] = ((own * share).sum(0, dtype=torch.float64) / share.sum(dtype=torch.float64)).float()
             rows = self._about_shift(x, chosen, n, kind)
+            weights = weights[chosen] if len(rows) < len(x) else weights
+            scaled = rows * weights[:, None].to(rows.dtype) if self.limit is not None else rows
             self.count[kind] += n
-            self.sum[kind] += rows.sum(0, dtype=torch.float64)
-            self.second[kind] += rows.mT @ rows
+            self.weight[kind] += weights.sum(dtype=torch.float64)
+            self.sum[kind] += scaled.sum(0, dtype=torch.float64)
+            self.second[kind] += rows.mT @ scaled
             if y is not None:
                 other = self._about_shift(y.float(), chosen, n, kind)
                 sum_y, cross = self.pair_sums
-                sum_y[kind] += other.sum(0, dtype=torch.float64)
-                cross[kind] += other.mT @ rows
+                sum_y[kind] += (other * weights[:, None].to(other.dtype)).sum(0, dtype=torch.float64)
+                cross[kind] += other.mT @ scaled
+
+    def _weights(self, x: torch.Tensor, chosen: torch.Tensor, kind: int) -> torch.Tensor:
+        """[`loudness_weights`] of the chosen rows, zeros for the others."""
+        if self.limit is None:
+            return chosen.float()
+        own = x[chosen]
+        if self._usual[kind] is None:
+            self._usual[kind] = own.square().sum(1).median()
+        weights = x.new_zeros(len(x))
+        weights[chosen] = loudness_weights(own, self.limit, self._usual[kind])
+        return weights
 
     def _about_shift(self, x: torch.Tensor, chosen: torch.Tensor, n: int, kind: int) -> torch.Tensor:
         """The chosen rows less the type's shift; float64 where rows are few (they are cheap, and few rows vary little).
@@ -121,18 +161,18 @@ class Moments:
         return bool(torch.isfinite(self.sum).all() and torch.isfinite(self.second).all())
 
     def _overall(self, sums: torch.Tensor) -> torch.Tensor:
-        return (sums + self.shift * self.count[:, None]).sum(0) / self.count.sum()
+        return (sums + self.shift * self.weight[:, None]).sum(0) / self.weight.sum()
 
     def mean(self, kind: int | None = None) -> torch.Tensor:
         """Mean row of one type, or of all tokens, float64; a type that was never seen gets the mean of all."""
         if kind is not None and self.count[kind] > 0:
-            return self.sum[kind] / self.count[kind] + self.shift[kind]
+            return self.sum[kind] / self.weight[kind] + self.shift[kind]
         return self._overall(self.sum)
 
     def mean_of_pair(self, kind: int | None = None) -> torch.Tensor:
         """Like [`mean`], of the paired rows `y`."""
         if kind is not None and self.count[kind] > 0:
-            return self.pair_sums[0][kind] / self.count[kind] + self.shift[kind]
+            return self.pair_sums[0][kind] / self.weight[kind] + self.shift[kind]
         return self._overall(self.pair_sums[0])
 
     def covariance(self, kind: int, centre: torch.Tensor) -> torch.Tensor:
@@ -146,7 +186,7 @@ class Moments:
 
     def _about(self, product, sum_left, sum_right, kind, centre_left, centre_right) -> torch.Tensor:
         """Mean product about two centres, from sums about the type's shift."""
-        n = self.count[kind].clamp_min(1)
+        n = self.weight[kind].clamp_min(torch.finfo(torch.float64).tiny)
         left, right = sum_left / n, sum_right / n
         gap_left = left + self.shift[kind] - centre_left
         gap_right = right + self.shift[kind] - centre_right

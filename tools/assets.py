@@ -530,6 +530,14 @@ def fetch(name: str) -> Path:
     return folder
 
 
+def fetch_prose() -> Path:
+    """A file of English prose: the handbook, or the Brown corpus where distribution packages cannot be fetched."""
+    try:
+        return fetch("handbook") / "text.txt"
+    except Unavailable:
+        return fetch("brown") / "text.txt"
+
+
 def main(names: list[str]) -> int:
     """List the assets, or fetch the named ones and print their folders."""
     for name in names:

@@ -6,15 +6,15 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
+
+from trl_mlc.command_options import EvaluateOptions, ScanOptions, TrainOptions, check_paths, parse
+from trl_mlc.rows import load_eval_rows, load_rows
 
 
 #: Errors that say all a user needs; anything else is a defect and keeps its traceback (as all do if the environment
 #: has TRL_MLC_TRACEBACK).
 EXPECTED = (ValueError, OSError, TypeError)
-FIGURES = (".png", ".svg", ".pdf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 USAGE = """usage: trl-mlc {sft,dpo,evaluate,scan} [--config FILE.yaml] [options]
 
@@ -24,122 +24,6 @@ USAGE = """usage: trl-mlc {sft,dpo,evaluate,scan} [--config FILE.yaml] [options]
   scan       print, per layer and pooling, how well translations find each other
 
 `trl-mlc COMMAND --help` lists the options; a YAML file names them the same way."""
-
-
-@dataclass
-class DataOptions:
-    """Where parallel rows come from."""
-
-    dataset_name: str = field(metadata={"help": "A .json, .jsonl, .csv or .parquet file, a folder, or a hub dataset."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to read."})
-    limit: int | None = field(default=None, metadata={"help": "Use only this many rows."})
-    flat_prefix: str | None = field(
-        default=None, metadata={"help": "Read flat columns with this prefix, such as 'prompt_', as translations."}
-    )
-
-
-@dataclass
-class TrainOptions(DataOptions):
-    """What `sft` and `dpo` read besides the model's and the trainer's options."""
-
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Rows for evaluation, if eval_strategy asks for it; dataset_name if absent."}
-    )
-    eval_dataset_split: str | None = field(
-        default=None, metadata={"help": "Their split; 'test' of the same data set, else 'train'."}
-    )
-
-
-@dataclass
-class ReadOptions(DataOptions):
-    """What `evaluate` and `scan` read."""
-
-    model_name_or_path: str = field(default="", metadata={"help": "Model folder or hub name; a PEFT adapter works."})
-    anchor: str = field(default="en", metadata={"help": "Language of the prompt column."})
-    languages: list[str] | None = field(
-        default=None, metadata={"help": "Languages besides the anchor; all if absent."}
-    )
-    dtype: str = field(default="auto", metadata={"help": "Weights: auto, float32, bfloat16."})
-    device: str = field(
-        default="auto", metadata={"help": "Where the model runs: auto (a GPU if there is one), cpu, ..."}
-    )
-    output: str | None = field(default=None, metadata={"help": "Write the result here as JSON."})
-    figure: str | None = field(default=None, metadata={"help": "Draw the result here (.png, .svg, .pdf)."})
-
-
-@dataclass
-class EvaluateOptions(ReadOptions):
-    """Options of `evaluate`."""
-
-    layer: int | None = field(
-        default=None, metadata={"help": "Hidden state for retrieval; 0.8 of the depth if absent."}
-    )
-    pooling: str = field(default="last", metadata={"help": "'last' or 'mean'."})
-    batch_size: int = field(default=16, metadata={"help": "Sequences per forward."})
-    before: str | None = field(default=None, metadata={"help": "An earlier report to compare the figure with."})
-
-
-@dataclass
-class ScanOptions(ReadOptions):
-    """Options of `scan`."""
-
-    poolings: list[str] = field(default_factory=lambda: ["last", "mean"], metadata={"help": "'last', 'mean' or both."})
-    max_length: int = field(default=512, metadata={"help": "Longer prompts are left out."})
-
-
-def load_rows(options):
-    """Rows as the options describe them, as a `datasets.Dataset`."""
-    from datasets import load_dataset
-
-    from trl_mlc.parallel import from_flat_columns
-
-    if not options.dataset_name.strip():
-        raise ValueError("Name the rows with --dataset_name: a file, a folder or a hub dataset.")
-    path = Path(options.dataset_name)
-    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
-    try:
-        if kind is not None:
-            data = load_dataset(kind, data_files=str(path), split=options.dataset_split)
-        else:
-            data = load_dataset(options.dataset_name, name=options.dataset_config, split=options.dataset_split)
-    except StopIteration:  # what `datasets` makes of an empty file
-        data = ()
-    if len(data) == 0:
-        raise ValueError(f"{options.dataset_name} has no rows in split {options.dataset_split!r}.")
-    if options.limit is not None:
-        if options.limit < 1:
-            raise ValueError(f"--limit must be at least 1, got {options.limit}.")
-        data = data.select(range(min(options.limit, len(data))))
-    return data if options.flat_prefix is None else from_flat_columns(data, options.flat_prefix)
-
-
-def load_eval_rows(options: TrainOptions):
-    """Rows for evaluation during training."""
-    split = options.eval_dataset_split or ("test" if options.eval_dataset_name is None else "train")
-    name = options.dataset_name if options.eval_dataset_name is None else options.eval_dataset_name
-    try:
-        return load_rows(replace(options, dataset_name=name, dataset_split=split, limit=None))
-    except ValueError as error:
-        raise ValueError(
-            f"No rows for evaluation: {error} Name some with --eval_dataset_name and --eval_dataset_split, or leave "
-            "eval_strategy at 'no'."
-        ) from error
-
-
-def _parse(types: tuple, arguments: list[str], command: str):
-    from trl import TrlParser
-
-    try:
-        return TrlParser(types, prog=f"trl-mlc {command}").parse_args_and_config(arguments)
-    except ValueError:
-        known = ["--" + option.name for kind in types for option in fields(kind)]
-        names = [word.partition("=")[0] for word in arguments if word.startswith("--")]
-        for name in names:
-            near = get_close_matches(name, known, n=1, cutoff=0.8)
-            if name not in known and near and name != "--config":
-                raise ValueError(f"{command} has no option {name}; did you mean {near[0]}?") from None
-        raise
 
 
 @contextmanager
@@ -170,15 +54,6 @@ def _device(name: str):
         raise ValueError(f"--device {name!r} cannot be used ({reason}); try auto or cpu.") from error
 
 
-def _check_paths(options) -> None:
-    """Refuse what could not be written at the end, before anything is computed."""
-    for path in filter(None, (options.output, options.figure)):
-        if not Path(path).parent.is_dir():
-            raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}.")
-    if options.figure and Path(options.figure).suffix not in FIGURES:
-        raise ValueError(f"--figure must end in one of {list(FIGURES)}, got {options.figure!r}.")
-
-
 def _load_model(options):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -202,7 +77,7 @@ def train(method: str, arguments: list[str]) -> None:
     else:
         from trl_mlc.sft import MLCSFTConfig as config_class
         from trl_mlc.sft import MLCSFTTrainer as trainer_class
-    data_options, args, model_options = _parse((TrainOptions, config_class, ModelConfig), arguments, method)
+    data_options, args, model_options = parse((TrainOptions, config_class, ModelConfig), arguments, method)
     loading = {
         "revision": model_options.model_revision,
         "attn_implementation": model_options.attn_implementation,
@@ -236,10 +111,10 @@ def evaluate(arguments: list[str]) -> None:
     """Run `evaluate`."""
     from trl_mlc.evaluation.report import EvaluationReport, evaluate_model
 
-    (options,) = _parse((EvaluateOptions,), arguments, "evaluate")
+    (options,) = parse((EvaluateOptions,), arguments, "evaluate")
     if options.figure and not options.before:
         raise ValueError("--figure compares two reports; give the earlier one with --before.")
-    _check_paths(options)
+    check_paths(options)
     before = EvaluationReport.load(options.before) if options.before else None
     model, tokenizer = _load_model(options)
     report = evaluate_model(
@@ -270,8 +145,8 @@ def scan(arguments: list[str]) -> None:
     from trl_mlc.early_exit import decoder_of
     from trl_mlc.scan import best_layer, complete_groups, scan_layers
 
-    (options,) = _parse((ScanOptions,), arguments, "scan")
-    _check_paths(options)
+    (options,) = parse((ScanOptions,), arguments, "scan")
+    check_paths(options)
     model, tokenizer = _load_model(options)
 
     class Reading:  # what encode_prompts_of needs of a trainer's arguments

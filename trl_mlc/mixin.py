@@ -1,6 +1,6 @@
 """The consistency term inside a TRL trainer: the only file that touches TRL's inner methods.
 
-Overridden: `__init__`, `_prepare_dataset`, `_set_signature_columns_if_needed`, `compute_loss`, `create_optimizer`,
+Overridden: `__init__` (which also gives a sharded reference model its weights, see `reference.py`), `_prepare_dataset`, `_set_signature_columns_if_needed`, `compute_loss`, `create_optimizer`,
 `_save` and the three loading methods. With `mlc_weight=0` each of them is the stock one.
 """
 
@@ -9,20 +9,20 @@ from __future__ import annotations
 import inspect
 import logging
 import random
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
 
 from trl_mlc.arguments import MLCArguments
 from trl_mlc.collator import KEY, PromptCollator, select_prompts
-from trl_mlc.data import COLUMNS, IDS, LANGUAGES, LanguageTable, encode_prompts_of
-from trl_mlc.early_exit import check_layer, decoder_of, n_layers
+from trl_mlc.data import COLUMNS, IDS, LanguageTable, encode_prompts_of
+from trl_mlc.early_exit import check_layer, decoder_of
 from trl_mlc.extractor import Extractor, LanguageMeans
+from trl_mlc.first_states import choose_layer, language_means
 from trl_mlc.packing import keeps_apart
 from trl_mlc.prompt_pass import MODULE, PromptPass
-from trl_mlc.scan import best_layer, complete_groups, prompt_states, scan_layers
+from trl_mlc.reference import whole_reference
 from trl_mlc.state import load_state, save_state
 from trl_mlc.term import MLCTerm, mlc_term
 
@@ -54,7 +54,8 @@ class MLCMixin(Host):
         self._mlc_asked: dict | None = None
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         self._mlc_check_config(bound.arguments)
-        super().__init__(*bound.args, **bound.kwargs)
+        with whole_reference(type(self)):
+            super().__init__(*bound.args, **bound.kwargs)
         if self.args.mlc_weight > 0:
             self._mlc_set_up()
 
@@ -89,7 +90,7 @@ class MLCMixin(Host):
             )
         args, decoder = self.args, decoder_of(base)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        layer = self._mlc_choose_layer(decoder)
+        layer = choose_layer(decoder, self.train_dataset, args, self.accelerator.is_main_process)
         width = base.config.get_text_config().hidden_size
         extractor = Extractor(
             width, args.mlc_extractor_dim, args.mlc_extractor_bias, not args.mlc_extractor_frozen, args.seed
@@ -97,61 +98,15 @@ class MLCMixin(Host):
         # One flat dtype is needed where parameters are sharded together; else the extractor stays in float32
         extractor.to(device=next(base.parameters()).device, dtype=base.dtype if sharded else torch.float32)
         if args.mlc_center != "none":
-            self._mlc_means = self._mlc_first_means(decoder, layer, width)
+            self._mlc_means = language_means(
+                decoder, layer, self.train_dataset, args, len(self._mlc_languages), self.accelerator.device
+            )
         buckets = 1 if sharded else args.mlc_buckets
         if buckets == 0 and not keeps_apart(decoder, layer):
             buckets = DIVIDED
         self._mlc_pass = PromptPass(base, extractor, layer, args.mlc_pooling, buckets)
         tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.data_collator = PromptCollator(self.data_collator, tokenizer.pad_token_id)
-
-    def _mlc_sample(self) -> list[list[list[int]]]:
-        rows = islice(iter(self.train_dataset), 4 * self.args.mlc_scan_prompts)
-        return complete_groups([row for row in rows if len(row[IDS]) >= 2], self.args.mlc_scan_prompts)
-
-    def _mlc_choose_layer(self, decoder) -> int:
-        if self.args.mlc_layer != "auto":
-            return check_layer(self.args.mlc_layer, decoder)
-        self._mlc_refuse_partitioned(decoder, "mlc_layer='auto'")
-        chosen: list = [None]
-        if self.accelerator.is_main_process:
-            groups = self._mlc_sample()
-            if len(groups) < 2:
-                raise ValueError(
-                    "mlc_layer='auto' needs at least two rows with a common language besides the anchor; name a layer "
-                    f"from 1 to {n_layers(decoder)}."
-                )
-            best = best_layer(scan_layers(decoder, groups, poolings=[self.args.mlc_pooling]))
-            logger.warning(
-                "mlc_layer='auto' chose layer %d of %d: retrieval %.2f over %d prompts (chance %.2f), cosine between "
-                "different prompts %.3f.",
-                best.layer,
-                n_layers(decoder),
-                best.retrieval,
-                len(groups),
-                1 / len(groups),
-                best.cross_prompt_cosine,
-            )
-            chosen = [best.layer]
-        return broadcast_object_list(chosen, from_process=0)[0]
-
-    def _mlc_first_means(self, decoder, layer: int, width: int) -> LanguageMeans:
-        """Means of each language over the first rows, so that the first batch is already centred."""
-        self._mlc_refuse_partitioned(decoder, f"mlc_center={self.args.mlc_center!r}")
-        device, common = self.accelerator.device, self.args.mlc_center == "common"
-        means = LanguageMeans(len(self._mlc_languages), width, self.args.mlc_center_momentum, common, device)
-        rows = list(islice(iter(self.train_dataset), self.args.mlc_scan_prompts))
-        flat = [(ids, n) for row in rows for ids, n in zip(row[IDS], row[LANGUAGES], strict=True)]
-        states = prompt_states(decoder, [[ids] for ids, _ in flat], [layer], self.args.mlc_pooling)[0, 0].to(device)
-        means.update_(*means.sums(states, torch.tensor([n for _, n in flat], device=device)))
-        return means
-
-    def _mlc_refuse_partitioned(self, decoder, option: str) -> None:
-        if any(hasattr(p, "ds_id") or p.is_meta for p in decoder.parameters()):
-            raise ValueError(
-                f"{option} reads states before training, which a partitioned model cannot give. Run `trl-mlc scan` on "
-                "one process and pass the layer as a number, without mlc_center."
-            )
 
     def _prepare_dataset(self, dataset, processing_class, args, *rest, **kwargs):
         if args.mlc_weight > 0:

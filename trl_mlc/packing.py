@@ -99,16 +99,21 @@ def encode_packed(
             taken[r, at : at + n] = torch.arange(n) + i * input_ids.shape[1]
             starts[i] = r * width + at
             at += n
-    ids, positions = input_ids.flatten()[taken.to(device)], positions.to(device)
+    ids, positions = input_ids.flatten()[_sent(taken, device)], _sent(positions, device)
     parts = zip(ids.split(rows_at_once(width)), positions.split(rows_at_once(width)), strict=True)
     states = torch.cat([hidden_state_at(decoder, a, None, layer, b) for a, b in parts])
     states = states.flatten(0, 1)  # (rows * width, d)
-    first, count = torch.tensor(starts, device=device).unsqueeze(1), torch.tensor(lengths, device=device).unsqueeze(1)
+    first, count = (_sent(torch.tensor(numbers), device).unsqueeze(1) for numbers in (starts, lengths))
     if pooling == "last":
         return states[(first + count - 1).squeeze(1)]
     steps = torch.arange(max(lengths), device=device).unsqueeze(0)
     inside = steps < count  # (P, T)
     return POOLINGS[pooling](states[torch.where(inside, first + steps, first)], inside)
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device; a GPU is not waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import nn
 
 from trl_mlc.early_exit import decoder_of, encode_prompts
 from trl_mlc.extractor import Extractor
-from trl_mlc.packing import encode_packed
+from trl_mlc.packing import MOST_TOKENS, encode_packed
 
 
 MODULE = "mlc_extractor"
@@ -72,16 +72,26 @@ class PromptPass:
 
         @functools.wraps(original)
         def forward(*args, **kwargs):
-            outputs = original(*args, **kwargs)
             with_gradients = torch.is_grad_enabled()
             if self._request is None or (model.training and not with_gradients):
-                return outputs
+                return original(*args, **kwargs)
             request, self._request = self._request, None
-            self._states = self._run(*request, training=model.training)
+            early = self._run(*request, training=model.training) if self._goes_first(request[0]) else None
+            outputs = original(*args, **kwargs)
+            self._states = early or self._run(*request, training=model.training)
             # DistributedDataParallel finds used parameters by walking back from the outputs
             return _with_field(outputs, self._states.representations) if with_gradients else outputs
 
         model.forward = forward
+
+    def _goes_first(self, prompts: dict | None) -> bool:
+        """Whether the prompts run before the host's rows, and so backward after them.
+
+        A few prompts keep a GPU waiting for Python, unless it has the host's backward to do meanwhile. Many don't, and
+        what they keep in memory should be gone before that. Where parameters are sharded (one bucket), processes must
+        agree on the order, and prompts come last.
+        """
+        return prompts is not None and self.buckets != 1 and sum(prompts["lengths"]) <= MOST_TOKENS
 
     def _run(self, prompts: dict | None, offsets: torch.Tensor | None, training: bool) -> PromptStates:
         if prompts is None:

@@ -3,6 +3,7 @@
     python benchmarks/mlc/transfer.py --map           # one other seed over training, objective, guards, languages, ...
     python benchmarks/mlc/transfer.py --ours chosen   # the table, five seeds, with the map's best point as ours
     python benchmarks/mlc/transfer.py --first regimes # the map's regimes, the table in the best of them, the rest of the map
+    python benchmarks/mlc/transfer.py --ours POINT --rest # the table, then the map's variants in its regime
     python benchmarks/mlc/transfer.py --tiny          # a few steps on a CPU: proves that it runs (with --map, too)
 
 Task: see `concepts.py`. Every run trains on the same English preferences; it is scored on prompts never trained on.
@@ -50,6 +51,7 @@ def parse() -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     add("--ours", default=f"{MAIN}@{next(iter(REGIMES))}", help="a point of the map, or 'chosen' from --map-rows")
     add("--map-rows", type=Path, help="finished runs of the map (default: runs/mlc_transfer_map.jsonl)")
+    add("--map-seeds", nargs="+", type=int, default=[MAP_SEED], help="none of the table's")
     add("--steps", type=int, default=100)
     add("--batch", type=int, default=32)
     add("--rows-train", type=int, default=1600)
@@ -60,6 +62,7 @@ def parse() -> argparse.Namespace:
         choices=("regimes",),
         help="first the map's regimes: ours is its main variant in the best of them; last the map",
     )
+    add("--rest", action="store_true", help="after the table, the map's variants in the regime of ours")
     add("--tiny", action="store_true", help="2 steps on few rows, for a CPU")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--gpus", default="", help="numbers with commas; all if not given")
@@ -98,17 +101,16 @@ def main() -> None:
         return
     pool = Pool(options)
     if options.map or options.first:
-        pool.run((options.map and options.methods) or first_points(), [MAP_SEED], mapping=True)
-        regime = choose_regime(read_rows(options.map_rows))
-        print(f"The regime is {regime}.", flush=True)
-        options.ours = f"{MAIN}@{regime}"
+        pool.run((options.map and options.methods) or first_points(), options.map_seeds, mapping=True)
+        options.ours = f"{MAIN}@{choose_regime(read_rows(options.map_rows))}"
+        print(f"The best regime makes it {options.ours}.", flush=True)
     elif options.ours == "chosen":
         options.ours = choose(read_rows(options.map_rows))
         print(f"The map chooses {options.ours}.", flush=True)
     if not options.map:
         pool.run(options.methods or list(methods(options.ours)), options.seeds)
-    if (options.map and not options.methods) or options.first:
-        pool.run(second_points(regime), [MAP_SEED], mapping=True)
+    if (options.map and not options.methods) or options.first or options.rest:
+        pool.run(second_points(options.ours.partition("@")[2]), options.map_seeds, mapping=True)
     report(options)
 
 

@@ -81,11 +81,14 @@ def score(rows: list[dict], name: str) -> float | None:
     variant, _, regime = name.partition("@")
     without = f"{ALIGNED},steps=200@{regime}" if variant.endswith("steps=200") else f"{ALIGNED}@{regime}"
 
+    seeds = seeds_of(rows, name, without, BASE)
+    if not seeds:
+        return None
+    rows = [row for row in rows if row["seed"] in seeds]
+
     def of(method: str, metric: str) -> float:
         return statistics.fmean(values(rows, method, metric))
 
-    if not all(values(rows, method, "perplexity_english") for method in (name, without, BASE)):
-        return None
     parts = [
         of(without, f"variance_x100_{group}") / max(of(name, f"variance_x100_{group}"), 1e-3) / target
         for group, target in (("seen", VARIANCE_CUTS["seen"]), ("validation", VARIANCE_CUTS["held_out"]))

@@ -90,13 +90,17 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
     used = {"model": Path(folder).name, "batch": options.batch, "rows": len(data), **own}
     rate, rank, steps = own.pop("learning_rate"), own.pop("lora"), own.pop("steps")
     shuffled, words_rate = own.pop("shuffled", None), own.pop("embedding_rate", None)
+    warmup, kept, head = own.pop("warmup", 0.1), own.pop("kept", 0.0), own.pop("head", None)
     if shuffled:
         data = shuffled_translations(data, seed, each=shuffled == "each")
     set_seed(seed)
     gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    if head == "frozen":
+        untie(model)
     if words_rate == 0:
         model.get_input_embeddings().requires_grad_(False)
+    start_weights = {n: p.detach().clone() for n, p in model.named_parameters()} if kept and not rank else {}
     with tempfile.TemporaryDirectory() as scratch:
         args = MLCDPOConfig(
             output_dir=scratch,
@@ -104,7 +108,7 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
             max_steps=steps,
             learning_rate=rate,
             lr_scheduler_type="cosine",
-            warmup_steps=steps // 10,
+            warmup_steps=round(steps * warmup),
             precompute_ref_log_probs=True,
             precompute_ref_batch_size=64,
             gradient_checkpointing=True,
@@ -134,11 +138,30 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
     layer = trainer._mlc_pass.layer if trainer._mlc_pass is not None else None
     trained = trainer.model
     if rank:
+        scale_adapters(trained, 1 - kept)
         trained = trained.merge_and_unload()
+    with torch.no_grad():
+        for name, value in trained.named_parameters():
+            if name in start_weights:
+                value.lerp_(start_weights[name].to(value.device), kept)
     del trainer  # its optimizer takes twice the model's memory
     gc.collect()
     torch.cuda.empty_cache()
     return trained, layer, numbers, used
+
+
+def untie(model) -> None:
+    """Give the model a head of its own, as it was, which is not trained: then words can be moved and their logits stay."""
+    model.config.tie_word_embeddings = False
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+def scale_adapters(model, share: float) -> None:
+    """Go only a share of the way from the first weights to the trained ones."""
+    for module in model.modules():
+        if hasattr(module, "scaling") and hasattr(module, "lora_B"):
+            module.scaling = {name: share * value for name, value in module.scaling.items()}
 
 
 def rate_of_words(trainer, rate: float) -> None:

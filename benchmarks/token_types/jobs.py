@@ -26,8 +26,7 @@ class Job:
         model: `diffusion`, `vlm` or `three_types`.
         method: Name in the rows; `fp` is full precision, `train` makes the model.
         settings: The first is quantized; a second differs only in the cache's bits and shares its weights.
-        quantize: Fields of `FreeActConfig` beside the bits; `times_samples` multiplies the calibration samples, and
-            `balance_by_energy` is the switch of `calibration.closed_form`.
+        quantize: Fields of `FreeActConfig` beside the bits; `times_samples` multiplies the calibration samples.
         measure: Sizes of calibration and scoring, of the world.
         folder: Where the model and its data lie.
     """
@@ -111,13 +110,11 @@ def _quantize(job: Job, home: Any, data: dict):
     import torch
 
     from optimum_freeact import FreeActConfig
-    from optimum_freeact.calibration import closed_form
     from optimum_freeact.calibration.step_graph import can_record
 
     calibration = {k: job.measure[k] for k in ("n_samples", "seq_len", "batch_size") if k in job.measure}
     fields = dict(job.quantize)
     calibration["n_samples"] *= fields.pop("times_samples", 1)
-    closed_form.BALANCE_BY_ENERGY = fields.pop("balance_by_energy", False)  # of every job: a process does many
     if job.device == "cuda" and job.method in LEARNED and not can_record():
         fields["epochs"] = SHORT_EPOCHS
     config = FreeActConfig(

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tools.assets import Unavailable, fetch  # noqa: E402
+from tools.assets import fetch, fetch_prose  # noqa: E402
 
 
 PROMPTS = ("What is the capital of France?", "Name three colours.")
@@ -46,14 +46,6 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     return parser.parse_args(arguments)
-
-
-def first_text() -> Path:
-    """English prose: the handbook, or the Brown corpus where distribution packages cannot be fetched."""
-    try:
-        return fetch("handbook") / "text.txt"
-    except Unavailable:
-        return fetch("brown") / "text.txt"
 
 
 def split_text(source: Path, out: Path) -> tuple[Path, Path]:
@@ -260,7 +252,7 @@ def main(arguments: list[str] | None = None) -> Path:
     folder = options.out.resolve()
     target = (options.target or fetch("smollm2")).resolve()
     donor = (options.donor or fetch("qwen2.5")).resolve()
-    calibration, held_out = split_text(options.text or first_text(), folder)
+    calibration, held_out = split_text(options.text or fetch_prose(), folder)
     for name, count, held_out_rows in (
         ("rows", 40 * options.scale, False),
         ("test", 16 * min(options.scale, 4), True),

@@ -1,7 +1,7 @@
 """Fetch or make what the recipes beside this file name, under `work/`.
 
 python examples/merge/prepare.py code        # both models and code text, for code.yml and stock.yml
-python examples/merge/prepare.py relative    # a short fine-tune of SmolLM2-135M on a handbook, then widened twofold
+python examples/merge/prepare.py relative    # a short fine-tune of SmolLM2-135M on a handbook (else Brown), then widened twofold
 """
 
 import json
@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from mergekit_ot.relatives import widened  # noqa: E402
-from tools.assets import fetch  # noqa: E402
+from tools.assets import fetch, fetch_prose  # noqa: E402
 
 
 WORK = Path(__file__).parent / "work"
@@ -41,7 +41,7 @@ def code() -> None:
 
 def relative() -> None:
     target = link("smollm2")
-    lines = [line for line in (fetch("handbook") / "text.txt").read_text().splitlines() if len(line) > 200]
+    lines = [line for line in fetch_prose().read_text(encoding="utf-8").splitlines() if len(line) > 200]
     train, held_out = lines[:-300], lines[-300:]
     (WORK / "handbook.txt").write_text("\n".join(train) + "\n")
     (WORK / "handbook-eval.txt").write_text("\n".join(held_out) + "\n")

@@ -164,7 +164,7 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
     records: list[InputRecord | None] = []
     learned, fits = None, {}
     if done is None:
-        wanted = {"paired": stream.paired, "peaks": config.channel_scale == "smoothquant"}
+        wanted = {"paired": stream.paired, "peaks": config.channel_scale == "smoothquant", "limit": config.loudest}
         moments = {group[0]: Moments(linears[group[0]].in_features, n_types, device, **wanted) for group in groups}
         reference = stream.observe(block, index, {group[0]: linears[group[0]] for group in groups}, moments)
         for first, seen in moments.items():

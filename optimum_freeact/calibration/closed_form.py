@@ -13,7 +13,7 @@ from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.surgery import type_rank_of
-from optimum_freeact.moments import Moments
+from optimum_freeact.moments import Moments, loudness_weights
 from optimum_freeact.numerics.affine import fake_quantize
 from optimum_freeact.rounding.gptq import gptq
 from optimum_freeact.rounding.rtn import RoundedWeight, round_to_nearest
@@ -28,9 +28,6 @@ from optimum_freeact.type_rules import SINK
 ACTIVATION_CLIP_GRID = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
 # Half the way: on SmolLM2 the whole way fits the calibration text better and held-out text worse (docs/log.md)
 CORRECTION_STRENGTH = 0.5
-# Whether a row's share in its type's mean error is one over its output's energy: then tokens with a thousand times the energy
-# of the others, which no type of their own tells apart, do not decide the bias of all
-BALANCE_BY_ENERGY = False
 BALANCE = True  # whether biases take back what rounding takes from mean outputs
 # Tokens for each entry of an input below which its weight is not shrunk to the noise: the directions that are shrunk are those
 # whose moments are known worst (docs/log.md). All that was measured has more.
@@ -234,7 +231,7 @@ class GroupFit:
         used = torch.cat([module.transformed_weight(torch.float64) for module in self.targets])
         output = z @ v.mT
         if self.stats.paired is None and BALANCE:
-            self._balance(output - (z + noise) @ used.mT, output, types)
+            self._balance(output - (z + noise) @ used.mT, rows, types)
         energy = rows.double().square().sum()
         left = stored.centre(rows.double(), types).square().sum()
         return InputRecord(
@@ -256,8 +253,8 @@ class GroupFit:
         noisy = moments + noise.square().mean().nan_to_num() * back @ back.mT + ridge
         return corrected_weight(self.weight, noisy, cross + ridge, CORRECTION_STRENGTH)
 
-    def _balance(self, lost: torch.Tensor, output: torch.Tensor, types: torch.Tensor) -> None:
-        """Add to each type's output bias what rounding takes from its mean output, measured on the sample rows."""
+    def _balance(self, lost: torch.Tensor, inputs: torch.Tensor, types: torch.Tensor) -> None:
+        """Add to each type's output bias what rounding takes from its mean output, measured on the sample rows (`inputs`)."""
         means = self.targets[0].bias_rows()
         if means is None or self.config.centring == "none":
             return
@@ -269,9 +266,7 @@ class GroupFit:
             )  # a shared bias follows type 0: the sink's error would outweigh all others'
             if int(rows.sum()) < MIN_ROWS_PER_TYPE:
                 continue
-            weight = torch.ones_like(lost[rows, 0])
-            if BALANCE_BY_ENERGY:
-                weight = 1 / output[rows].square().mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+            weight = loudness_weights(inputs[rows], self.config.loudest).double()
             parts = (weight / weight.sum() @ lost[rows]).split([module.out_features for module in self.targets])
             for bias, part in zip(biases, parts, strict=True):
                 bias[kind] += part

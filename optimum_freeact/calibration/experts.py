@@ -98,7 +98,7 @@ class ExpertsFit:
         d, n_types, device = source.in_features, config.n_types, source.clip.device
         rows, types = (torch.cat(part) for part in zip(*inputs, strict=True))
         peaks = config.channel_scale == "smoothquant"
-        moments = Moments(d, n_types, device, peaks=peaks)
+        moments = Moments(d, n_types, device, peaks=peaks, limit=config.loudest)
         shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).to(rows.device)
         for part in shuffled.chunk(8):
             moments.update(rows[part], types[part])

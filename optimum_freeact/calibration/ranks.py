@@ -71,11 +71,12 @@ class Ranks:
         """Replace this process's moments by those of all samples, the same in all processes."""
         if self.size == 1:
             return
-        own = moments.count.clone()
+        own = moments.weight.clone()
         dist.all_reduce(moments.count)
+        dist.all_reduce(moments.weight)
         shift = moments.shift * own[:, None]
         dist.all_reduce(shift)
-        shift = (shift / moments.count.clamp_min(1)[:, None]).float().double()
+        shift = (shift / moments.weight.clamp_min(torch.finfo(torch.float64).tiny)[:, None]).float().double()
         change = moments.shift - shift  # x - shift = (x - own shift) + change
         for kind in range(moments.n_types):
             move, n = change[kind], own[kind]

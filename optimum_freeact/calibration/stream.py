@@ -29,6 +29,7 @@ class Stream:
         self.propagate = config.propagate_error
         self.sequential = config.sequential
         self.paired = config.error_correction and config.propagate_error
+        self.loudest = config.loudest
         self.keep_outputs = config.calibration == "learned"
         self.actual = [batch.hidden for batch in batches]
         self.exact = list(self.actual) if self.paired else None
@@ -121,7 +122,8 @@ class Stream:
     ) -> Moments:
         """Moments of what a linear reads in the block as it is now, paired with full-precision rows of each batch if given."""
         seen = _Seen()
-        found = Moments(linear.in_features, n_types, self.device, peaks=peaks, paired=exact is not None)
+        wanted = {"peaks": peaks, "paired": exact is not None, "limit": self.loudest}
+        found = Moments(linear.in_features, n_types, self.device, **wanted)
         hook = linear.register_forward_pre_hook(_keep(seen, "input"))
         for i, batch in enumerate(self.batches):
             self.run(block, index, i)

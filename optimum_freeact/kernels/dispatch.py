@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from optimum_freeact.kernels.reference import Rows, Weight
+from optimum_freeact.kernels.reference import MOST_MARKED, Rows, Weight
 from optimum_freeact.numerics.kronecker import factor_pair
 
 
@@ -211,6 +211,8 @@ def is_hopper(index: int | None) -> bool:
 def hopper_kernel(rows: Rows, weight: Weight, out_dtype: torch.dtype) -> str | None:
     """The module whose kernel for Hopper serves these rows best, or `None` where the others do."""
     if not rows.codes.is_cuda or not is_hopper(rows.codes.device.index):
+        return None
+    if weight.type_bias is not None and len(weight.type_bias) > MOST_MARKED:
         return None
     group = 0 if weight.group_scale is None else weight.packed.shape[1] // weight.group_scale.shape[1]
     branch = 0 if rows.branch is None else rows.branch.shape[1]

@@ -141,12 +141,12 @@ def store_tile(
 
 @triton.jit
 def finish(
-    turned_ptr, undo_ptr, types_ptr, left_ptr, clip_ptr, factor_ptr, out_ptr, stats_ptr, n, n_clips,
-    HAS_TYPES: tl.constexpr, A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr,
+    turned_ptr, undo_ptr, left_ptr, factor_ptr, out_ptr, stats_ptr, n,
+    A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr,
     TOKENS: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Whole tiles, of TOKENS rows at a time: times the left factor, rounded."""
+    """Whole tiles, of TOKENS rows at a time: times the left factor, rounded. Behind `undo` lie the rows' clips."""
     i = tl.arange(0, PA)
     j = tl.arange(0, PB)
     c = tl.arange(0, TOKENS * PB)
@@ -165,8 +165,8 @@ def finish(
         z = tl.reshape(tl.dot(left, turned), (PA, TOKENS, PB))
         rows = first + tl.arange(0, TOKENS)
         safe = tl.minimum(rows, n - 1)
-        clip = tl.load(clip_ptr + (tl.minimum(tl.load(types_ptr + safe), n_clips - 1) if HAS_TYPES else safe * 0))
         undo = tl.load(undo_ptr + safe) * factor
+        clip = tl.load(undo_ptr + n + safe)
         store_tile(
             z, rows, rows < n, clip, undo, out_ptr, stats_ptr, n, i, j, A, B, PA, PB, TOKENS, QMIN, QMAX, SYMMETRIC,
             GROUP,
@@ -175,8 +175,8 @@ def finish(
 
 @triton.jit
 def round_flat(
-    z_ptr, types_ptr, clip_ptr, values_ptr, total, n_clips,
-    HAS_TYPES: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, PG: tl.constexpr, COUNT: tl.constexpr,
+    z_ptr, clips_ptr, values_ptr, total,
+    D: tl.constexpr, GROUP: tl.constexpr, PG: tl.constexpr, COUNT: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """COUNT groups of rotated rows in their natural order: onto their grids."""
@@ -193,7 +193,7 @@ def round_flat(
     low = tl.min(tl.where(inside, z, float("inf")), 1)
     high = tl.max(tl.where(inside, z, float("-inf")), 1)
     good = tl.abs(high - low) < float("inf")
-    clip = tl.load(clip_ptr + (tl.minimum(tl.load(types_ptr + row), n_clips - 1) if HAS_TYPES else row * 0))
+    clip = tl.load(clips_ptr + row)
     scale, offset = _grid(low, high, clip, 1.0, QMIN, QMAX, SYMMETRIC)
     inverse = 1.0 / scale
     value = _stepped(z, inverse[:, None], (offset * inverse)[:, None], QMIN, QMAX) - MAGIC

@@ -74,6 +74,9 @@ def _groups_gemv(
             low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out[:, None] & (c < RANK)[None, :], other=0
         ).to(tl.float32)
         low_rank_scale = tl.load(low_rank_scale_ptr + c, mask=c < RANK, other=0.0)
+    if HAS_BIAS and N == 1:  # types are there since the model's own hook ran
+        kind = tl.minimum(tl.load(types_ptr), n_bias - 1) if HAS_TYPES else 0
+        bias = tl.load(bias_ptr + kind * m + outs, mask=is_out, other=0.0)
     if PDL:  # the weights are on their way while the values are still being made
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -89,7 +92,9 @@ def _groups_gemv(
         if RANK > 0:
             p = tl.load(branch_ptr + t * PR + c) * low_rank_scale
             y += tl.sum(low_rank * p[None, :], 1)
-        if HAS_BIAS:
+        if HAS_BIAS and N == 1:
+            y += bias
+        elif HAS_BIAS:
             kind = tl.minimum(tl.load(types_ptr + t), n_bias - 1) if HAS_TYPES else 0
             y += tl.load(bias_ptr + kind * m + outs, mask=is_out, other=0.0)
         tl.store(y_ptr + t * m + outs, y.to(y_ptr.dtype.element_ty), mask=is_out)

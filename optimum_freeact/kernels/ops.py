@@ -89,7 +89,8 @@ def _round_rows(
         return rounding_triton.round_rows(x, types, tables)
 
     def plain() -> reference.Rows:
-        return reference.round_rows(x, types, tables.input_map(), clip, bits, symmetric, tables.branch, group=group)
+        rows = reference.round_rows(x, types, tables.input_map(), clip, bits, symmetric, tables.branch, group=group)
+        return reference.marked(rows, types, tables.rank, 0 if mean is None else len(mean), tables.branch)
 
     rows = _attempt(f"round_rows[{a}x{b}]", kernel, plain)
     return (
@@ -106,7 +107,9 @@ round_rows_op = torch.library.custom_op("freeact::round_rows", _round_rows, muta
 def _(x, types, mean, channel_scale, basis, basis_scale, left, right, clip, *others):  # noqa: ARG001
     n, d = x.shape
     group = others[-1]
-    width = 0 if basis_scale is None else branch_width(basis_scale.shape[0], clip.shape[0])
+    rank = 0 if basis_scale is None else basis_scale.shape[0]
+    has_branch = rank > 0 or (mean is not None and reference.n_marks(mean.shape[0]) > 0)
+    width = branch_width(rank, clip.shape[0]) if has_branch else 0
     return (
         x.new_empty((n, d), dtype=torch.float16 if group else torch.int8),
         x.new_empty((1 if group else 3, n), dtype=torch.float32),
@@ -151,11 +154,12 @@ def _w4_linear(
     low_rank_scale: Tensor | None,
     type_bias: Tensor | None,
     group_scale: Tensor | None,
+    type_columns: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`reference.w4_linear` of rounded rows; `(n, m)`."""
-    rows = reference.Rows(codes, stats, branch if low_rank is not None else None)
-    weight = reference.Weight(packed, qscale, row_sum, low_rank, low_rank_scale, type_bias, group_scale)
+    rows = reference.Rows(codes, stats, branch if branch.shape[1] else None)
+    weight = reference.Weight(packed, qscale, row_sum, low_rank, low_rank_scale, type_bias, group_scale, type_columns)
     kind = "groups" if codes.is_floating_point() else "few" if len(codes) <= DP4A_ROWS else "many"
     return _attempt(
         f"w4_linear[{kind}]",
@@ -168,7 +172,7 @@ w4_linear_op = torch.library.custom_op("freeact::w4_linear", _w4_linear, mutates
 
 
 @w4_linear_op.register_fake
-def _(codes, stats, branch, types, packed, qscale, row_sum, low_rank, scale, bias, group_scale, out_dtype):  # noqa: ARG001
+def _(codes, stats, branch, types, packed, qscale, row_sum, low_rank, scale, bias, group_scale, columns, out_dtype):  # noqa: ARG001
     return codes.new_empty((codes.shape[0], packed.shape[0]), dtype=out_dtype)
 
 

@@ -24,7 +24,8 @@ class Rows(NamedTuple):
     Args:
         codes (`int8`, with groups `float16`, shape `(n, d)`): Even columns, then odd ones.
         stats (`float32`, shape `(3, n)`): Scale, offset and sum of the codes of each row; with groups scales only, `(1, n)`.
-        branch (`float32`, shape `(n, padded r)`, *optional*): High-precision coordinates, zeros where padded.
+        branch (`float32`, shape `(n, padded r)`, *optional*): High-precision coordinates, zeros where padded. For Triton's
+            products the marks of token types stand after them ([`marked`]).
     """
 
     codes: torch.Tensor
@@ -79,6 +80,31 @@ def round_rows(
     return Rows(split_columns(codes.nan_to_num(0.0).to(torch.int8)), stats, p)
 
 
+MOST_MARKED = 9  # types; with more the marks would outgrow the coordinates that they stand beside
+
+
+def n_marks(n_means: int) -> int:
+    """Columns of a branch that say a row's type."""
+    return 2 * (n_means - 1) if 1 < n_means <= MOST_MARKED else 0
+
+
+def marked(rows: Rows, types: torch.Tensor | None, rank: int, n_means: int, width: int) -> Rows:
+    """Rows whose branch also says each row's type, for products whose weight has [`type_columns`].
+
+    After the `rank` coordinates come two columns for each type beyond the first: a row of type k > 0 has ones in the k-th two
+    of them, one of type 0 has zeros. `width` is the branch's where there is none yet.
+    """
+    if n_marks(n_means) == 0:
+        return rows
+    further = n_means - 1
+    branch = rows.stats.new_zeros((len(rows.codes), width)) if rows.branch is None else rows.branch.clone()
+    if types is not None:
+        kind = types.clamp(max=further)[:, None]
+        marks = (kind == torch.arange(1, n_means, device=kind.device)).to(branch.dtype)
+        branch[:, rank : rank + 2 * further] = marks.repeat_interleave(2, 1)
+    return rows._replace(branch=branch)
+
+
 HEADROOM = 128.0  # largest |u| of a row in float16: a rotation may gather a whole row of 2^17 entries in one
 
 
@@ -105,6 +131,8 @@ class Weight(NamedTuple):
         low_rank (`int8`, shape `(m, r)`, *optional*) and low_rank_scale (`float32`, shape `(r,)`, *optional*): The branch.
         type_bias (`float32`, shape `(n_means or 1, m)`, *optional*): Output bias of each token type.
         group_scale (`int8`, shape `(m, groups)`, *optional*): By which a group's codes are multiplied before `qscale`.
+        type_columns (`bfloat16`, shape `(m, 2 (n_means - 1))`, *optional*): See [`type_columns`]; for Triton, which makes
+            them of the biases where they are missing.
     """
 
     packed: torch.Tensor
@@ -114,6 +142,18 @@ class Weight(NamedTuple):
     low_rank_scale: torch.Tensor | None
     type_bias: torch.Tensor | None
     group_scale: torch.Tensor | None = None
+    type_columns: torch.Tensor | None = None
+
+
+def type_columns(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """How much the biases `(n_means, m)` of further types exceed the first's, as columns `(m, 2 (n_means - 1))` that meet the
+    marks of a row ([`marked`]): for each type the numbers in bfloat16, and what that lost of them.
+    """
+    if bias is None or n_marks(len(bias)) == 0:
+        return None
+    change = (bias[1:] - bias[0]).mT
+    upper = change.to(torch.bfloat16)
+    return torch.stack((upper, (change - upper.to(change.dtype)).to(torch.bfloat16)), -1).flatten(1)
 
 
 def w4_product(codes: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:

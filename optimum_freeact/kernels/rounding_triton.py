@@ -26,7 +26,7 @@ import triton.language as tl
 
 from optimum_freeact.kernels.grids_triton import finish, round_flat
 from optimum_freeact.kernels.launches import launch_pdl, round_launch
-from optimum_freeact.kernels.reference import HEADROOM, Rows
+from optimum_freeact.kernels.reference import HEADROOM, Rows, n_marks
 from optimum_freeact.kernels.tables import InputTables, padded, runs_in_tiles
 from optimum_freeact.kernels.triton_state import DOT_TYPE
 from optimum_freeact.kernels.w4_triton import counters
@@ -68,8 +68,8 @@ def _taken_off(
 
 @triton.jit
 def _project(
-    x_ptr, types_ptr, channel_ptr, basis_ptr, part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr,
-    branch_ptr, factors_ptr, undo_ptr, count_ptr, n, n_means,
+    x_ptr, types_ptr, channel_ptr, basis_ptr, part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, clip_ptr,
+    branch_ptr, factors_ptr, undo_ptr, count_ptr, n, n_means, n_clips, MARKED: tl.constexpr,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
     LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
@@ -84,9 +84,12 @@ def _project(
     r = tl.arange(0, PR)
     p = tl.zeros((ROWS, PR), tl.float32)
     peak = tl.zeros((ROWS, CHUNK), tl.float32)
-    kind = tl.zeros((ROWS,), tl.int64)
+    kind = tl.zeros((ROWS,), tl.int32)
+    clip_kind = kind
     if HAS_TYPES:  # there since the model's own hook ran, long before
-        kind = tl.minimum(tl.load(types_ptr + tl.minimum(rows, n - 1)), n_means - 1)
+        given = tl.load(types_ptr + tl.minimum(rows, n - 1)).to(tl.int32)
+        kind, clip_kind = tl.minimum(given, n_means - 1), tl.minimum(given, n_clips - 1)
+    clip = tl.load(clip_ptr + clip_kind)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -128,11 +131,15 @@ def _project(
         part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means, HAS_MEAN, HAS_CHANNEL,
         RANK, PR, ROWS, PARTS,
     )  # fmt: skip
-    if RANK > 0:
+    if MARKED:  # the row's type, for the product (`reference.marked`)
+        further = tl.where(kind > 0, kind - 1, PR)
+        p = tl.where(((r - RANK) >> 1)[None, :] == further[:, None], 1.0, p)
+    if RANK > 0 or MARKED:
         tl.store(branch_ptr + rows[:, None] * PR + r[None, :], p, mask=alive[:, None])
     tl.store(factors_ptr + rows[:, None] * (2 * PR) + r[None, :], upper, mask=alive[:, None])
     tl.store(factors_ptr + rows[:, None] * (2 * PR) + PR + r[None, :], lower, mask=alive[:, None])
     tl.store(undo_ptr + rows, bound / LIMIT, mask=alive)
+    tl.store(undo_ptr + n + rows, clip, mask=alive)  # so that no later step looks at types
 
 
 @triton.jit
@@ -212,7 +219,7 @@ def outputs(x: torch.Tensor, tables: InputTables) -> Rows:
     return Rows(
         torch.empty(n, d, dtype=torch.float16 if tables.group else torch.int8, device=x.device),
         torch.empty(1 if tables.group else 3, n, dtype=torch.float32, device=x.device),
-        torch.empty(n, tables.branch, dtype=torch.float32, device=x.device) if tables.rank else None,
+        torch.empty(n, tables.branch, dtype=torch.float32, device=x.device) if tables.has_branch else None,
     )
 
 
@@ -238,7 +245,7 @@ def round_rows(
     parts = triton.cdiv(d, launch["chunk"] * launch["steps"])
     floats = partial(torch.empty, dtype=torch.float32, device=x.device)
     part = floats(parts, n, tables.branch) if tables.rank else None
-    peak, undo = floats(parts, n), floats(n)
+    peak, undo = floats(parts, n), floats(2, n)
     factors = torch.empty(n, 2 * tables.branch, dtype=torch.bfloat16, device=x.device)
     turned = torch.empty(n, d, dtype=torch.float16, device=x.device)
     n_means = 1 if tables.mean is None else len(tables.mean)
@@ -248,7 +255,7 @@ def round_rows(
     has |= {"DOT": DOT_TYPE, "PDL": bool(pdl)}
     _project[(triton.cdiv(n, launch["rows"]), parts)](
         x, types, tables.channel_scale, tables.basis, part, peak, tables.mean_branch, tables.reach, tables.basis_scale,
-        rows.branch, factors, undo, counters(x.device), n, n_means, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
+        tables.clip, rows.branch, factors, undo, counters(x.device), n, n_means, len(tables.clip), MARKED=n_marks(n_means) > 0, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
         STEPS=launch["steps"], PARTS=parts, LIMIT=HEADROOM, num_warps=launch["project_warps"], num_stages=4, **pdl,
     )  # fmt: skip
     nb = max(1, min(launch["elements"] // pb, pa))
@@ -260,23 +267,22 @@ def round_rows(
     big = pa * pb > 8192
     tokens = 1 if big else min(launch["finish_rows"], padded(n))
     finish[(min(triton.cdiv(n, tokens), launch["programs"] // (3 if big else 1)),)](
-        turned, undo, types, tables.left, tables.clip, tables.factor, out, rows.stats, n, len(tables.clip),
-        HAS_TYPES=types is not None, A=tables.a, B=tables.b, PA=pa, PB=pb, TOKENS=tokens, **grid, PDL=bool(pdl),
+        turned, undo, tables.left, tables.factor, out, rows.stats, n, A=tables.a, B=tables.b, PA=pa, PB=pb, TOKENS=tokens, **grid, PDL=bool(pdl),
         num_warps=launch["finish_warps"] * (2 if big else 1), num_stages=2, **pdl,
     )  # fmt: skip
     if flat:
-        finish_flat(out, types, rows, tables, grid)
+        finish_flat(out, undo[1], rows, tables, grid)
     return rows
 
 
-def finish_flat(z: torch.Tensor, types: torch.Tensor | None, rows: Rows, tables: InputTables, grid: dict) -> None:
-    """Round groups of rotated rows `z`, which lie in their natural order, to `rows`."""
+def finish_flat(z: torch.Tensor, clips: torch.Tensor, rows: Rows, tables: InputTables, grid: dict) -> None:
+    """Round groups of rotated rows `z`, which lie in their natural order, to `rows`; `clips` `(n,)`."""
     n, d = z.shape
     wide = padded(tables.group)
     count = max(1, 2048 // wide)
     total = n * (d // tables.group)
     pdl = launch_pdl(n <= 64)
     round_flat[(triton.cdiv(total, count),)](
-        z, types, tables.clip, rows.codes, total, len(tables.clip), HAS_TYPES=types is not None, D=d, PG=wide, COUNT=count,
+        z, clips, rows.codes, total, D=d, PG=wide, COUNT=count,
         **grid, PDL=bool(pdl), num_warps=4, **pdl,
     )  # fmt: skip

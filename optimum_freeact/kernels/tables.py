@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from optimum_freeact.kernels.reference import n_marks
 from optimum_freeact.transforms.affine_map import InputMap
 
 
@@ -16,8 +17,8 @@ def padded(size: int) -> int:
 
 
 def branch_width(rank: int, n_types: int) -> int:
-    """Columns of the padded branch: the high-precision coordinates, then one column per token type for the biases."""
-    return padded(rank + n_types)
+    """Columns of the padded branch: the high-precision coordinates, then the marks of token types (`reference.marked`)."""
+    return padded(rank + max(n_types, n_marks(n_types)))
 
 
 TENSORS = (
@@ -97,6 +98,11 @@ class InputTables:
     def rank(self) -> int:
         """Columns of the branch."""
         return 0 if self.basis_scale is None else len(self.basis_scale)
+
+    @property
+    def has_branch(self) -> bool:
+        """Whether rows leave with coordinates or marks of types."""
+        return self.rank > 0 or (self.mean is not None and n_marks(len(self.mean)) > 0)
 
     @property
     def branch(self) -> int:

@@ -14,9 +14,8 @@ import triton.language as tl
 
 from optimum_freeact.kernels.launches import groups_launch, launch_pdl
 from optimum_freeact.kernels.reference import Rows, Weight
-from optimum_freeact.kernels.tables import branch_width
 from optimum_freeact.kernels.triton_state import DOT_TYPE, INTERPRETED
-from optimum_freeact.kernels.w4_triton import COUNTERS, _add_branch, counters
+from optimum_freeact.kernels.w4_triton import COUNTERS, add_branch, counters, further_types
 
 
 @triton.jit
@@ -57,9 +56,9 @@ def _times_groups(codes, scale, BN: tl.constexpr, BK: tl.constexpr, NG: tl.const
 
 @triton.jit
 def _w4_groups(
-    values_ptr, scale_ptr, branch_ptr, types_ptr, w_ptr, qscale_ptr, group_scale_ptr, low_rank_ptr, low_rank_scale_ptr,
-    bias_ptr, y_ptr, n, m, n_bias, partial_ptr, count_ptr,
-    HALF: tl.constexpr, GB: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr,
+    values_ptr, scale_ptr, branch_ptr, w_ptr, qscale_ptr, group_scale_ptr, low_rank_ptr, low_rank_scale_ptr,
+    bias_ptr, columns_ptr, types_ptr, y_ptr, n, m, partial_ptr, count_ptr,
+    HALF: tl.constexpr, GB: tl.constexpr, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr,
     PR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -125,11 +124,10 @@ def _w4_groups(
     is_token, is_out = tokens < n, outs < m
     y = acc * tl.load(scale_ptr + tokens, mask=is_token, other=0.0)[None, :]
     y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
-    if HAS_BIAS or RANK > 0:
-        y = _add_branch(
-            y, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, tokens, outs, n, m, n_bias,
-            HAS_TYPES, HAS_BIAS, RANK, PR, DOT,
-        )  # fmt: skip
+    y = add_branch(
+        y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, columns_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS, RANK, MARKS, PR,
+        DOT,
+    )  # fmt: skip
     tl.store(
         y_ptr + tokens.to(tl.int64)[:, None] * m + outs[None, :],
         tl.trans(y).to(y_ptr.dtype.element_ty),
@@ -152,9 +150,7 @@ def w4_linear(
     if n == 0:
         return y
     bias, low_rank, groups = weight.type_bias, weight.low_rank, weight.group_scale
-    n_bias = 0 if bias is None else len(bias)
-    if n_bias == 1:
-        types = None
+    kinds, columns = further_types(rows, types, weight)
     group_bytes = 0 if groups is None else half // groups.shape[1]
     launch = {**groups_launch(n, m, half), **(options or {})}
     blocks = triton.cdiv(n, launch["BM"]) * triton.cdiv(m, launch["BN"])
@@ -167,12 +163,12 @@ def w4_linear(
         size = split * triton.cdiv(m, launch["BN"]) * launch["BN"] * launch["BM"]
         partial = torch.empty(size, dtype=torch.float32, device=y.device)
         count = counters(y.device)
-    width = rows.branch.shape[1] if rows.branch is not None else branch_width(0, n_bias)
+    width = 16 if rows.branch is None else rows.branch.shape[1]
     pdl = launch_pdl(launch["pdl"])
     _w4_groups[(blocks, split)](
-        rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, groups, low_rank, weight.low_rank_scale,
-        bias, y, n, m, n_bias, partial, count, HALF=half, GB=group_bytes, HAS_TYPES=types is not None,
-        HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1], PR=width, BM=launch["BM"],
+        rows.codes, rows.stats, rows.branch, weight.packed, weight.qscale, groups, low_rank, weight.low_rank_scale,
+        bias, columns, types, y, n, m, partial, count, HALF=half, GB=group_bytes, HAS_BIAS=bias is not None, KINDS=kinds,
+        RANK=0 if low_rank is None else low_rank.shape[1], MARKS=0 if columns is None else columns.shape[1], PR=width, BM=launch["BM"],
         BN=launch["BN"], BK=launch["BK"], GROUP=launch["GROUP"], SPLIT=split, PLAIN=INTERPRETED, DOT=DOT_TYPE,
         PDL=bool(pdl), num_warps=launch["warps"], num_stages=launch["stages"], **pdl,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from optimum_freeact.kernels.reference import Rows, Weight
+from optimum_freeact.kernels.w4_triton import columns_of
 
 
 @gluon.jit
@@ -63,20 +64,23 @@ def _produce(
 
 @gluon.jit
 def _prepare(
-    pair, left, stats, kinds, ready, free, stats_ptr, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, n, m,
-    n_bias, n_blocks, m_blocks,
-    HAS_TYPES: gl.constexpr, RANK: gl.constexpr, PR: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    GROUP: gl.constexpr, VALUES: gl.constexpr,
+    pair, left, stats, ready, free, stats_ptr, branch_ptr, low_rank_ptr, low_rank_scale_ptr, columns_ptr, n, m,
+    n_blocks, m_blocks,
+    RANK: gl.constexpr, MARKS: gl.constexpr, PR: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr,
+    VALUES: gl.constexpr,
 ):  # fmt: skip
     """What follows a tile's product, brought to shared memory while the product runs."""
-    PART: gl.constexpr = 32
+    PART: gl.constexpr = 32 if PR <= 32 else 16  # rows at a time: what the registers of two warps hold
     rows_layout: gl.constexpr = gl.BlockedLayout([1, 4], [32 * 4 // PR, PR // 4], [2, 1], [1, 0])
     token_layout: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
+    HAS_BRANCH: gl.constexpr = RANK + MARKS > 0
     c = gl.arange(0, PR, gl.SliceLayout(0, rows_layout))
     part = gl.arange(0, PART, gl.SliceLayout(1, rows_layout))
     in_rank = gl.expand_dims(c < RANK, 0)
+    is_mark = gl.expand_dims((c >= RANK) & (c < RANK + MARKS), 0)
+    mark = gl.expand_dims(c - RANK, 0)
     if RANK > 0:
-        rank_scale = gl.expand_dims(gl.load(low_rank_scale_ptr + c, mask=c < RANK, other=0.0), 0)
+        rank_scale = gl.expand_dims(gl.load(low_rank_scale_ptr + c, mask=c < RANK, other=1.0), 0)
     count = 0
     for t in range(gl.program_id(0), n_blocks * m_blocks, gl.num_programs(0)):
         block_n, block_m = _tile(t, n_blocks, m_blocks, GROUP)
@@ -88,26 +92,29 @@ def _prepare(
         else:
             stats.index(0).store(scale * 0.0625)
             stats.index(1).store(gl.load(stats_ptr + n + tokens, mask=tokens < n, other=0.0))
-        if HAS_TYPES:
-            kind = gl.load(types_ptr + tokens, mask=tokens < n, other=0).to(gl.int32)
-            kinds.store(gl.minimum(kind, n_bias - 1))
-        if RANK > 0:
+        if HAS_BRANCH:
             for k in gl.static_range(BM // PART):
                 rows = block_n * BM + k * PART + part
                 right = gl.load(
                     branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0),
-                    mask=gl.expand_dims(rows < n, 1) & in_rank, other=0.0,
-                ) * rank_scale  # fmt: skip
+                    mask=gl.expand_dims(rows < n, 1), other=0.0,
+                )  # fmt: skip
+                if RANK > 0:
+                    right *= rank_scale
                 upper = right.to(gl.bfloat16)
                 pair.index(0).slice(k * PART, PART, 0).store((right - upper.to(gl.float32)).to(gl.bfloat16))
                 pair.index(1).slice(k * PART, PART, 0).store(upper)
             for k in gl.static_range(BN // PART):
                 rows = block_m * BN + k * PART + part
-                codes = gl.load(
-                    low_rank_ptr + gl.expand_dims(rows * RANK, 1) + gl.expand_dims(c, 0),
-                    mask=gl.expand_dims(rows < m, 1) & in_rank, other=0,
-                )  # fmt: skip
-                left.slice(k * PART, PART, 0).store(codes.to(gl.bfloat16))
+                inside = gl.expand_dims(rows < m, 1)
+                numbers = gl.zeros((PART, PR), gl.bfloat16, rows_layout)
+                if RANK > 0:
+                    at = low_rank_ptr + gl.expand_dims(rows * RANK, 1) + gl.expand_dims(c, 0)
+                    numbers = gl.load(at, mask=inside & in_rank, other=0).to(gl.bfloat16)
+                if MARKS > 0:
+                    at = columns_ptr + gl.expand_dims(rows * MARKS, 1) + mark
+                    numbers += gl.load(at, mask=inside & is_mark, other=0.0)
+                left.slice(k * PART, PART, 0).store(numbers)
         fence_async_shared()
         mbarrier.arrive(ready)
         count += 1
@@ -182,14 +189,13 @@ def _scaled_codes(w, scale, layout: gl.constexpr, OWN: gl.constexpr, BK: gl.cons
 
 @gluon.jit
 def _consume(
-    given, WHICH: gl.constexpr, HALF: gl.constexpr, HAS_TYPES: gl.constexpr, HAS_BIAS: gl.constexpr,
-    RANK: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    given, WHICH: gl.constexpr, HALF: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_BRANCH: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr, VALUES: gl.constexpr, GB: gl.constexpr,
 ):  # fmt: skip
     """One half of a tile's outputs."""
     (
-        w_ring, even_ring, odd_ring, full, empty, pair, left, stats, kinds, ready, free, out_smem, y_desc, qscale_ptr,
-        row_sum_ptr, bias_ptr, group_scale_ptr, m, n_bias, n_blocks, m_blocks,
+        w_ring, even_ring, odd_ring, full, empty, pair, left, stats, ready, free, out_smem, y_desc, qscale_ptr,
+        row_sum_ptr, bias_ptr, group_scale_ptr, m, n_blocks, m_blocks,
     ) = given  # fmt: skip
     OWN: gl.constexpr = BN // 2
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16 if VALUES else 32])
@@ -251,13 +257,7 @@ def _consume(
         y *= gl.expand_dims(qscale, 1)
         if HAS_BIAS:
             y += gl.expand_dims(bias, 1)
-            if HAS_TYPES:
-                kind = kinds.load(gl.SliceLayout(0, float_layout))
-                if gl.max(kind, 0) > 0:
-                    for other in range(1, n_bias):
-                        change = gl.load(bias_ptr + other * m + outs, mask=is_out, other=0.0) - bias
-                        y += gl.where(gl.expand_dims(kind == other, 0), gl.expand_dims(change, 1), 0.0)
-        if RANK > 0:
+        if HAS_BRANCH:
             own = left.slice(WHICH * OWN, OWN, 0)
             y = warpgroup_mma(own, pair.index(0).permute((1, 0)), y, is_async=True)
             y = warpgroup_mma(own, pair.index(1).permute((1, 0)), y, is_async=True)
@@ -273,10 +273,9 @@ def _consume(
 
 @gluon.jit
 def _w4_hopper(
-    w_desc, codes_desc, y_desc, stats_ptr, branch_ptr, types_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr,
-    low_rank_scale_ptr, bias_ptr, group_scale_ptr, n, m, n_bias,
-    HALF: gl.constexpr, HAS_TYPES: gl.constexpr, HAS_BIAS: gl.constexpr, RANK: gl.constexpr, PR: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    w_desc, codes_desc, y_desc, stats_ptr, branch_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr,
+    columns_ptr, group_scale_ptr, n, m,
+    HALF: gl.constexpr, HAS_BIAS: gl.constexpr, RANK: gl.constexpr, MARKS: gl.constexpr, PR: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     VALUES: gl.constexpr, GB: gl.constexpr,
 ):  # fmt: skip
     w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BN, BK], w_desc.layout)
@@ -288,7 +287,6 @@ def _w4_hopper(
     left = gl.allocate_shared_memory(gl.bfloat16, [BN, PR], branch)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     stats = gl.allocate_shared_memory(gl.float32, [2, BM], flat)
-    kinds = gl.allocate_shared_memory(gl.int32, [BM], flat)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -300,13 +298,13 @@ def _w4_hopper(
     mbarrier.init(free, count=2)
     n_blocks, m_blocks = gl.cdiv(n, BM), gl.cdiv(m, BN)
     given = (
-        w_ring, even_ring, odd_ring, full, empty, pair, left, stats, kinds, ready, free, out_smem, y_desc, qscale_ptr,
-        row_sum_ptr, bias_ptr, group_scale_ptr, m, n_bias, n_blocks, m_blocks,
+        w_ring, even_ring, odd_ring, full, empty, pair, left, stats, ready, free, out_smem, y_desc, qscale_ptr,
+        row_sum_ptr, bias_ptr, group_scale_ptr, m, n_blocks, m_blocks,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (given, 0, HALF, HAS_TYPES, HAS_BIAS, RANK, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
-            (_consume, (given, 1, HALF, HAS_TYPES, HAS_BIAS, RANK, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
+            (_consume, (given, 0, HALF, HAS_BIAS, RANK + MARKS > 0, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
+            (_consume, (given, 1, HALF, HAS_BIAS, RANK + MARKS > 0, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
             (
                 _produce,
                 (
@@ -317,8 +315,8 @@ def _w4_hopper(
             (
                 _prepare,
                 (
-                    pair, left, stats, kinds, ready, free, stats_ptr, branch_ptr, types_ptr, low_rank_ptr,
-                    low_rank_scale_ptr, n, m, n_bias, n_blocks, m_blocks, HAS_TYPES, RANK, PR, BM, BN, GROUP, VALUES,
+                    pair, left, stats, ready, free, stats_ptr, branch_ptr, low_rank_ptr, low_rank_scale_ptr,
+                    columns_ptr, n, m, n_blocks, m_blocks, RANK, MARKS, PR, BM, BN, GROUP, VALUES,
                 ),
             ),
         ],
@@ -339,7 +337,7 @@ def _described(tensor: torch.Tensor, rows: int, columns: int, swizzle: int) -> T
 
 def w4_linear(
     rows: Rows,
-    types: torch.Tensor | None,
+    types: torch.Tensor | None,  # noqa: ARG001 (the rows' branch says it)
     weight: Weight,
     out_dtype: torch.dtype,
     *,
@@ -350,18 +348,16 @@ def w4_linear(
     m, half = weight.packed.shape
     y = torch.empty(n, m, dtype=out_dtype, device=rows.codes.device)
     bias, low_rank = weight.type_bias, weight.low_rank
-    n_bias = 0 if bias is None else len(bias)
-    if n_bias == 1:
-        types = None
+    columns = columns_of(rows, weight)
     values, groups = rows.codes.dtype == torch.float16, weight.group_scale
     launch = {"BM": 128, "BN": 256, "BK": 32 if values else 64, "STAGES": 4, "GROUP": 16, **(options or {})}
     bm, bn, bk = launch["BM"], launch["BN"], launch["BK"]
     tiles = triton.cdiv(n, bm) * triton.cdiv(m, bn)
     _w4_hopper[(min(tiles, _processors(y.device)),)](
         _described(weight.packed, bn, bk, bk), _described(rows.codes, bm, bk, bk * rows.codes.element_size()), _described(y, bm, bn // 2, 128),
-        rows.stats, rows.branch, types, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias,
-        groups, n, m, n_bias, HALF=half, HAS_TYPES=types is not None, HAS_BIAS=bias is not None,
-        RANK=0 if low_rank is None else low_rank.shape[1], PR=32 if rows.branch is None else rows.branch.shape[1],
+        rows.stats, rows.branch, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, columns,
+        groups, n, m, HALF=half, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
+        MARKS=0 if columns is None else columns.shape[1], PR=32 if rows.branch is None else rows.branch.shape[1],
         VALUES=values, GB=0 if groups is None else half // groups.shape[1], **launch, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return y

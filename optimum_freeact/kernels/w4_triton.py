@@ -4,8 +4,10 @@ The integer product is exact. Bytes of the weight are taken apart in registers i
 (code + 8; the eight is taken back by the sum of the row's codes), one for the even and one for the odd columns. The
 weight is the left operand, which tensor cores read from registers, so that nothing unpacked ever goes through memory.
 
-What follows happens in the accumulator: scales, the biases of the types, and a product of the high-precision coordinates
-(bfloat16 pairs) with the low-rank branch.
+What follows happens in the accumulator: scales, a bias, and a product of the high-precision coordinates (bfloat16 pairs)
+with the low-rank branch. Many rows: how much the biases of further types differ are columns beside the branch's, met by the
+marks that the rounding left beside the coordinates (`reference.marked`), in a product that is made in any case. Few rows: each
+further type is added where it is a row's. Either way every row goes through the same steps, whatever the others' types are.
 """
 
 from __future__ import annotations
@@ -15,8 +17,7 @@ import triton
 import triton.language as tl
 
 from optimum_freeact.kernels.launches import launch_pdl, w4_launch
-from optimum_freeact.kernels.reference import Rows, Weight
-from optimum_freeact.kernels.tables import branch_width
+from optimum_freeact.kernels.reference import Rows, Weight, type_columns
 from optimum_freeact.kernels.triton_state import DOT_TYPE, INTERPRETED
 
 
@@ -39,58 +40,56 @@ def nibbles(w, PLAIN: tl.constexpr):
     return low, high
 
 
-@triton.jit
-def _add_branch(
-    y, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, tokens, outs, n, m, n_bias,
-    HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """Y (outs, tokens) plus the low-rank branch and the biases of the types.
+FEW_ROWS, FEW_KINDS = tl.constexpr(64), tl.constexpr(3)
 
-    How much the biases of further types differ from the first's are columns beside the branch's, each met by a one where
-    the token is of that type: what types add is in a product that is made in any case.
-    """
+
+@triton.jit
+def add_branch(
+    y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, columns_ptr, types_ptr, tokens, outs, n, m,
+    HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Y (outs, tokens) plus bias, low-rank branch, and the types' biases: as columns, or by KINDS further types."""
     is_out, is_token = outs < m, tokens < n
-    TYPED: tl.constexpr = HAS_TYPES and HAS_BIAS
     if HAS_BIAS:
         bias = tl.load(bias_ptr + outs, mask=is_out, other=0.0)
         y += bias[:, None]
-    if RANK > 0 or TYPED:
+        if KINDS > 0:
+            kind = tl.minimum(tl.load(types_ptr + tokens, mask=is_token, other=0).to(tl.int32), KINDS)
+        if KINDS > FEW_KINDS:
+            further = tl.load(bias_ptr + kind[None, :] * m + outs[:, None], mask=is_out[:, None], other=0.0)
+            y += further - bias[:, None]
+        else:
+            for other in tl.static_range(1, KINDS + 1):
+                change = tl.load(bias_ptr + other * m + outs, mask=is_out, other=0.0) - bias
+                y += tl.where(kind[None, :] == other, change[:, None], 0.0)
+    if RANK + MARKS > 0:
         c = tl.arange(0, PR)
+        right = tl.load(branch_ptr + tokens[None, :] * PR + c[:, None], mask=is_token[None, :], other=0.0)
         left = tl.zeros((y.shape[0], PR), tl.float32)
-        right = tl.zeros((PR, y.shape[1]), tl.float32)
         if RANK > 0:
-            in_rank = c < RANK
+            right *= tl.load(low_rank_scale_ptr + c, mask=c < RANK, other=1.0)[:, None]
             left = tl.load(
-                low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out[:, None] & in_rank[None, :], other=0
+                low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out[:, None] & (c < RANK)[None, :], other=0
             ).to(tl.float32)
-            right = tl.load(
-                branch_ptr + tokens[None, :] * PR + c[:, None], mask=is_token[None, :] & in_rank[:, None], other=0.0
-            ) * tl.load(low_rank_scale_ptr + c, mask=in_rank, other=0.0)[:, None]  # fmt: skip
+        if MARKS > 0:
+            mark = c - RANK
+            is_mark = (mark >= 0) & (mark < MARKS)
+            left += tl.load(
+                columns_ptr + outs[:, None] * MARKS + mark[None, :], mask=is_out[:, None] & is_mark[None, :], other=0.0
+            ).to(tl.float32)
+        left = left.to(tl.bfloat16)
         upper = right.to(tl.bfloat16)
         lower = (right - upper.to(tl.float32)).to(tl.bfloat16)
-        left_upper, left_lower = left.to(tl.bfloat16), left.to(tl.bfloat16)
-        if TYPED:
-            other = c - RANK + 1
-            typed = (c >= RANK) & (other < n_bias)
-            kind = tl.minimum(tl.load(types_ptr + tokens, mask=is_token, other=0), n_bias - 1)
-            is_kind = (kind[None, :] == other[:, None]) & typed[:, None]
-            upper, lower = tl.where(is_kind, 1.0, upper).to(tl.bfloat16), tl.where(is_kind, 1.0, lower).to(tl.bfloat16)
-            change = tl.load(
-                bias_ptr + other[None, :] * m + outs[:, None], mask=is_out[:, None] & typed[None, :], other=0.0
-            )
-            change = tl.where(typed[None, :], change - bias[:, None], 0.0)
-            left_upper = tl.where(typed[None, :], change, left).to(tl.bfloat16)
-            left_lower = tl.where(typed[None, :], change - left_upper.to(tl.float32), left).to(tl.bfloat16)
-        y = tl.dot(left_lower.to(DOT), lower.to(DOT), y)
-        y = tl.dot(left_upper.to(DOT), upper.to(DOT), y)
+        y = tl.dot(left.to(DOT), lower.to(DOT), y)
+        y = tl.dot(left.to(DOT), upper.to(DOT), y)
     return y
 
 
 @triton.jit
 def _w4_linear(
-    codes_ptr, stats_ptr, branch_ptr, types_ptr, w_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr,
-    bias_ptr, y_ptr, n, m, n_bias, partial_ptr, count_ptr,
-    HALF: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
+    codes_ptr, stats_ptr, branch_ptr, w_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr,
+    bias_ptr, columns_ptr, types_ptr, y_ptr, n, m, partial_ptr, count_ptr,
+    HALF: tl.constexpr, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -147,11 +146,10 @@ def _w4_linear(
     row_sum = tl.load(row_sum_ptr + outs, mask=is_out, other=0).to(tl.float32)
     y = (acc - 8 * total[None, :]).to(tl.float32) * scale[None, :] + offset[None, :] * row_sum[:, None]
     y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
-    if HAS_BIAS or RANK > 0:
-        y = _add_branch(
-            y, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, tokens, outs, n, m, n_bias,
-            HAS_TYPES, HAS_BIAS, RANK, PR, DOT,
-        )  # fmt: skip
+    y = add_branch(
+        y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, columns_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS, RANK, MARKS, PR,
+        DOT,
+    )  # fmt: skip
     tl.store(
         y_ptr + tokens.to(tl.int64)[:, None] * m + outs[None, :],
         tl.trans(y).to(y_ptr.dtype.element_ty),
@@ -176,6 +174,31 @@ def counters(device: torch.device) -> torch.Tensor:
     return _counters_of[device]
 
 
+def columns_of(rows: Rows, weight: Weight) -> torch.Tensor | None:
+    """The columns that meet the marks of types, or `None`.
+
+    Raises:
+        `ValueError`: if the weight has further types and the rows no room for marks.
+    """
+    columns = type_columns(weight.type_bias) if weight.type_columns is None else weight.type_columns
+    if weight.type_bias is None or columns is None:
+        return None
+    rank = 0 if weight.low_rank is None else weight.low_rank.shape[1]
+    if rows.branch is None or rows.branch.shape[1] < rank + columns.shape[1]:
+        raise ValueError(f"The rows carry no marks of {len(weight.type_bias)} types (see reference.marked).")
+    return columns
+
+
+def further_types(rows: Rows, types: torch.Tensor | None, weight: Weight) -> tuple[int, torch.Tensor | None]:
+    """How [`add_branch`] adds the biases of further types: their number where it looks at types, else columns."""
+    n_bias = 0 if weight.type_bias is None else len(weight.type_bias)
+    if types is None or n_bias < 2:
+        return 0, None
+    few = len(rows.codes) <= FEW_ROWS.value and n_bias - 1 <= FEW_KINDS.value
+    columns = None if few else columns_of(rows, weight)
+    return (n_bias - 1 if columns is None else 0), columns
+
+
 def w4_linear(
     rows: Rows,
     types: torch.Tensor | None,
@@ -192,9 +215,7 @@ def w4_linear(
         return y
     bias, low_rank = weight.type_bias, weight.low_rank
     rank = 0 if low_rank is None else low_rank.shape[1]
-    n_bias = 0 if bias is None else len(bias)
-    if n_bias == 1:
-        types = None
+    kinds, columns = further_types(rows, types, weight)
     launch = {**w4_launch(n, m, half), **(options or {})}
     blocks = triton.cdiv(n, launch["BM"]) * triton.cdiv(m, launch["BN"])
     split, partial, count = launch["SPLIT"], None, None
@@ -206,12 +227,12 @@ def w4_linear(
         if blocks > COUNTERS:
             raise ValueError(f"SPLIT={split} serves up to {COUNTERS} blocks of outputs, got {blocks}.")
         count = counters(y.device)
-    width = rows.branch.shape[1] if rows.branch is not None else branch_width(0, n_bias)
+    width = 16 if rows.branch is None else rows.branch.shape[1]
     pdl = launch_pdl(launch["pdl"])
     _w4_linear[(blocks, split)](
-        rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, weight.row_sum, low_rank,
-        weight.low_rank_scale, bias, y, n, m, n_bias, partial, count, HALF=half, HAS_TYPES=types is not None,
-        HAS_BIAS=bias is not None, RANK=rank, PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
+        rows.codes, rows.stats, rows.branch, weight.packed, weight.qscale, weight.row_sum, low_rank,
+        weight.low_rank_scale, bias, columns, types, y, n, m, partial, count, HALF=half, HAS_BIAS=bias is not None, KINDS=kinds, RANK=rank,
+        MARKS=0 if columns is None else columns.shape[1], PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
         GROUP=launch["GROUP"], SPLIT=split, PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
         num_warps=launch["warps"], num_stages=launch["stages"], **pdl,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import nn
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import int_linear, plan
 from optimum_freeact.kernels.native import NativeWeight
-from optimum_freeact.kernels.reference import Rows, Weight
+from optimum_freeact.kernels.reference import Rows, Weight, type_columns
 from optimum_freeact.modules.activation import FreeActInput, KernelRows
 from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes
 from optimum_freeact.numerics.affine import dequantize
@@ -87,6 +87,7 @@ class FreeActLinear(nn.Linear):
         self._row_sum: torch.Tensor | None = None
         self._native: NativeWeight | None = None
         self._bias_rows: torch.Tensor | None = None
+        self._type_columns: torch.Tensor | None = None
 
     @torch.no_grad()
     def set_weight(
@@ -120,7 +121,7 @@ class FreeActLinear(nn.Linear):
                 shift, scale = to_bytes(shift)
                 self.type_shift_scale.copy_(scale)
             self.type_shift.copy_(shift)
-        self._bias_rows = None
+        self._bias_rows = self._type_columns = None
 
     def bias_rows(self) -> torch.Tensor | None:
         """Output biases of all token types, `float32` of shape `(n_means or 1, out)`, as the layer uses them."""
@@ -161,7 +162,7 @@ class FreeActLinear(nn.Linear):
         """Make what the product on this device needs: sums of rows for kernels, which read the packed codes; for torch
         codes as `int8` rows (one byte a weight), so that a forward need not unpack nibbles.
         """
-        self._codes = self._row_sum = self._native = self._bias_rows = None
+        self._codes = self._row_sum = self._native = self._bias_rows = self._type_columns = None
         if self.weight.device.type != "meta":
             self._bias_rows = self.bias_rows()
         if self.bits == 16 or self.weight.device.type == "meta":
@@ -185,6 +186,7 @@ class FreeActLinear(nn.Linear):
             self._codes = codes
         elif chosen.name == "triton":
             ops.make_ready(self.weight.device)
+            self._type_columns = type_columns(self._bias_rows)
         else:
             self._native = NativeWeight(self.kernel_weight(), self.weight_group_scale)
 
@@ -199,6 +201,7 @@ class FreeActLinear(nn.Linear):
             self.low_rank_scale,
             self.bias_rows(),
             self.weight_group_scale,
+            self._type_columns,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -271,7 +274,7 @@ class FreeActLinear(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True) -> FreeActLinear:
         prepared = self._row_sum is not None or self._bias_rows is not None
-        self._codes = self._row_sum = self._native = self._bias_rows = None
+        self._codes = self._row_sum = self._native = self._bias_rows = self._type_columns = None
         result = keep_dtypes(self, super()._apply, fn, recurse)
         if prepared:
             self.prepare()

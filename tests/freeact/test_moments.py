@@ -80,3 +80,24 @@ def test_one_bad_number_is_noticed(value):
     assert streamed(x, y, types).is_finite()
     x[123, 4] = value
     assert not streamed(x, y, types).is_finite()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3], ids=["alone", "among others"])
+def test_a_loud_row_has_no_more_say_than_one_of_twice_the_usual_energy(share):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(400, 16, generator=generator)
+    x /= x.norm(dim=1, keepdim=True)
+    x[::50] *= 100
+    types = (torch.rand(400, generator=generator) < share).long()
+    weights = x.double().square().sum(1).clamp_min(2).reciprocal() * 2  # the usual energy is one
+    moments = Moments(16, 2, torch.device("cpu"), limit=2.0)
+    for part in torch.arange(400).split(100):
+        moments.update(x[part], types[part])
+    own = types == 1
+    w, rows = weights[own, None], x[own].double()
+    mean = (w * rows).sum(0) / w.sum()
+    torch.testing.assert_close(moments.mean(1), mean, rtol=1e-5, atol=1e-7)
+    want = (w * (rows - mean)).mT @ (rows - mean) / w.sum()
+    torch.testing.assert_close(moments.covariance(1, moments.mean(1)), want, rtol=1e-4, atol=1e-6)
+    assert moments.count[1] == own.sum()
+    assert moments.mean(1).norm() < 0.2 < x[own].mean(0).norm()

@@ -9,15 +9,18 @@ import gc
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
+from trl.trainer import dpo_trainer
 
 from tests.mlc import fsdp_worker
 from tests.mlc.conftest import rows
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
+from trl_mlc.reference import whole_reference
 from trl_mlc.sft import MLCSFTConfig, MLCSFTTrainer
 
 
@@ -80,6 +83,23 @@ def run_case(name: str, model: str, folder: Path, world: int) -> dict[str, torch
     return {**found, "logged": torch.tensor(losses)}
 
 
+def sent_reference(rank: int) -> dict[str, torch.Tensor]:
+    """A reference model as efficient loading leaves it, empty but on the first process, after it went to be sharded."""
+    torch.manual_seed(rank)
+    model = torch.nn.BatchNorm1d(3)  # has buffers, and one that is a whole number
+    model.weight.data.normal_()
+    model.running_mean.normal_()
+    model.num_batches_tracked.fill_(7 - rank)
+    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), device=torch.device("cpu"))
+    seen = {}
+    stock, dpo_trainer.prepare_fsdp = dpo_trainer.prepare_fsdp, lambda model, _: seen.update(model.state_dict())
+    with whole_reference(MLCDPOTrainer):
+        dpo_trainer.prepare_fsdp(model, accelerator)
+    dpo_trainer.prepare_fsdp = stock
+    return seen
+
+
 def main() -> None:
     model, folder = sys.argv[1], Path(sys.argv[2])
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -88,6 +108,7 @@ def main() -> None:
     for name in CASES:
         torch.save(run_case(name, model, folder, world), folder / f"{name}-{world}-{rank}.pt")
     fsdp_worker.check(model)
+    torch.save(sent_reference(rank), folder / f"reference-{rank}.pt")
     (folder / f"fully_shard-{rank}").touch()
     torch.distributed.destroy_process_group()
 

@@ -132,7 +132,7 @@ def test_every_method_of_the_table_and_point_of_the_map_is_a_trainer_config(tmp_
         found += [settings for name, settings in table.items() if name != BASE]
     for settings in found:
         own = {k: v for k, v in settings.items() if k.startswith("mlc_") or k in ("learning_rate", "beta")}
-        assert set(settings) - set(own) <= {"lora", "steps", "shuffled", "embedding_rate"}
+        assert set(settings) - set(own) <= {"lora", "steps", "shuffled", "embedding_rate", "warmup", "kept", "head"}
         MLCDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **own)
 
 
@@ -203,3 +203,41 @@ def test_regimes_then_the_table_then_the_rest_of_the_map(tmp_path, monkeypatch):
     before = len(order)
     transfer.main()  # everything is there already
     assert len(order) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_regimes_keep_the_head_the_words_or_half_the_way(tiny, tokenizer):
+    import argparse
+
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    from benchmarks.mlc.transfer_run import train
+    from tests.mlc.conftest import rows
+
+    options, data = argparse.Namespace(steps=2, batch=2, tiny=False), Dataset.from_dict(rows())
+    first = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+
+    def moved(settings: dict) -> dict[str, torch.Tensor]:
+        own = {"learning_rate": 1e-2, "mlc_layer": 3, "mlc_extractor_dim": 0, "mlc_every": 1, **settings}
+        model, layer, numbers, _ = train(tiny, tokenizer, data, own, 0, options)
+        assert layer == 3
+        assert numbers["train_seconds"] > 0
+        parts = {
+            "words": lambda m: m.get_input_embeddings().weight,
+            "head": lambda m: m.get_output_embeddings().weight,
+            "body": lambda m: m.model.layers[0].mlp.up_proj.weight,
+        }
+        return {name: part(model).detach() - part(first).detach() for name, part in parts.items()}
+
+    found = moved({"head": "frozen", "embedding_rate": 1e-1})
+    assert not found["head"].any()
+    assert found["words"].abs().max() > 5 * found["body"].abs().max() > 0
+    found = moved({"embedding_rate": 0.0})
+    assert not found["words"].any()
+    assert found["body"].any()
+    for adapters in (0, 4):
+        whole, half = (moved({"lora": adapters, "kept": kept})["body"] for kept in (0.0, 0.5))
+        assert whole.any()
+        assert torch.allclose(half, whole / 2, atol=1e-6)

@@ -127,6 +127,14 @@ def test_wrong_devices_models_and_options_are_named(tiny, data, capsys):
     assert "--device 'meat' cannot be used" in capsys.readouterr().err
 
 
+def test_training_without_a_gpu_says_what_to_add(tiny, data, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    assert main(["dpo", "--model_name_or_path", tiny, "--dataset_name", data]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "dpo found no GPU with bfloat16 here. Add --use_cpu" in said
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch):
     from trl_mlc import cli
 

@@ -49,3 +49,23 @@ def test_two_processes_equal_one(case, two_processes, tiny, tmp_path):
 
 def test_sharded_parameters_get_the_same_gradient(two_processes):
     assert {path.name for path in two_processes.glob("fully_shard-*")} == {"fully_shard-0", "fully_shard-1"}
+
+
+def test_a_reference_model_has_its_weights_on_every_process_before_it_is_sharded(two_processes):
+    first, second = (torch.load(two_processes / f"reference-{rank}.pt") for rank in (0, 1))
+    assert set(first) == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    assert first["weight"].any()
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
+
+
+def test_sharding_is_the_hosts_own_again_after_a_trainer_is_made():
+    from trl.trainer import dpo_trainer
+
+    from trl_mlc.dpo import MLCDPOTrainer
+    from trl_mlc.reference import whole_reference
+
+    stock = dpo_trainer.prepare_fsdp
+    with whole_reference(MLCDPOTrainer):
+        assert dpo_trainer.prepare_fsdp is not stock
+    assert dpo_trainer.prepare_fsdp is stock

@@ -38,6 +38,10 @@ def input_side(
     return Side(found, make_tables(found, codes, code_scale, clip, bits, symmetric, group), clip)
 
 
+def means_of(tables: InputTables) -> int:
+    return 0 if tables.mean is None else len(tables.mean)
+
+
 def rows_of(n: int, d: int, n_types: int = 2, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=generator) * torch.exp(torch.randn(d, generator=generator))

@@ -1,0 +1,47 @@
+"""The rows that a command works on, from a file, a folder or the hub."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from trl_mlc.command_options import DataOptions, TrainOptions
+
+
+def load_rows(options: DataOptions):
+    """Rows as the options describe them, as a `datasets.Dataset`."""
+    from datasets import load_dataset
+
+    from trl_mlc.parallel import from_flat_columns
+
+    if not options.dataset_name.strip():
+        raise ValueError("Name the rows with --dataset_name: a file, a folder or a hub dataset.")
+    path = Path(options.dataset_name)
+    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+    try:
+        if kind is not None:
+            data = load_dataset(kind, data_files=str(path), split=options.dataset_split)
+        else:
+            data = load_dataset(options.dataset_name, name=options.dataset_config, split=options.dataset_split)
+    except StopIteration:  # what `datasets` makes of an empty file
+        data = ()
+    if len(data) == 0:
+        raise ValueError(f"{options.dataset_name} has no rows in split {options.dataset_split!r}.")
+    if options.limit is not None:
+        if options.limit < 1:
+            raise ValueError(f"--limit must be at least 1, got {options.limit}.")
+        data = data.select(range(min(options.limit, len(data))))
+    return data if options.flat_prefix is None else from_flat_columns(data, options.flat_prefix)
+
+
+def load_eval_rows(options: TrainOptions):
+    """Rows for evaluation during training."""
+    split = options.eval_dataset_split or ("test" if options.eval_dataset_name is None else "train")
+    name = options.dataset_name if options.eval_dataset_name is None else options.eval_dataset_name
+    try:
+        return load_rows(replace(options, dataset_name=name, dataset_split=split, limit=None))
+    except ValueError as error:
+        raise ValueError(
+            f"No rows for evaluation: {error} Name some with --eval_dataset_name and --eval_dataset_split, or leave "
+            "eval_strategy at 'no'."
+        ) from error
