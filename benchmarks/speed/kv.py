@@ -18,7 +18,7 @@ import torch
 
 from benchmarks._results import RESULTS, command_line, write
 from benchmarks.speed.timing import copies_for, graph_microseconds
-from optimum_freeact.kernels import kv_reference, kv_triton
+from optimum_freeact.kernels import kv_attend_triton, kv_reference, kv_write_triton
 from optimum_freeact.kernels.kv_reference import CacheRows
 from optimum_freeact.numerics.vector_codec import encode
 
@@ -87,13 +87,13 @@ def measure(batch: int, tokens: int, device: str) -> list[dict]:
         packed = [cached(batch, tokens, device, means) for _ in range(copies_for(n_bytes * 68 // 256))]
         pairs = list(zip(queries(len(packed)), packed))
         record("attention", name, [
-            lambda q=q, k=k, v=v: kv_triton.attend(q, k, v, start, scale) for q, (k, v) in pairs
+            lambda q=q, k=k, v=v: kv_attend_triton.attend(q, k, v, start, scale) for q, (k, v) in pairs
         ])  # fmt: skip
         if means:
             q, (k, v) = pairs[0]
             want = kv_reference.attend(q.double(), k, v, start, scale, dtype=torch.float64) if tokens <= 8192 else None
             for provider, got in (
-                ("freeact", kv_triton.attend(q, k, v, start, scale)),
+                ("freeact", kv_attend_triton.attend(q, k, v, start, scale)),
                 ("unpack, sdpa", unpacked(q, k, v, start, scale)),
             ):
                 if want is not None:
@@ -116,8 +116,9 @@ def measure(batch: int, tokens: int, device: str) -> list[dict]:
     keys, _ = cached(batch, 256, device, True)
     new = torch.randn(batch, KEY_HEADS, 1, SIZE, device=device, dtype=torch.bfloat16)
     out = torch.empty(batch, KEY_HEADS, 1, 68, dtype=torch.uint8, device=device)
+    assert keys.mean is not None
     means = keys.mean[None, :, None]
-    record("write", "freeact", [lambda: kv_triton.write_rows(new, keys, start, 200, out)] * 8)
+    record("write", "freeact", [lambda: kv_write_triton.write_rows(new, keys, start, 200, out)] * 8)
     record("write", "torch", [lambda: out.copy_(encode(new.float() - means, 4, torch.bfloat16))] * 8)
     return rows
 
@@ -136,7 +137,7 @@ def tune(batch: int, tokens: int, device: str) -> list[dict]:
             launch = {"block": block, "programs": programs, "warps": warps, "stages": stages}
             try:
                 value, spread = graph_microseconds([
-                    lambda k=k, v=v, q=query, launch=launch: kv_triton.attend(q, k, v, start, SIZE**-0.5, launch=launch)
+                    lambda k=k, v=v, q=query, launch=launch: kv_attend_triton.attend(q, k, v, start, SIZE**-0.5, launch=launch)
                     for k, v in packed
                 ], rounds=3)  # fmt: skip
             except Exception as error:  # a setting that does not fit is a result

@@ -13,10 +13,11 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.models.llama import modeling_llama
 
 from benchmarks.speed.llama import plain, quantized, shape_config
@@ -49,6 +50,18 @@ def compile_parts() -> None:
     modeling_llama.LlamaRMSNorm.forward = lambda self, x: norm(x, self.weight, self.variance_epsilon)
     modeling_llama.LlamaMLP.forward = lambda self, x: self.down_proj(gate(self.gate_proj(x), self.up_proj(x)))
     modeling_llama.apply_rotary_pos_emb = torch.compile(modeling_llama.apply_rotary_pos_emb, dynamic=False)
+
+
+def print_kernels(name: str, call, device: str) -> None:
+    """A table of what runs on the GPU in one call, longest first."""
+    call()
+    synchronize(device)
+    kinds = [torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+        synchronize(device)
+    for event in sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:24]:
+        print(f"{name}: {event.self_device_time_total:9.1f} us in {event.count:4d} of {event.key[:90]}", flush=True)
 
 
 def synchronize(device: str) -> None:
@@ -85,6 +98,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--skip-compiled-prefill", action="store_true")
+    parser.add_argument("--kernels", action="store_true", help="print what runs on the GPU")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = shape_config(args.shape, args.layers)
@@ -117,9 +131,13 @@ def main() -> None:
         cache.reset()
         return step(ids, positions)
 
-    def step(tokens, where):
+    def prefill_dynamic():
+        """Into a cache that grows, for which the causal mask need not be made: attention's fastest kernel."""
+        return step(ids, positions, DynamicCache(config=config))
+
+    def step(tokens, where, states=cache):
         return model(
-            input_ids=tokens, position_ids=where, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=tokens, position_ids=where, past_key_values=states, use_cache=True, logits_to_keep=1
         ).logits
 
     first = time.perf_counter()
@@ -175,13 +193,15 @@ def main() -> None:
             meter("prefill_seconds", None, how=how, note=f"{type(error).__name__}: {error}"[:200])
 
     found: list[float] = []
-    call = step
+    call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = step
     if args.run in ("graph", "parts") and device == "cuda":
         graph, kept = captured(lambda: step(token, where))
 
-        def call(token, where):  # noqa: ARG001
+        def replayed(token, where):  # noqa: ARG001
             graph.replay()
             return kept
+
+        call = replayed
     elif args.run == "compile":
         call = torch.compile(step, mode="reduce-overhead" if device == "cuda" else "default", fullgraph=True)
     begin = time.perf_counter()
@@ -193,8 +213,14 @@ def main() -> None:
     meter("decode_seconds", statistics.median(found[1:]), spread=(max(found[1:]) - min(found[1:])) / 2)
     if device == "cuda":
         meter("peak_bytes_decode", torch.cuda.max_memory_allocated())
+        if args.kernels:
+            print_kernels("decode", lambda: call(token, where), device)
     if args.run in ("graph", "parts") and device == "cuda":
-        measure_graph(prefill, "graph" if args.run == "graph" else "parts compiled, graph")
+        how = "graph" if args.run == "graph" else "parts compiled, graph"
+        measure_graph(prefill, how)
+        measure_graph(prefill_dynamic, f"{how}, growing cache")
+        if args.kernels:
+            print_kernels("prefill", prefill_dynamic, device)
     if args.run == "compile" and not args.skip_compiled_prefill:
         torch._dynamo.reset()
         compiled = torch.compile(step, fullgraph=True)
@@ -211,6 +237,9 @@ def main() -> None:
         meter("prefill_seconds", value, spread=spread, how="compile")
         if device == "cuda":
             measure_graph(prefill_compiled, "compile, graph")
+            measure_graph(
+                lambda: compiled(ids, positions, DynamicCache(config=config)), "compile, graph, growing cache"
+            )
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
         (4, {"rows": 16, "chunk": 512, "parts": 64, "fill": 264, "project_warps": 8, "correct_rows": 16, "elements": 1,
-             "correct_warps": 4, "programs": 132, "finish_rows": 1, "finish_warps": 4, "pdl": True}),
+             "correct_warps": 4, "programs": 132, "finish_rows": 1, "finish_warps": 4, "pdl": True, "early": True, "summed": True}),
         (64, {"rows": 16, "chunk": 256, "parts": 64, "fill": 264, "project_warps": 4, "correct_rows": 16, "elements": 1,
-              "correct_warps": 4, "programs": 132, "finish_rows": 1, "finish_warps": 4, "pdl": True}),
+              "correct_warps": 4, "programs": 132, "finish_rows": 1, "finish_warps": 4, "pdl": True, "early": True, "summed": True}),
         (None, {"rows": 64, "chunk": 128, "parts": 4, "fill": 128, "project_warps": 4, "correct_rows": 64, "elements": 256,
-                "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False}),
+                "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False, "early": True, "summed": True}),
     ],
     "dp4a": [
         (1, {"words": 4096, "warps": 4, "pdl": True}),

@@ -34,7 +34,7 @@ def make_ready(device: torch.device) -> None:
     """Allocate what the kernels keep on a device, before any CUDA graph is captured there."""
     if device.type != "cuda" or "w4_linear[many]" in _failed:
         return
-    from optimum_freeact.kernels.w4_triton import counters
+    from optimum_freeact.kernels.epilogue_triton import counters
 
     counters(device)
 

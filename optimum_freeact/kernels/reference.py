@@ -121,6 +121,9 @@ def _round_groups(
     return Rows(split_columns((values / scale[:, None]).to(kept)), scale[None], p)
 
 
+SCALE_OUTPUTS = 256  # outputs that share the branch's scales where several linears are one
+
+
 class Weight(NamedTuple):
     """What a quantized linear stores, as the kernels read it.
 
@@ -128,7 +131,8 @@ class Weight(NamedTuple):
         packed (`uint8`, shape `(m, d / 2)`): Nibbles of code + 8.
         qscale (`float32`, shape `(m,)`): Scale of each output channel.
         row_sum (`int32`, shape `(m,)`): Sum of each row's codes.
-        low_rank (`int8`, shape `(m, r)`, *optional*) and low_rank_scale (`float32`, shape `(r,)`, *optional*): The branch.
+        low_rank (`int8`, shape `(m, r)`, *optional*) and low_rank_scale (`float32`, shape `(r,)`, *optional*): The branch; the
+            scales of shape `(m / SCALE_OUTPUTS, r)` where several linears are one.
         type_bias (`float32`, shape `(n_means or 1, m)`, *optional*): Output bias of each token type.
         group_scale (`int8`, shape `(m, groups)`, *optional*): By which a group's codes are multiplied before `qscale`.
         type_columns (`bfloat16`, shape `(m, 2 (n_means - 1))`, *optional*): See [`type_columns`]; for Triton, which makes
@@ -185,7 +189,10 @@ def w4_linear(
         assert rows.branch is not None
         assert weight.low_rank_scale is not None
         rank = weight.low_rank.shape[1]
-        y = y + (rows.branch[:, :rank].to(dtype) * weight.low_rank_scale.to(dtype)) @ weight.low_rank.to(dtype).mT
+        scale = weight.low_rank_scale.to(dtype)
+        if scale.dim() > 1:
+            scale = scale.repeat_interleave(SCALE_OUTPUTS, 0)
+        y = y + rows.branch[:, :rank].to(dtype) @ (weight.low_rank.to(dtype) * scale).mT
     if weight.type_bias is not None:
         y = y + pick(weight.type_bias.to(dtype), types)
     return y.to(out_dtype)

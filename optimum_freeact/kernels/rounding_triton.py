@@ -24,12 +24,12 @@ import torch
 import triton
 import triton.language as tl
 
+from optimum_freeact.kernels.epilogue_triton import counters
 from optimum_freeact.kernels.grids_triton import finish, round_flat
 from optimum_freeact.kernels.launches import launch_pdl, round_launch
 from optimum_freeact.kernels.reference import HEADROOM, Rows, n_marks
 from optimum_freeact.kernels.tables import InputTables, padded, runs_in_tiles
 from optimum_freeact.kernels.triton_state import DOT_TYPE
-from optimum_freeact.kernels.w4_triton import counters
 
 
 @triton.jit
@@ -67,16 +67,31 @@ def _taken_off(
 
 
 @triton.jit
+def _hand_on(
+    rows, alive, p, kind, clip, undo, branch_ptr, undo_ptr, n, RANK: tl.constexpr, PR: tl.constexpr, MARKED: tl.constexpr
+):  # fmt: skip
+    """Keep what later steps and products read of some rows: none of them looks at types again."""
+    r = tl.arange(0, PR)
+    if MARKED:  # see `reference.marked`
+        further = tl.where(kind > 0, kind - 1, PR)
+        p = tl.where(((r - RANK) >> 1)[None, :] == further[:, None], 1.0, p)
+    if RANK > 0 or MARKED:
+        tl.store(branch_ptr + rows[:, None] * PR + r[None, :], p, mask=alive[:, None])
+    tl.store(undo_ptr + rows, undo, mask=alive)
+    tl.store(undo_ptr + n + rows, clip, mask=alive)
+
+
+@triton.jit
 def _project(
     x_ptr, types_ptr, channel_ptr, basis_ptr, part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, clip_ptr,
     branch_ptr, factors_ptr, undo_ptr, count_ptr, n, n_means, n_clips, MARKED: tl.constexpr,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
-    LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     """Codes of the basis times some columns of some rows as they come, and the largest magnitude there.
 
-    The last program of some rows to arrive makes of the parts what `_correct` needs.
+    If SUMMED, the last program of some rows to arrive makes of the parts what `_correct` needs.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -85,14 +100,17 @@ def _project(
     p = tl.zeros((ROWS, PR), tl.float32)
     peak = tl.zeros((ROWS, CHUNK), tl.float32)
     kind = tl.zeros((ROWS,), tl.int32)
-    clip_kind = kind
     if HAS_TYPES:  # there since the model's own hook ran, long before
-        given = tl.load(types_ptr + tl.minimum(rows, n - 1)).to(tl.int32)
-        kind, clip_kind = tl.minimum(given, n_means - 1), tl.minimum(given, n_clips - 1)
-    clip = tl.load(clip_ptr + clip_kind)
+        kind = tl.load(types_ptr + tl.minimum(rows, n - 1)).to(tl.int32)
+    if RANK > 0 and STEPS == 1:
+        o = part * CHUNK + tl.arange(0, CHUNK)
+        basis = tl.load(basis_ptr + r[None, :] * D + o[:, None], mask=(o < D)[:, None], other=0)
     if PDL:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
     for step in range(STEPS):
         o = (part * STEPS + step) * CHUNK + tl.arange(0, CHUNK)
         if D % (CHUNK * STEPS) == 0:
@@ -101,9 +119,9 @@ def _project(
             x = tl.load(x_ptr + at[:, None] + o[None, :], mask=(o < D)[None, :], other=0.0)
         peak = tl.maximum(peak, tl.abs(x.to(tl.float32)))
         if RANK > 0:
-            if D % (CHUNK * STEPS) == 0:
+            if STEPS > 1 and D % (CHUNK * STEPS) == 0:
                 basis = tl.load(basis_ptr + r[None, :] * D + o[:, None])
-            else:
+            elif STEPS > 1:
                 basis = tl.load(basis_ptr + r[None, :] * D + o[:, None], mask=(o < D)[:, None], other=0)
             if HAS_CHANNEL:
                 u = x.to(tl.float32) * tl.load(channel_ptr + o, mask=o < D, other=0.0)[None, :]
@@ -118,6 +136,8 @@ def _project(
     tl.store(peak_ptr + part * n + rows, tl.max(peak, 1), mask=alive)
     if RANK > 0:
         tl.store(part_ptr + (part * n + rows)[:, None] * PR + r[None, :], p, mask=alive[:, None])
+    if not SUMMED:
+        return
     if PARTS > 1:
         tl.debug_barrier()
         arrived = tl.atomic_add(count_ptr + tl.program_id(0), 1, sem="acq_rel")
@@ -127,19 +147,39 @@ def _project(
     else:
         tl.debug_barrier()
     safe = tl.minimum(rows, n - 1)
+    clip = tl.load(clip_ptr + tl.minimum(kind, n_clips - 1))
+    kind = tl.minimum(kind, n_means - 1)
     p, upper, lower, bound = _taken_off(
         part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means, HAS_MEAN, HAS_CHANNEL,
         RANK, PR, ROWS, PARTS,
     )  # fmt: skip
-    if MARKED:  # the row's type, for the product (`reference.marked`)
-        further = tl.where(kind > 0, kind - 1, PR)
-        p = tl.where(((r - RANK) >> 1)[None, :] == further[:, None], 1.0, p)
-    if RANK > 0 or MARKED:
-        tl.store(branch_ptr + rows[:, None] * PR + r[None, :], p, mask=alive[:, None])
+    _hand_on(rows, alive, p, kind, clip, bound / LIMIT, branch_ptr, undo_ptr, n, RANK, PR, MARKED)
     tl.store(factors_ptr + rows[:, None] * (2 * PR) + r[None, :], upper, mask=alive[:, None])
     tl.store(factors_ptr + rows[:, None] * (2 * PR) + PR + r[None, :], lower, mask=alive[:, None])
-    tl.store(undo_ptr + rows, bound / LIMIT, mask=alive)
-    tl.store(undo_ptr + n + rows, clip, mask=alive)  # so that no later step looks at types
+
+
+@triton.jit
+def _numbers_of_tiles(i, x_ptr, safe, j, B: tl.constexpr, PB: tl.constexpr, D: tl.constexpr):
+    """Row i of some tokens' tiles."""
+    at = safe.to(tl.int64)[:, None] * D + (i * B + j)[None, :]
+    return tl.load(x_ptr + at) if B == PB else tl.load(x_ptr + at, mask=(j < B)[None, :], other=0.0)
+
+
+@triton.jit
+def _lines_of_tiles(
+    i, mean_ptr, basis_ptr, kind, j, r,
+    GATHERED: tl.constexpr, LINES: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """What is to be taken off row i of tiles: each token's mean, and a table's lines."""
+    column = i * B + j
+    mean = tl.zeros((1, 1), tl.float32)
+    lines = tl.zeros((1, 1), tl.float32)
+    if GATHERED:
+        mean = tl.load(mean_ptr + kind[:, None].to(tl.int64) * D + column[None, :], mask=(j < B)[None, :], other=0.0)
+    if LINES:
+        at = r[:, None] * D + column[None, :]
+        lines = tl.load(basis_ptr + at) if B == PB else tl.load(basis_ptr + at, mask=(j < B)[None, :], other=0.0)
+    return mean, lines
 
 
 @triton.jit
@@ -148,26 +188,22 @@ def _row_of_tiles(
     GATHERED: tl.constexpr, LINES: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """What a row of some tokens' tiles is made of: the tokens' numbers and what is to be taken off."""
-    column = i * B + j
-    at = safe.to(tl.int64)[:, None] * D + column[None, :]
-    x = tl.load(x_ptr + at) if B == PB else tl.load(x_ptr + at, mask=(j < B)[None, :], other=0.0)
-    mean, lines = x, x
-    if GATHERED:
-        mean = tl.load(mean_ptr + kind[:, None] * D + column[None, :], mask=(j < B)[None, :], other=0.0)
-    if LINES:
-        at = r[:, None] * D + column[None, :]
-        lines = tl.load(basis_ptr + at) if B == PB else tl.load(basis_ptr + at, mask=(j < B)[None, :], other=0.0)
-    return x, mean, lines
+    mean, lines = _lines_of_tiles(i, mean_ptr, basis_ptr, kind, j, r, GATHERED, LINES, B, PB, D)
+    return _numbers_of_tiles(i, x_ptr, safe, j, B, PB, D), mean, lines
 
 
 @triton.jit
 def _correct(
-    x_ptr, types_ptr, mean_ptr, channel_ptr, basis_ptr, right_ptr, factors_ptr, undo_ptr, turned_ptr, n, n_means,
+    x_ptr, types_ptr, mean_ptr, channel_ptr, basis_ptr, right_ptr, factors_ptr, undo_ptr, turned_ptr, part_ptr, peak_ptr,
+    mean_branch_ptr, reach_ptr, basis_scale_ptr, clip_ptr, branch_ptr, n, n_means, n_clips, MARKED: tl.constexpr,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
-    PDL: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, PB: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, PARTS: tl.constexpr,
+    LIMIT: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """NB rows of the tiles of some tokens: less mean and branch, in float16, times the right factor."""
+    """NB rows of the tiles of some tokens: less mean and branch, in float16, times the right factor.
+
+    Unless SUMMED, every program adds the parts of the projection; the first of some tokens keeps what others read.
+    """
     tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * NB
     alive = tokens < n
@@ -181,16 +217,33 @@ def _correct(
     right = tl.load(right_ptr + j[:, None] * PB + j[None, :])
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    kind = tl.zeros((ROWS,), tl.int64)
-    if HAS_TYPES and GATHERED:
-        kind = tl.minimum(tl.load(types_ptr + safe), n_means - 1)
-    if NB == 1:
+    kind = tl.zeros((ROWS,), tl.int32)
+    clip_kind = kind
+    if HAS_TYPES and (GATHERED or not SUMMED):
+        kind = tl.load(types_ptr + safe).to(tl.int32)
+        kind, clip_kind = tl.minimum(kind, n_means - 1), tl.minimum(kind, n_clips - 1)
+    if NB == 1 and not EARLY:
         x, mean, lines = _row_of_tiles(first, x_ptr, mean_ptr, basis_ptr, safe, kind, j, r, GATHERED, LINES, B, PB, D)
+    if NB == 1 and EARLY:
+        mean, lines = _lines_of_tiles(first, mean_ptr, basis_ptr, kind, j, r, GATHERED, LINES, B, PB, D)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    undo = tl.load(undo_ptr + safe)
-    upper = tl.load(factors_ptr + safe[:, None] * (2 * PR) + r[None, :]).to(DOT)
-    lower = tl.load(factors_ptr + safe[:, None] * (2 * PR) + PR + r[None, :]).to(DOT)
+    if NB == 1 and EARLY:
+        x = _numbers_of_tiles(first, x_ptr, safe, j, B, PB, D)
+    if SUMMED:
+        undo = tl.load(undo_ptr + safe)
+        upper = tl.load(factors_ptr + safe[:, None] * (2 * PR) + r[None, :]).to(DOT)
+        lower = tl.load(factors_ptr + safe[:, None] * (2 * PR) + PR + r[None, :]).to(DOT)
+    else:
+        p, upper, lower, bound = _taken_off(
+            part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means, HAS_MEAN,
+            HAS_CHANNEL, RANK, PR, ROWS, PARTS,
+        )  # fmt: skip
+        undo = bound / LIMIT
+        upper, lower = upper.to(DOT), lower.to(DOT)
+        if tl.program_id(1) == 0:
+            clip = tl.load(clip_ptr + clip_kind)
+            _hand_on(tokens, alive, p, kind, clip, undo, branch_ptr, undo_ptr, n, RANK, PR, MARKED)
     shrink = (1.0 / undo)[:, None]
     for i in range(first, tl.minimum(first + NB, A)):
         if NB > 1:
@@ -252,16 +305,26 @@ def round_rows(
     pdl = launch_pdl(launch["pdl"])
     has: dict[str, object] = {"HAS_TYPES": types is not None, "HAS_MEAN": tables.mean is not None}
     has |= {"HAS_CHANNEL": tables.channel_scale is not None, "RANK": tables.rank, "PR": tables.branch}
-    has |= {"DOT": DOT_TYPE, "PDL": bool(pdl)}
+    has |= {
+        "DOT": DOT_TYPE,
+        "PDL": bool(pdl),
+        "EARLY": launch["early"],
+        "SUMMED": launch["summed"],
+        "LIMIT": HEADROOM,
+        "PARTS": parts,
+    }
     _project[(triton.cdiv(n, launch["rows"]), parts)](
         x, types, tables.channel_scale, tables.basis, part, peak, tables.mean_branch, tables.reach, tables.basis_scale,
-        tables.clip, rows.branch, factors, undo, counters(x.device), n, n_means, len(tables.clip), MARKED=n_marks(n_means) > 0, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
-        STEPS=launch["steps"], PARTS=parts, LIMIT=HEADROOM, num_warps=launch["project_warps"], num_stages=4, **pdl,
+        tables.clip, rows.branch, factors, undo, counters(x.device), n, n_means, len(tables.clip), MARKED=n_marks(n_means) > 0,
+        **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"], STEPS=launch["steps"], num_warps=launch["project_warps"],
+        num_stages=4, **pdl,
     )  # fmt: skip
     nb = max(1, min(launch["elements"] // pb, pa))
     block = launch["correct_rows"]
     _correct[(triton.cdiv(n, block), triton.cdiv(tables.a, nb))](
-        x, types, tables.mean, tables.channel_scale, tables.basis, tables.right, factors, undo, turned, n, n_means, **has,
+        x, types, tables.mean, tables.channel_scale, tables.basis, tables.right, factors, undo, turned,
+        part, peak, tables.mean_branch, tables.reach, tables.basis_scale, tables.clip, rows.branch, n, n_means, len(tables.clip),
+        MARKED=n_marks(n_means) > 0, **has,
         A=tables.a, B=tables.b, PB=pb, ROWS=block, NB=nb, num_warps=launch["correct_warps"], num_stages=3, **pdl,
     )  # fmt: skip
     big = pa * pb > 8192

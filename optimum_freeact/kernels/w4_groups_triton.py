@@ -12,10 +12,22 @@ import torch
 import triton
 import triton.language as tl
 
+from optimum_freeact.kernels.epilogue_triton import (
+    FEW_ROWS,
+    add_bias,
+    add_branch,
+    arrived_last,
+    biases_of,
+    further_types,
+    room_for_parts,
+    scale_outputs,
+    scales_of,
+    store_outputs,
+    tile_order,
+)
 from optimum_freeact.kernels.launches import groups_launch, launch_pdl
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.triton_state import DOT_TYPE, INTERPRETED
-from optimum_freeact.kernels.w4_triton import COUNTERS, add_branch, counters, further_types
 
 
 @triton.jit
@@ -56,21 +68,17 @@ def _times_groups(codes, scale, BN: tl.constexpr, BK: tl.constexpr, NG: tl.const
 
 @triton.jit
 def _w4_groups(
-    values_ptr, scale_ptr, branch_ptr, w_ptr, qscale_ptr, group_scale_ptr, low_rank_ptr, low_rank_scale_ptr,
-    bias_ptr, columns_ptr, types_ptr, y_ptr, n, m, partial_ptr, count_ptr,
+    values_ptr, scale_ptr, branch_ptr, types_ptr, w_ptr, qscale_ptr, group_scale_ptr, low_rank_ptr, low_rank_scale_ptr,
+    bias_ptr, columns_ptr, y_ptr, n, m, n_bias, partial_ptr, count_ptr,
     HALF: tl.constexpr, GB: tl.constexpr, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr,
     PR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-    PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    UNIT: tl.constexpr, PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """GB bytes of a row of the weight share a scale; 0 where the row does."""
     pid = tl.program_id(0)
     part = tl.program_id(1)
-    n_blocks, m_blocks = tl.cdiv(n, BM), tl.cdiv(m, BN)
-    per_group = GROUP * n_blocks  # GROUP blocks of outputs are visited for all tokens before the next ones
-    first = (pid // per_group) * GROUP
-    size = tl.minimum(m_blocks - first, GROUP)
-    pid_m = first + (pid % per_group) % size
-    pid_n = (pid % per_group) // size
+    m_blocks = tl.cdiv(m, BN)
+    pid_n, pid_m = tile_order(pid, n, m, BM, BN, GROUP)
     tokens = pid_n * BM + tl.arange(0, BM)
     outs = pid_m * BN + tl.arange(0, BN)
     safe_tokens = tl.where(tokens < n, tokens, 0).to(tl.int64)
@@ -86,6 +94,8 @@ def _w4_groups(
     acc = tl.zeros((BN, BM), tl.float32)
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     PER_PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    if BM <= FEW_ROWS:  # on their way while the rows are still being made
+        biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -113,26 +123,22 @@ def _w4_groups(
         here = outs[:, None] * BM + tl.arange(0, BM)[None, :]  # partial sums: (SPLIT, m_blocks * BN, BM)
         own = partial_ptr + (part * m_blocks * BN * BM + here)
         tl.store(own, acc)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(count_ptr + pid, 1, sem="acq_rel")
-        if arrived != SPLIT - 1:
+        if not arrived_last(count_ptr + pid, SPLIT):
             return
-        tl.store(count_ptr + pid, 0)  # ready for the next launch
         acc = tl.zeros((BN, BM), tl.float32)
         for other in range(SPLIT):  # in their order, so that the sum does not depend on who came last
             acc += tl.load(partial_ptr + (other * m_blocks * BN * BM + here), cache_modifier=".cg")
     is_token, is_out = tokens < n, outs < m
     y = acc * tl.load(scale_ptr + tokens, mask=is_token, other=0.0)[None, :]
     y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
-    y = add_branch(
-        y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, columns_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS, RANK, MARKS, PR,
-        DOT,
-    )  # fmt: skip
-    tl.store(
-        y_ptr + tokens.to(tl.int64)[:, None] * m + outs[None, :],
-        tl.trans(y).to(y_ptr.dtype.element_ty),
-        mask=is_token[:, None] & is_out[None, :],
-    )
+    if BM > FEW_ROWS:
+        biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
+    y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
+    scales = low_rank_scale_ptr
+    if RANK > 0:
+        scales = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
+    y = add_branch(y, branch_ptr, low_rank_ptr, scales, columns_ptr, tokens, outs, n, m, RANK, MARKS, PR, DOT)
+    store_outputs(y_ptr, y, tokens, outs, n, m)
 
 
 def w4_linear(
@@ -154,22 +160,15 @@ def w4_linear(
     group_bytes = 0 if groups is None else half // groups.shape[1]
     launch = {**groups_launch(n, m, half), **(options or {})}
     blocks = triton.cdiv(n, launch["BM"]) * triton.cdiv(m, launch["BN"])
-    split, partial, count = launch["SPLIT"], None, None
-    if split > 1:
-        if n > launch["BM"] or blocks > COUNTERS:
-            raise ValueError(
-                f"SPLIT={split} needs all {n} tokens in one block and at most {COUNTERS} blocks, got {blocks}."
-            )
-        size = split * triton.cdiv(m, launch["BN"]) * launch["BN"] * launch["BM"]
-        partial = torch.empty(size, dtype=torch.float32, device=y.device)
-        count = counters(y.device)
+    split = launch["SPLIT"]
+    partial, count = room_for_parts(split, n, m, launch, torch.float32, y.device)
     width = 16 if rows.branch is None else rows.branch.shape[1]
     pdl = launch_pdl(launch["pdl"])
     _w4_groups[(blocks, split)](
-        rows.codes, rows.stats, rows.branch, weight.packed, weight.qscale, groups, low_rank, weight.low_rank_scale,
-        bias, columns, types, y, n, m, partial, count, HALF=half, GB=group_bytes, HAS_BIAS=bias is not None, KINDS=kinds,
-        RANK=0 if low_rank is None else low_rank.shape[1], MARKS=0 if columns is None else columns.shape[1], PR=width, BM=launch["BM"],
-        BN=launch["BN"], BK=launch["BK"], GROUP=launch["GROUP"], SPLIT=split, PLAIN=INTERPRETED, DOT=DOT_TYPE,
+        rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, groups, low_rank, weight.low_rank_scale,
+        bias, columns, y, n, m, kinds + 1, partial, count, HALF=half, GB=group_bytes,
+        HAS_BIAS=bias is not None, KINDS=kinds, MARKS=0 if columns is None else columns.shape[1], RANK=0 if low_rank is None else low_rank.shape[1], PR=width, BM=launch["BM"],
+        BN=launch["BN"], BK=launch["BK"], GROUP=launch["GROUP"], SPLIT=split, UNIT=scale_outputs(weight), PLAIN=INTERPRETED, DOT=DOT_TYPE,
         PDL=bool(pdl), num_warps=launch["warps"], num_stages=launch["stages"], **pdl,
     )  # fmt: skip
     return y

@@ -1,10 +1,11 @@
 """Gluon, Hopper only: many rows of codes times a packed 4-bit weight (`reference.w4_linear`), warps with roles of their own.
 
 One warp brings tiles by the copy engine; two warpgroups each own half of a tile's outputs: while one takes nibbles apart in
-registers, or writes its results, the other keeps the tensor cores busy; two warps fetch what follows the product. A program stays on its multiprocessor and goes through tiles. Tiles are 256 outputs by 128 tokens, since a byte of the weight
-holds two numbers and one of the codes a single one: this shape moves the fewest bytes from the cache per product.
+registers, or writes its results, the other keeps the tensor cores busy; two warps fetch what follows the product. A program
+stays on its multiprocessor and goes through tiles. Tiles are 256 outputs by 128 tokens, since a byte of the weight holds
+two numbers and one of the codes a single one: this shape moves the fewest bytes from the cache per product.
 
-The integer product is exact; what follows is `w4_triton._w4_linear`'s epilogue.
+The integer product is exact; what follows is that of `epilogue_triton`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from optimum_freeact.kernels.epilogue_triton import columns_of, scale_outputs
+from optimum_freeact.kernels.launches import launch_pdl
+from optimum_freeact.kernels.nibbles_gluon import half_codes, high_codes, low_codes, scaled_codes
 from optimum_freeact.kernels.reference import Rows, Weight
-from optimum_freeact.kernels.w4_triton import columns_of
 
 
 @gluon.jit
@@ -42,8 +46,10 @@ def _tile(t, n_blocks, m_blocks, GROUP: gl.constexpr):
 def _produce(
     w_desc, codes_desc, w_ring, even_ring, odd_ring, full, empty, n_blocks, m_blocks,
     HALF: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    ITEM: gl.constexpr,
+    ITEM: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
     tiles = n_blocks * m_blocks
     STEPS: gl.constexpr = HALF // BK
     count = 0
@@ -67,7 +73,7 @@ def _prepare(
     pair, left, stats, ready, free, stats_ptr, branch_ptr, low_rank_ptr, low_rank_scale_ptr, columns_ptr, n, m,
     n_blocks, m_blocks,
     RANK: gl.constexpr, MARKS: gl.constexpr, PR: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr,
-    VALUES: gl.constexpr,
+    VALUES: gl.constexpr, UNIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """What follows a tile's product, brought to shared memory while the product runs."""
     PART: gl.constexpr = 32 if PR <= 32 else 16  # rows at a time: what the registers of two warps hold
@@ -81,6 +87,8 @@ def _prepare(
     mark = gl.expand_dims(c - RANK, 0)
     if RANK > 0:
         rank_scale = gl.expand_dims(gl.load(low_rank_scale_ptr + c, mask=c < RANK, other=1.0), 0)
+    if PDL:
+        gdc_wait()
     count = 0
     for t in range(gl.program_id(0), n_blocks * m_blocks, gl.num_programs(0)):
         block_n, block_m = _tile(t, n_blocks, m_blocks, GROUP)
@@ -93,6 +101,9 @@ def _prepare(
             stats.index(0).store(scale * 0.0625)
             stats.index(1).store(gl.load(stats_ptr + n + tokens, mask=tokens < n, other=0.0))
         if HAS_BRANCH:
+            if RANK > 0 and UNIT > 0:
+                scales = low_rank_scale_ptr + (block_m * BN // UNIT) * RANK
+                rank_scale = gl.expand_dims(gl.load(scales + c, mask=c < RANK, other=1.0), 0)
             for k in gl.static_range(BM // PART):
                 rows = block_n * BM + k * PART + part
                 right = gl.load(
@@ -118,73 +129,6 @@ def _prepare(
         fence_async_shared()
         mbarrier.arrive(ready)
         count += 1
-
-
-@gluon.jit
-def _low(w):
-    """Sixteen times the codes in the low nibbles (code + 8) of bytes."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 b; shl.b32 b, $1, 4; lop3.b32 $0, b, 0xF0F0F0F0, 0x80808080, 0x6A; }",
-        "=r,r", [w], dtype=gl.int8, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _high(w):
-    """Sixteen times the codes in the high nibbles."""
-    return gl.inline_asm_elementwise(
-        "lop3.b32 $0, $1, 0xF0F0F0F0, 0x80808080, 0x6A;", "=r,r", [w], dtype=gl.int8, is_pure=True, pack=4
-    )
-
-
-@gluon.jit
-def _half_codes(w):
-    """Codes in the low and high nibbles of bytes, as float16: a nibble in the last bits of 1024 is 1024 and as much."""
-    return gl.inline_asm_elementwise(
-        """{ .reg .b32 l, h, k;
-        mov.b32 k, 0x64086408;
-        and.b32 l, $4, 0x0F0F0F0F;
-        shr.u32 h, $4, 4;
-        and.b32 h, h, 0x0F0F0F0F;
-        prmt.b32 $0, l, 0x64646464, 0x4140;
-        prmt.b32 $1, l, 0x64646464, 0x4342;
-        prmt.b32 $2, h, 0x64646464, 0x4140;
-        prmt.b32 $3, h, 0x64646464, 0x4342;
-        sub.f16x2 $0, $0, k;
-        sub.f16x2 $1, $1, k;
-        sub.f16x2 $2, $2, k;
-        sub.f16x2 $3, $3, k; }""",
-        "=&r,=&r,=&r,=&r,r", [w], dtype=(gl.float16, gl.float16), is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _scaled_codes(w, scale, layout: gl.constexpr, OWN: gl.constexpr, BK: gl.constexpr, GB: gl.constexpr):
-    """[`_half_codes`] of bytes (OWN, BK) times the scales (OWN, BK / GB) of their groups."""
-    w = w.reshape([OWN, BK // GB, GB])
-    w, scale = gl.broadcast(w, gl.expand_dims(scale, 2))
-    low, high = gl.inline_asm_elementwise(
-        """{ .reg .b32 l, h, k;
-        mov.b32 k, 0x64086408;
-        and.b32 l, $4, 0x0F0F0F0F;
-        shr.u32 h, $4, 4;
-        and.b32 h, h, 0x0F0F0F0F;
-        prmt.b32 $0, l, 0x64646464, 0x4140;
-        prmt.b32 $1, l, 0x64646464, 0x4342;
-        prmt.b32 $2, h, 0x64646464, 0x4140;
-        prmt.b32 $3, h, 0x64646464, 0x4342;
-        sub.f16x2 $0, $0, k;
-        sub.f16x2 $1, $1, k;
-        sub.f16x2 $2, $2, k;
-        sub.f16x2 $3, $3, k;
-        mul.f16x2 $0, $0, $5;
-        mul.f16x2 $1, $1, $6;
-        mul.f16x2 $2, $2, $5;
-        mul.f16x2 $3, $3, $6; }""",
-        "=&r,=&r,=&r,=&r,r,r,r", [w, scale], dtype=(gl.float16, gl.float16), is_pure=True, pack=4,
-    )  # fmt: skip
-    low = gl.convert_layout(low.reshape([OWN, BK]), layout)
-    return low, gl.convert_layout(high.reshape([OWN, BK]), layout)
 
 
 @gluon.jit
@@ -236,11 +180,11 @@ def _consume(
             mbarrier.wait(full.index(slot), (count // STAGES) & 1)
             w = w_ring.index(slot).slice(WHICH * OWN, OWN, 0).load(left_layout)
             if GB > 0:
-                low, high = _scaled_codes(w, scale, left_layout, OWN, BK, GB)
+                low, high = scaled_codes(w, scale, left_layout, OWN, BK, GB)
             elif VALUES:
-                low, high = _half_codes(w)
+                low, high = half_codes(w)
             else:
-                low, high = _low(w), _high(w)
+                low, high = low_codes(w), high_codes(w)
             acc = warpgroup_mma(low, even_ring.index(slot).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma(high, odd_ring.index(slot).permute((1, 0)), acc, is_async=True)
             # registers that hold nibbles may not change before their products have ended; the other group goes on
@@ -276,7 +220,7 @@ def _w4_hopper(
     w_desc, codes_desc, y_desc, stats_ptr, branch_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr,
     columns_ptr, group_scale_ptr, n, m,
     HALF: gl.constexpr, HAS_BIAS: gl.constexpr, RANK: gl.constexpr, MARKS: gl.constexpr, PR: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    VALUES: gl.constexpr, GB: gl.constexpr,
+    VALUES: gl.constexpr, GB: gl.constexpr, UNIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, BN, BK], w_desc.layout)
     even_ring = gl.allocate_shared_memory(codes_desc.dtype, [STAGES, BM, BK], codes_desc.layout)
@@ -296,6 +240,8 @@ def _w4_hopper(
         mbarrier.init(empty.index(s), count=2)
     mbarrier.init(ready, count=1)
     mbarrier.init(free, count=2)
+    if PDL:
+        gdc_launch_dependents()
     n_blocks, m_blocks = gl.cdiv(n, BM), gl.cdiv(m, BN)
     given = (
         w_ring, even_ring, odd_ring, full, empty, pair, left, stats, ready, free, out_smem, y_desc, qscale_ptr,
@@ -309,14 +255,14 @@ def _w4_hopper(
                 _produce,
                 (
                     w_desc, codes_desc, w_ring, even_ring, odd_ring, full, empty, n_blocks, m_blocks,
-                    HALF, BM, BN, BK, STAGES, GROUP, 2 if VALUES else 1,
+                    HALF, BM, BN, BK, STAGES, GROUP, 2 if VALUES else 1, PDL,
                 ),
             ),
             (
                 _prepare,
                 (
                     pair, left, stats, ready, free, stats_ptr, branch_ptr, low_rank_ptr, low_rank_scale_ptr,
-                    columns_ptr, n, m, n_blocks, m_blocks, RANK, MARKS, PR, BM, BN, GROUP, VALUES,
+                    columns_ptr, n, m, n_blocks, m_blocks, RANK, MARKS, PR, BM, BN, GROUP, VALUES, UNIT, PDL,
                 ),
             ),
         ],
@@ -350,14 +296,25 @@ def w4_linear(
     bias, low_rank = weight.type_bias, weight.low_rank
     columns = columns_of(rows, weight)
     values, groups = rows.codes.dtype == torch.float16, weight.group_scale
-    launch = {"BM": 128, "BN": 256, "BK": 32 if values else 64, "STAGES": 4, "GROUP": 16, **(options or {})}
+    width = 32 if rows.branch is None else rows.branch.shape[1]
+    launch = {
+        "BM": 128,
+        "BN": 256,
+        "BK": 32 if values else 64,
+        "STAGES": 4 if values or width <= 32 else 3,  # what shared memory holds beside the branch
+        "GROUP": 16,
+        "pdl": False,
+        **(options or {}),
+    }
+    pdl = launch_pdl(launch.pop("pdl"))
     bm, bn, bk = launch["BM"], launch["BN"], launch["BK"]
     tiles = triton.cdiv(n, bm) * triton.cdiv(m, bn)
     _w4_hopper[(min(tiles, _processors(y.device)),)](
         _described(weight.packed, bn, bk, bk), _described(rows.codes, bm, bk, bk * rows.codes.element_size()), _described(y, bm, bn // 2, 128),
         rows.stats, rows.branch, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, columns,
         groups, n, m, HALF=half, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
-        MARKS=0 if columns is None else columns.shape[1], PR=32 if rows.branch is None else rows.branch.shape[1],
-        VALUES=values, GB=0 if groups is None else half // groups.shape[1], **launch, num_warps=4, maxnreg=168,
+        MARKS=0 if columns is None else columns.shape[1], PR=width,
+        VALUES=values, GB=0 if groups is None else half // groups.shape[1], UNIT=scale_outputs(weight), PDL=bool(pdl),
+        **launch, num_warps=4, maxnreg=168, **pdl,
     )  # fmt: skip
     return y

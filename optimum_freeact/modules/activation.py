@@ -12,6 +12,7 @@ from optimum_freeact.kernels import native_ops, ops
 from optimum_freeact.kernels.dispatch import plan
 from optimum_freeact.kernels.native import NativeSide
 from optimum_freeact.kernels.tables import InputTables, make_native_tables, make_tables
+from optimum_freeact.modules.joined import JoinedLinears, join, keep_in_place
 from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes
 from optimum_freeact.numerics.affine import QParams, choose_qparams, dequantize, fake_quantize_ste, round_codes
 from optimum_freeact.numerics.byte_rows import column_codes
@@ -45,6 +46,7 @@ class KernelRows(NamedTuple):
         types (`torch.Tensor` of shape `(n,)`, *optional*): Token types.
         shape (`torch.Size`): Leading shape of the input, whose product is n.
         native (`bool`): Whether they are for the kernel in C (an offloaded layer's, which cannot be one call).
+        outputs (`list`, *optional*): Where the first linear leaves the outputs of all that read these rows, if they are one product.
     """
 
     codes: torch.Tensor
@@ -53,6 +55,7 @@ class KernelRows(NamedTuple):
     types: torch.Tensor | None
     shape: torch.Size
     native: bool = False
+    outputs: list | None = None
 
 
 class FreeActInput(nn.Module):
@@ -103,6 +106,7 @@ class FreeActInput(nn.Module):
         self._last: tuple | None = None
         self._tables: InputTables | None = None
         self._native: NativeSide | None = None
+        self._joined: JoinedLinears | None = None
         self._prepared = self._offloaded = False
         self.reader_settings: list[tuple[int, int | None]] = []  # bits and group size of each linear
         self.readers: list = []  # the linears
@@ -145,7 +149,7 @@ class FreeActInput(nn.Module):
     @torch.no_grad()
     def store(self, found: InputMap) -> None:
         """Write a map into the buffers, rounded to their types."""
-        self._tables = self._native = None
+        self._tables = self._native = self._joined = None
         for name, value in vars(found).items():
             if value is not None and name != "basis":
                 getattr(self, name).copy_(value)
@@ -161,7 +165,7 @@ class FreeActInput(nn.Module):
 
     def prepare(self) -> None:
         """Choose what runs on the device where the tensors are, and make the tables that a kernel reads."""
-        self._prepared, self._tables, self._native, self._last = True, None, None, None
+        self._prepared, self._tables, self._native, self._joined, self._last = True, None, None, None, None
         self._offloaded = self.clip.device.type == "meta"
         if self._offloaded or not self.reader_settings:
             return
@@ -182,8 +186,20 @@ class FreeActInput(nn.Module):
         if plans == {"triton"}:
             grouped = any(group_size is not None for _, group_size in self.reader_settings)
             self._tables = make_tables(*stored, self.group_size or (self.in_features if grouped else 0))
+            keep_in_place(*self._tables.tensors())
+            self.join_readers()
         elif plans == {"native"}:
             self._native = NativeSide(make_native_tables(*stored), self.group_size)
+
+    def join_readers(self) -> None:
+        """Make one product of the linears' once the last of them is prepared."""
+        self._joined = None
+        if (
+            self._tables is not None
+            and self.n_readers == len(self.readers) > 1
+            and all(r.is_joinable for r in self.readers)
+        ):
+            self._joined = join(self.readers)
 
     def forward(self, x: torch.Tensor) -> RoundedInput | KernelRows:
         """Round rows `x` of shape `(..., in_features)`; the linears of one group get the same object."""
@@ -195,6 +211,8 @@ class FreeActInput(nn.Module):
             result, left = last[2], last[3] - 1
         else:
             result, left = self._round(x), self.n_readers - 1
+            if self._joined is not None and isinstance(result, KernelRows):
+                result = result._replace(outputs=[])
         if left:
             tracing = torch.compiler.is_compiling()
             self._last = (x, 0, result, left) if tracing else (weakref.ref(x), x._version, result, left)
@@ -213,7 +231,7 @@ class FreeActInput(nn.Module):
             try:
                 return self._round(x)
             finally:
-                self._tables, self._native, self._offloaded = None, None, True
+                self._tables, self._native, self._joined, self._offloaded = None, None, None, True
         if (self._tables is not None or self._native is not None) and self._kernel_serves(x):
             return self._kernel_rows(x)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -283,7 +301,10 @@ class FreeActInput(nn.Module):
 
     def __deepcopy__(self, memo: dict) -> FreeActInput:
         self._last = None
-        return deepcopy_module(self, memo)
+        joined, self._joined = self._joined, None  # the copies' weights are where they are until they are prepared
+        clone = deepcopy_module(self, memo)
+        self._joined = joined
+        return clone
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:  # noqa: ARG002
         raise TypeError(PICKLE_REFUSED.format(type(self).__name__))
@@ -294,7 +315,7 @@ class FreeActInput(nn.Module):
             self.prepare()
 
     def _apply(self, fn, recurse: bool = True) -> FreeActInput:
-        self._tables = self._native = None
+        self._tables = self._native = self._joined = None
         result = keep_dtypes(self, super()._apply, fn, recurse)
         if self._prepared:
             self.prepare()

@@ -121,7 +121,7 @@ class FreeActCacheLayer(DynamicLayer):
         self, new: tuple[torch.Tensor, torch.Tensor], first: torch.Tensor, position: int
     ) -> tuple[torch.Tensor | PackedStates, torch.Tensor | PackedStates]:
         """[`update`] by kernels: rows are written in place, and a single token's attention is left to read them."""
-        from optimum_freeact.kernels.kv_triton import write_rows
+        from optimum_freeact.kernels.kv_write_triton import write_rows
 
         if self._start_there is None or self._start_there[0] is not first:
             self._start_there = (first, first.to(new[0].device, torch.int32))

@@ -67,7 +67,7 @@ def _attend(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ) -> torch.Tensor | None:
     """Attention to packed rows, or `None` where the kernel does not do what was asked."""
-    from optimum_freeact.kernels.kv_triton import MOST_QUERIES, attend
+    from optimum_freeact.kernels.kv_attend_triton import MOST_QUERIES, attend
 
     packed = isinstance(key, PackedStates) and isinstance(value, PackedStates) and key.pair is value.pair
     if not packed or isinstance(query, PackedStates) or query.dim() != 4 or dropout_p or is_causal:

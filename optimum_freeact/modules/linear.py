@@ -14,6 +14,7 @@ from optimum_freeact.kernels.dispatch import int_linear, plan
 from optimum_freeact.kernels.native import NativeWeight
 from optimum_freeact.kernels.reference import Rows, Weight, type_columns
 from optimum_freeact.modules.activation import FreeActInput, KernelRows
+from optimum_freeact.modules.joined import keep_in_place
 from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes
 from optimum_freeact.numerics.affine import dequantize
 from optimum_freeact.numerics.byte_rows import column_codes, from_bytes, to_bytes
@@ -88,6 +89,7 @@ class FreeActLinear(nn.Linear):
         self._native: NativeWeight | None = None
         self._bias_rows: torch.Tensor | None = None
         self._type_columns: torch.Tensor | None = None
+        self.span = (0, out_features)  # of the outputs where several linears are one product
 
     @torch.no_grad()
     def set_weight(
@@ -102,7 +104,7 @@ class FreeActLinear(nn.Linear):
             self.qscale.copy_(scale.squeeze(-1))
         if group_scale is not None:
             self.weight_group_scale.copy_(group_scale.squeeze(-1))
-        self._codes = self._row_sum = self._native = None
+        self._codes = self._row_sum = self._native = self.source._joined = None
 
     @torch.no_grad()
     def set_low_rank(self, branch: torch.Tensor) -> None:
@@ -110,6 +112,7 @@ class FreeActLinear(nn.Linear):
         codes, scale = column_codes(branch)
         self.low_rank.copy_(codes)
         self.low_rank_scale.copy_(scale)
+        self.source._joined = None
 
     @torch.no_grad()
     def set_bias_rows(self, bias: torch.Tensor) -> None:
@@ -121,7 +124,7 @@ class FreeActLinear(nn.Linear):
                 shift, scale = to_bytes(shift)
                 self.type_shift_scale.copy_(scale)
             self.type_shift.copy_(shift)
-        self._bias_rows = self._type_columns = None
+        self._bias_rows = self._type_columns = self.source._joined = None
 
     def bias_rows(self) -> torch.Tensor | None:
         """Output biases of all token types, `float32` of shape `(n_means or 1, out)`, as the layer uses them."""
@@ -162,7 +165,7 @@ class FreeActLinear(nn.Linear):
         """Make what the product on this device needs: sums of rows for kernels, which read the packed codes; for torch
         codes as `int8` rows (one byte a weight), so that a forward need not unpack nibbles.
         """
-        self._codes = self._row_sum = self._native = self._bias_rows = self._type_columns = None
+        self._forget()
         if self.weight.device.type != "meta":
             self._bias_rows = self.bias_rows()
         if self.bits == 16 or self.weight.device.type == "meta":
@@ -187,8 +190,19 @@ class FreeActLinear(nn.Linear):
         elif chosen.name == "triton":
             ops.make_ready(self.weight.device)
             self._type_columns = type_columns(self._bias_rows)
+            keep_in_place(self._row_sum, self._bias_rows, self._type_columns)
+            self.source.join_readers()
         else:
             self._native = NativeWeight(self.kernel_weight(), self.weight_group_scale)
+
+    @property
+    def is_joinable(self) -> bool:
+        """Whether the layer is prepared for Triton's kernels."""
+        return self._row_sum is not None and self._codes is None and self._native is None
+
+    def _forget(self) -> None:
+        """What was made of the stored tensors is no longer theirs."""
+        self._codes = self._row_sum = self._native = self._bias_rows = self._type_columns = self.source._joined = None
 
     def kernel_weight(self) -> Weight:
         """What is stored, as kernels read it; the packed codes are not copied."""
@@ -233,8 +247,19 @@ class FreeActLinear(nn.Linear):
             weight = NativeWeight(self.kernel_weight(), self.weight_group_scale)
             y = weight.linear(Rows(rows.codes, rows.stats, rows.branch), rows.types, dtype, self.source.group_size)
         else:
-            y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype)
+            y = self._joined_output(rows, dtype)
+            if y is None:
+                y = ops.w4_linear(*rows[:4], *self.kernel_weight(), dtype)
         return y.view(*rows.shape, self.out_features)
+
+    def _joined_output(self, rows: KernelRows, dtype: torch.dtype) -> torch.Tensor | None:
+        """This layer's part of one product for all that read the rows, which the first of them makes."""
+        joined = self.source._joined
+        if joined is None or rows.outputs is None:
+            return None
+        if not rows.outputs:
+            rows.outputs.append(joined.product(Rows(rows.codes, rows.stats, rows.branch), rows.types, dtype))
+        return rows.outputs[0][:, slice(*self.span)]
 
     def _integer_product(self, rounded, dtype: torch.dtype) -> torch.Tensor:
         """(scale q + offset) V^T = (scale (q codes^T) + offset rowsum(codes)) qscale, the product over integers."""
@@ -274,7 +299,7 @@ class FreeActLinear(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True) -> FreeActLinear:
         prepared = self._row_sum is not None or self._bias_rows is not None
-        self._codes = self._row_sum = self._native = self._bias_rows = self._type_columns = None
+        self._forget()
         result = keep_dtypes(self, super()._apply, fn, recurse)
         if prepared:
             self.prepare()

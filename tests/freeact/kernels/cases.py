@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from optimum_freeact.kernels.reference import Weight
+from optimum_freeact.kernels.reference import SCALE_OUTPUTS, Weight
 from optimum_freeact.kernels.tables import InputTables, make_tables
 from optimum_freeact.numerics.byte_rows import column_codes
 from optimum_freeact.numerics.hadamard import flat_rotation
@@ -64,6 +64,13 @@ def random_weight(m: int, d: int, *, rank: int = 4, n_bias: int = 2, seed: int =
         if group
         else None,
     )
+
+
+def of_several_linears(weight: Weight) -> Weight:
+    """The same with scales of the branch for each block of outputs."""
+    generator = torch.Generator().manual_seed(7)
+    m, rank = weight.low_rank.shape
+    return weight._replace(low_rank_scale=torch.rand(m // SCALE_OUTPUTS, rank, generator=generator) * 0.01)
 
 
 def to(thing, device):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_freeact.kernels import reference
-from tests.freeact.kernels.cases import input_side, means_of, random_weight, rows_of, to
+from tests.freeact.kernels.cases import input_side, means_of, of_several_linears, random_weight, rows_of, to
 
 
 def values_of(rows):
@@ -133,6 +133,13 @@ def test_everything_that_follows(device, n, rank, n_bias):
     for plain_cores in (False, True) if n <= 4 else (False,):
         got, want = both(device, rows, torch.arange(n) % max(n_bias, 1), weight, plain_cores)
         assert (got - want).norm() <= 2e-5 * want.norm()
+
+
+@pytest.mark.parametrize(("n", "plain_cores"), [(1, True), (5, False)])
+def test_several_linears_as_one(device, n, plain_cores):
+    rows, weight = random_values(n, 96), of_several_linears(random_weight(512, 96, group=32))
+    got, want = both(device, rows, torch.arange(n) % 2, weight, plain_cores)
+    assert (got - want).norm() <= 2e-5 * want.norm()
 
 
 @pytest.mark.parametrize("split", [1, 2, 3])

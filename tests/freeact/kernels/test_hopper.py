@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_freeact.kernels import dispatch, ops, reference
-from tests.freeact.kernels.cases import random_weight, to
+from tests.freeact.kernels.cases import of_several_linears, random_weight, to
 
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -22,13 +22,14 @@ def rounded_rows(n: int, d: int, rank: int, bits: int = 4, seed: int = 3) -> ref
     return reference.Rows(codes.to(torch.int8), torch.stack((scale, offset, codes.sum(1).float())), branch)
 
 
-def check(module, n, d, m, *, rank=24, n_bias=2, bits=4, dtype=torch.bfloat16, group=None):
+def check(module, n, d, m, *, rank=24, n_bias=2, bits=4, dtype=torch.bfloat16, group=None, several=False):
     """`group` of the weight, 0 for none, makes the rows values instead of codes."""
     rows, weight = rounded_rows(n, d, rank, bits), random_weight(m, d, rank=rank, n_bias=n_bias, group=group or 0)
     if group is not None:
         values = torch.randn(n, d, generator=torch.Generator().manual_seed(5)).half()
         rows = rows._replace(codes=values, stats=rows.stats[:1])
         weight = weight._replace(qscale=weight.qscale / 60)  # within float16
+    weight = of_several_linears(weight) if several else weight
     types = torch.randint(0, max(1, n_bias), (n,), generator=torch.Generator().manual_seed(4))
     want = reference.w4_linear(rows, types, weight, torch.float64, torch.float64)
     rows = reference.marked(rows, types, rank, n_bias, 16)
@@ -58,6 +59,14 @@ def test_every_part_may_be_absent(options):
 
     check(w4_hopper, 300, 512, 520, **options)
     check(w4_hopper, 300, 512, 520, dtype=torch.float16, **options)
+
+
+@needs_hopper
+@pytest.mark.parametrize("group", [None, 0, 32])
+def test_several_linears_as_one(group):
+    from optimum_freeact.kernels import w4_hopper
+
+    check(w4_hopper, 300, 512, 1536, group=group, several=True)
 
 
 @needs_hopper

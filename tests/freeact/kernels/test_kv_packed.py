@@ -76,10 +76,10 @@ def test_a_layer_holds_what_torch_would_hold(kind, kernels):
 @pytest.mark.parametrize("kind", ["rotate", "means"])
 @pytest.mark.parametrize(("heads", "grouped"), [(2, False), (6, True)])
 def test_attention_reads_packed_rows(kind, heads, grouped, kernels, monkeypatch):
-    from optimum_freeact.kernels import kv_triton
+    from optimum_freeact.kernels import kv_attend_triton
 
-    layer, calls, attend = FreeActCacheLayer(a_spec(kind)), [], kv_triton.attend
-    monkeypatch.setattr(kv_triton, "attend", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs))
+    layer, calls, attend = FreeActCacheLayer(a_spec(kind)), [], kv_attend_triton.attend
+    monkeypatch.setattr(kv_attend_triton, "attend", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs))
     for states in steps(2, [70, 1], device=kernels):
         keys, values = layer.update(*states)
     query = torch.randn(2, heads, 1, 32, dtype=torch.bfloat16, device=kernels)
@@ -102,10 +102,10 @@ def test_attention_reads_packed_rows(kind, heads, grouped, kernels, monkeypatch)
 
 @pytest.mark.parametrize(("attention", "padded"), [("sdpa", False), ("sdpa", True), ("eager", True)])
 def test_generation_is_that_of_the_unpacked_cache(attention, padded, kernels, monkeypatch):
-    from optimum_freeact.kernels import kv_triton
+    from optimum_freeact.kernels import kv_attend_triton
 
-    calls, attend = [], kv_triton.attend
-    monkeypatch.setattr(kv_triton, "attend", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs))
+    calls, attend = [], kv_attend_triton.attend
+    monkeypatch.setattr(kv_attend_triton, "attend", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs))
     model = tiny("qwen2").to(kernels)
     means = cache_means(model, sample_ids(4, 20, seed=2).to(kernels))
     model = model.bfloat16()

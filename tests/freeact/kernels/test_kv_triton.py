@@ -56,7 +56,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_is_as_near_as_torchs_own(case, dtype, device):
     """At most twice the error that torch makes when it decodes to `dtype` and attends in it."""
-    from optimum_freeact.kernels import kv_triton
+    from optimum_freeact.kernels import kv_attend_triton
 
     if dtype == torch.float32 and device == "cuda":
         pytest.skip("float32 is read unpacked")
@@ -68,7 +68,7 @@ def test_attention_is_as_near_as_torchs_own(case, dtype, device):
     scale = size**-0.5
     arguments = (keys, values, start, scale, mask)
     want = kv_reference.attend(query.double(), *arguments, dtype=torch.float64)
-    got = kv_triton.attend(query, *arguments)
+    got = kv_attend_triton.attend(query, *arguments)
     k, v = (kv_reference.states(rows, start, size, torch.float32).to(dtype) for rows in (keys, values))
     plain = torch.nn.functional.scaled_dot_product_attention(
         query, k, v, attn_mask=None if mask is None else mask[:, None, None], scale=scale
@@ -83,7 +83,7 @@ def test_attention_is_as_near_as_torchs_own(case, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("n", [None, 16, 32])
 def test_rows_are_written_as_specified(n, dtype, device):
-    from optimum_freeact.kernels import kv_triton
+    from optimum_freeact.kernels import kv_write_triton
 
     batch, heads, tokens, size, position = 2, 3, 5, 64, 11
     states = torch.randn(batch, heads, tokens, size, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
@@ -93,7 +93,7 @@ def test_rows_are_written_as_specified(n, dtype, device):
     if n:
         rows.cos, rows.sin = (table.to(device) for table in turns(64, n))
     out = torch.zeros(batch, heads, 9, row_bytes(size, 4), dtype=torch.uint8, device=device)
-    kv_triton.write_rows(states, rows, start, position, out[:, :, 2:7])
+    kv_write_triton.write_rows(states, rows, start, position, out[:, :, 2:7])
     shifted = CacheRows(encode(torch.zeros(batch, heads, position + tokens, size), 4, torch.bfloat16).to(device), torch.bfloat16,
                         rows.mean, rows.cos, rows.sin)  # fmt: skip
     means = kv_reference.states(shifted, start, size, torch.float32)[:, :, position:]
@@ -113,7 +113,7 @@ def test_rows_are_written_as_specified(n, dtype, device):
 
 
 def test_what_is_not_finite_stays_so(device):
-    from optimum_freeact.kernels import kv_triton
+    from optimum_freeact.kernels import kv_write_triton
 
     states = torch.randn(1, 1, 3, 64)
     states[0, 0, 1, 5], states[0, 0, 2, 6] = float("nan"), float("inf")
@@ -121,7 +121,7 @@ def test_what_is_not_finite_stays_so(device):
     rows = CacheRows(torch.empty(0), torch.float16)
     start = torch.zeros(1, dtype=torch.int32, device=device)
     rows.data = torch.zeros(1, 1, 3, 36, dtype=torch.uint8, device=device)
-    kv_triton.write_rows(states, rows, start, 0, rows.data)
+    kv_write_triton.write_rows(states, rows, start, 0, rows.data)
     back = kv_reference.states(rows, start, 64, torch.float32)
     assert back.isnan().all(-1).flatten().tolist() == [False, True, True]
     assert back.isnan().any(-1).flatten().tolist() == [False, True, True]

@@ -62,6 +62,18 @@ def test_every_part_may_be_absent(device, options):
     assert kernel <= 2 * own
 
 
+@pytest.mark.parametrize("rank", [0, 24])
+@pytest.mark.parametrize("n", [1, 20, 70])
+def test_parts_may_be_summed_by_those_that_read_them(device, rank, n):
+    from optimum_freeact.kernels import rounding_triton
+
+    side = to(input_side(576, rank=rank).tables, device)
+    x, types = (t.to(device) for t in rows_of(n, 576))
+    one, other = (rounding_triton.round_rows(x, types, side, options={"summed": summed}) for summed in (True, False))
+    for first, second in zip(one, other, strict=True):
+        assert first is second or torch.equal(first, second)
+
+
 def test_half_precision_rows(device):
     own, kernel = own_and_kernel_error(device, 576, 5, dtype=torch.float16)
     assert kernel <= 2 * own

@@ -5,7 +5,7 @@ import torch
 
 from optimum_freeact.kernels import reference
 from optimum_freeact.numerics.packing import unpack
-from tests.freeact.kernels.cases import random_weight, to
+from tests.freeact.kernels.cases import of_several_linears, random_weight, to
 
 
 def random_rows(n, d, rank=4, width=16, bits=4, seed=3):
@@ -73,6 +73,13 @@ def test_everything_that_follows(device, name, n, rank, n_bias):
     rows = random_rows(n, 160, rank=rank)
     types = torch.arange(n) % max(n_bias, 1)
     got, want = both(device, name, rows, types, weight)
+    assert (got - want).norm() <= 2e-5 * want.norm()
+
+
+@pytest.mark.parametrize(("name", "n"), [("mma", 5), ("dp4a", 1), ("dp4a", 3)])
+def test_several_linears_as_one(device, name, n):
+    rows, weight = random_rows(n, 96), of_several_linears(random_weight(768, 96))
+    got, want = both(device, name, rows, torch.arange(n) % 2, weight)
     assert (got - want).norm() <= 2e-5 * want.norm()
 
 

@@ -1,6 +1,6 @@
-"""Triton: the 4-bit KV cache. `write_rows` quantizes and packs new states; `attend` is decode attention that reads packed rows.
+"""Triton: decode attention that reads packed rows of the 4-bit KV cache; the specification is `kernels.kv_reference`.
 
-What is stored is what `numerics.vector_codec` stores; the specification is `kernels.kv_reference`. Rows are never unpacked
+Rows are never unpacked
 in memory: a program goes through a share of the tokens of one key head, for all query heads that read it, with a running
 softmax; a second kernel joins the shares. Scale, low end and mean of a row follow the product of its codes:
 
@@ -16,130 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
+from optimum_freeact.kernels.kv_parts_triton import codes, join_shares, quarter, sink_score
 from optimum_freeact.kernels.kv_reference import CacheRows
-from optimum_freeact.kernels.triton_state import INTERPRETED
+from optimum_freeact.kernels.triton_state import INTERPRETED, triton_type
 
 
 MOST_QUERIES = 16  # rows of a tile
 # tokens that a program reads at a time, and how many programs there are: two for each processor of an H100
 LAUNCH = {"block": 128, "programs": 264, "warps": 4, "stages": 2}
-
-
-@triton.jit
-def _down(x, STORE: tl.constexpr):
-    """The largest number of the two-byte type that is not above `x`, as `vector_codec._round_down`."""
-    rounded = x.to(STORE)
-    bits = rounded.to(tl.int16, bitcast=True)
-    below = (bits + tl.where(bits > 0, -1, 1).to(tl.int16)).to(STORE, bitcast=True)
-    return tl.where(rounded.to(tl.float32) > x, below, rounded)
-
-
-@triton.jit
-def _half_even(x):
-    """Nearest integer of a number in [0, 16), half to even."""
-    floor = tl.floor(x)
-    rest = x - floor
-    up = (rest > 0.5) | ((rest == 0.5) & (floor - 2 * tl.floor(floor * 0.5) == 1.0))
-    return floor + tl.where(up, 1.0, 0.0)
-
-
-@triton.jit
-def _write(
-    x_ptr, out_ptr, grid_ptr, mean_ptr, cos_ptr, sin_ptr, start_ptr, tokens, heads, position,
-    stride_b, stride_h, stride_t, out_b, out_h, out_t,
-    HALF: tl.constexpr, PH: tl.constexpr, N: tl.constexpr, STORE: tl.constexpr,
-    HAS_MEAN: tl.constexpr, TURNS: tl.constexpr,
-):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64)
-    t = index % tokens
-    h = index // tokens % heads
-    b = index // (tokens * heads)
-    k = tl.arange(0, PH)
-    inside = k < HALF
-    base = x_ptr + b * stride_b + h * stride_h + t * stride_t
-    even = tl.load(base + 2 * k, mask=inside, other=0.0).to(tl.float32)
-    odd = tl.load(base + 2 * k + 1, mask=inside, other=0.0).to(tl.float32)
-    if HAS_MEAN:
-        row = mean_ptr + h * 2 * HALF
-        turn = tl.maximum(position + t - tl.load(start_ptr + b), 0)
-        for side in tl.static_range(2):
-            c = 2 * k + side
-            mean = tl.load(row + c, mask=inside, other=0.0)
-            if TURNS:  # channel i turns with channel N + i
-                turned = inside & (c < 2 * N)
-                i = tl.where(c < N, c, c - N)
-                cos = tl.load(cos_ptr + turn * N + i, mask=turned, other=1.0)
-                sin = tl.load(sin_ptr + turn * N + i, mask=turned, other=0.0)
-                other = tl.load(row + tl.where(c < N, c + N, c - N), mask=turned, other=0.0)
-                mean = mean * cos + tl.where(c < N, -other, other) * sin
-            if side == 0:
-                even -= mean
-            else:
-                odd -= mean
-    low = tl.minimum(tl.min(tl.where(inside, even, float("inf")), 0), tl.min(tl.where(inside, odd, float("inf")), 0))
-    high = tl.maximum(
-        tl.max(tl.where(inside, even, float("-inf")), 0), tl.max(tl.where(inside, odd, float("-inf")), 0)
-    )
-    bad = tl.sum(tl.where(inside, even * 0.0 + odd * 0.0, 0.0), 0)  # NaN from NaN and infinity
-    low_stored = _down(low + bad, STORE)
-    reach = (high - low_stored.to(tl.float32)) / 15.0
-    step = -_down(-(reach + bad), STORE).to(tl.float32)  # not below what is needed
-    step = tl.where(step == 0.0, 1.0, step)
-    from_ = low_stored.to(tl.float32)
-    first = _half_even(tl.minimum(tl.maximum((even - from_) / step, 0.0), 15.0))
-    second = _half_even(tl.minimum(tl.maximum((odd - from_) / step, 0.0), 15.0))
-    first = tl.where(first == first, first, 8.0)
-    second = tl.where(second == second, second, 8.0)
-    packed = first.to(tl.uint8) | (second.to(tl.uint8) << 4)
-    out = b * out_b + h * out_h + t * out_t
-    tl.store(out_ptr + out + k, packed, mask=inside)
-    at = (out + HALF) // 2
-    tl.store(grid_ptr + at, step.to(STORE))
-    tl.store(grid_ptr + at + 1, low_stored)
-
-
-def write_rows(states: torch.Tensor, rows: CacheRows, start: torch.Tensor, position: int, out: torch.Tensor) -> None:
-    """Encode `states` of shape `(batch, heads, tokens, head_dim)`, the first at cache position `position`, into `out`.
-
-    Args:
-        states: In the model's type; rotated already if the cache rotates.
-        rows ([`CacheRows`]): How this kind of states is stored; its `data` is not read.
-        start (`torch.Tensor` of shape `(batch,)`, int32, on the device): Position of each row's first real token.
-        position (`int`): As said.
-        out (`uint8`, shape `(batch, heads, tokens, row bytes)`): May be a part of a larger buffer.
-    """
-    batch, heads, tokens, size = states.shape
-    if states.numel() == 0:
-        return
-    states = states if states.stride(-1) == 1 else states.contiguous()
-    half, n = size // 2, 0 if rows.cos is None else rows.cos.shape[1]
-    nothing = states
-    _write[(batch * heads * tokens,)](
-        states, out, out.view(rows.storage), rows.mean if rows.mean is not None else nothing,
-        rows.cos if n else nothing, rows.sin if n else nothing, start, tokens, heads, position,
-        *states.stride()[:3], *out.stride()[:3],
-        HALF=half, PH=triton.next_power_of_2(half), N=max(n, 1), STORE=_triton_type(rows.storage),
-        HAS_MEAN=rows.mean is not None, TURNS=n > 0, num_warps=1,
-    )  # fmt: skip
-
-
-def _triton_type(dtype: torch.dtype):
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
-
-
-@triton.jit
-def _codes(words, SIDE: tl.constexpr, TYPE: tl.constexpr, MAGIC: tl.constexpr):
-    """Nibble `SIDE` of each 16-bit word plus a power of two: the word's low bits become a number's last ones."""
-    nibble = (words >> (4 * SIDE)) & 15
-    if MAGIC == 0:
-        return nibble.to(TYPE)
-    return (nibble | MAGIC).to(tl.int16).to(TYPE, bitcast=True)
-
-
-@triton.jit
-def _quarter(ptr, w, inside, SIDE: tl.constexpr):
-    """Channels `4 w + SIDE` of a row in float32."""
-    return tl.load(ptr + 4 * w + SIDE, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -190,8 +74,8 @@ def _attend(
         rest = is_word & (4 * w >= 2 * N - 3) if TURNS else is_word  # channels that do not turn
         for side in tl.static_range(4):
             still = rest & (4 * w + side >= 2 * N) if TURNS else rest
-            q = _quarter(q_row, w[None, :], real, side)
-            constant += tl.sum(q * _quarter(mean_row, w, still, side)[None, :], 1)
+            q = quarter(q_row, w[None, :], real, side)
+            constant += tl.sum(q * quarter(mean_row, w, still, side)[None, :], 1)
     highest = tl.full((TILE,), float("-inf"), tl.float32)
     norm = tl.zeros((TILE,), tl.float32)
     lows = tl.zeros((TILE,), tl.float32)
@@ -208,10 +92,10 @@ def _attend(
         seen = t < length
         k_row = k_base + t.to(tl.int64) * KT
         words = tl.load(k_ptr + k_row[None, :] + w[:, None], mask=seen[None, :] & is_word[:, None], other=0)
-        scores = tl.dot(q0, _codes(words, 0, TYPE, MAGIC), input_precision="ieee")
-        scores = tl.dot(q1, _codes(words, 1, TYPE, MAGIC), scores, input_precision="ieee")
-        scores = tl.dot(q2, _codes(words, 2, TYPE, MAGIC), scores, input_precision="ieee")
-        scores = tl.dot(q3, _codes(words, 3, TYPE, MAGIC), scores, input_precision="ieee")
+        scores = tl.dot(q0, codes(words, 0, TYPE, MAGIC), input_precision="ieee")
+        scores = tl.dot(q1, codes(words, 1, TYPE, MAGIC), scores, input_precision="ieee")
+        scores = tl.dot(q2, codes(words, 2, TYPE, MAGIC), scores, input_precision="ieee")
+        scores = tl.dot(q3, codes(words, 3, TYPE, MAGIC), scores, input_precision="ieee")
         scale = tl.load(k_grid + k_row + WORDS, mask=seen, other=0.0).to(tl.float32)
         low = tl.load(k_grid + k_row + WORDS + 1, mask=seen, other=0.0).to(tl.float32) - ADDED * scale
         scores = scores * scale[None, :] + total[:, None] * low[None, :] + constant[:, None]
@@ -253,16 +137,16 @@ def _attend(
         # rounded and multiplied
         middle = v_low + 8 * v_scale
         lows = lows * shrink + tl.sum(p * middle[None, :] - (ADDED + 8) * weighted.to(tl.float32), 1)
-        acc0 = tl.dot(weighted, _codes(v_words, 0, TYPE, MAGIC), acc0 * shrink[:, None], input_precision="ieee")
-        acc1 = tl.dot(weighted, _codes(v_words, 1, TYPE, MAGIC), acc1 * shrink[:, None], input_precision="ieee")
-        acc2 = tl.dot(weighted, _codes(v_words, 2, TYPE, MAGIC), acc2 * shrink[:, None], input_precision="ieee")
-        acc3 = tl.dot(weighted, _codes(v_words, 3, TYPE, MAGIC), acc3 * shrink[:, None], input_precision="ieee")
+        acc0 = tl.dot(weighted, codes(v_words, 0, TYPE, MAGIC), acc0 * shrink[:, None], input_precision="ieee")
+        acc1 = tl.dot(weighted, codes(v_words, 1, TYPE, MAGIC), acc1 * shrink[:, None], input_precision="ieee")
+        acc2 = tl.dot(weighted, codes(v_words, 2, TYPE, MAGIC), acc2 * shrink[:, None], input_precision="ieee")
+        acc3 = tl.dot(weighted, codes(v_words, 3, TYPE, MAGIC), acc3 * shrink[:, None], input_precision="ieee")
         highest = new
     out = (bh * tl.num_programs(1) + part) * QUERIES + m
     sink_highest = highest
     if SINK > 0:  # the largest score, with the sink's, before anything is weighed
         for s in range(0, SINK):
-            score = _sink_score(
+            score = sink_score(
                 q_row, k_exact, mask_ptr, start + s, bh * SINK + s, b * mask_b, begin, end, length, w, is_word, real, m,
                 softmax_scale, WORDS, HAS_MASK,
             )  # fmt: skip
@@ -274,60 +158,21 @@ def _attend(
         acc = acc0 if side == 0 else acc1 if side == 1 else acc2 if side == 2 else acc3
         acc = acc + lows[:, None]
         if V_MEAN:
-            acc += norm[:, None] * _quarter(v_mean + h * 4 * WORDS, w, is_word, side)[None, :]
+            acc += norm[:, None] * quarter(v_mean + h * 4 * WORDS, w, is_word, side)[None, :]
         acc = acc * shrink[:, None]
         if SINK > 0:
             for s in range(0, SINK):
-                score = _sink_score(
+                score = sink_score(
                     q_row, k_exact, mask_ptr, start + s, bh * SINK + s, b * mask_b, begin, end, length, w, is_word, real, m,
                     softmax_scale, WORDS, HAS_MASK,
                 )  # fmt: skip
                 p = tl.exp(score - safe)
-                acc += p[:, None] * _quarter(v_exact + (bh * SINK + s) * 4 * WORDS, w, is_word, side)[None, :]
+                acc += p[:, None] * quarter(v_exact + (bh * SINK + s) * 4 * WORDS, w, is_word, side)[None, :]
                 if side == 0:
                     final += p
         tl.store(partial_ptr + out[:, None] * 4 * WORDS + 4 * w[None, :] + side, acc, mask=real)
     tl.store(norm_ptr + 2 * out, sink_highest, mask=is_query)
     tl.store(norm_ptr + 2 * out + 1, final, mask=is_query)
-
-
-@triton.jit
-def _sink_score(
-    q_row, k_exact, mask_ptr, t, row, mask_row, begin, end, length, w, is_word, real, m, softmax_scale,
-    WORDS: tl.constexpr, HAS_MASK: tl.constexpr,
-):  # fmt: skip
-    """Score of one exact key for all queries, minus infinity where it is another program's or not seen."""
-    score = tl.zeros(m.shape, tl.float32)
-    for side in tl.static_range(4):
-        key = _quarter(k_exact + row * 4 * WORDS, w, is_word, side)
-        score += tl.sum(_quarter(q_row, w[None, :], real, side) * key[None, :], 1)
-    here = t + tl.zeros(m.shape, tl.int32)
-    scored = (here >= begin) & (here < end)
-    if HAS_MASK:
-        shown = tl.load(mask_ptr + mask_row + tl.minimum(t, length - 1))
-        scored = scored & ((shown + tl.zeros(m.shape, tl.int32)) != 0)
-    return tl.where(scored, score * softmax_scale, float("-inf"))
-
-
-@triton.jit
-def _join(partial_ptr, norm_ptr, y_ptr, parts, QUERIES: tl.constexpr, SIZE: tl.constexpr, PS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    bh = row // QUERIES
-    query = row % QUERIES
-    k = tl.arange(0, PS)
-    highest = float("-inf")
-    for part in range(0, parts):
-        highest = tl.maximum(highest, tl.load(norm_ptr + 2 * ((bh * parts + part) * QUERIES + query)))
-    safe = tl.where(highest == float("-inf"), 0.0, highest)
-    acc = tl.zeros((PS,), tl.float32)
-    norm = 0.0
-    for part in range(0, parts):
-        at = (bh * parts + part) * QUERIES + query
-        weight = tl.exp(tl.load(norm_ptr + 2 * at) - safe)
-        norm += weight * tl.load(norm_ptr + 2 * at + 1)
-        acc += weight * tl.load(partial_ptr + at * SIZE + k, mask=k < SIZE, other=0.0)
-    y = acc / norm
-    tl.store(y_ptr + row * SIZE + k, y.to(y_ptr.dtype.element_ty), mask=k < SIZE)
 
 
 def attend(
@@ -388,11 +233,11 @@ def attend(
         0 if mask is None or len(mask) == 1 else length,
         KT=row_words, VT=row_words, QUERIES=queries, WORDS=words, PW=max(16, triton.next_power_of_2(words)), N=max(n, 1),
         PN=max(16, triton.next_power_of_2(max(n, 1))), SINK=sink, K_MEAN=keys.mean is not None, TURNS=n > 0,
-        V_MEAN=values.mean is not None, HAS_MASK=mask is not None, TYPE=_triton_type(kind), MAGIC=magic, ADDED=added, TILE=MOST_QUERIES,
+        V_MEAN=values.mean is not None, HAS_MASK=mask is not None, TYPE=triton_type(kind), MAGIC=magic, ADDED=added, TILE=MOST_QUERIES,
         STEP=block,
         num_warps=launch["warps"], num_stages=launch["stages"],
     )  # fmt: skip
-    _join[(batch * heads * queries,)](
+    join_shares[(batch * heads * queries,)](
         partial, norm, y, parts, QUERIES=queries, SIZE=size, PS=triton.next_power_of_2(size), num_warps=1
     )
     return y

@@ -1,0 +1,84 @@
+"""Linears that read one input, as one product: their packed weights lie behind each other, and each has its part of the output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from optimum_freeact.kernels import ops
+from optimum_freeact.kernels.reference import SCALE_OUTPUTS, Rows, Weight
+
+
+if TYPE_CHECKING:
+    from optimum_freeact.modules.linear import FreeActLinear
+
+
+def keep_in_place(*tensors: torch.Tensor | None) -> None:
+    """Tell `torch.compile` that tensors on a GPU stay where they are: a CUDA graph would else copy them in each call."""
+    for tensor in tensors:
+        if tensor is not None and tensor.is_cuda:
+            torch._dynamo.mark_static_address(tensor, guard=True)
+
+
+STORED = (
+    "weight",
+    "weight_group_scale",
+    "low_rank",
+)  # large enough to be held once: the linears keep views of the whole
+
+
+class JoinedLinears:
+    """One weight in the place of several; each reader's `span` says which outputs are its own.
+
+    Args:
+        readers (`list` of [`FreeActLinear`]): Prepared for Triton's kernels; see [`join`].
+    """
+
+    def __init__(self, readers: list[FreeActLinear]):
+        start = 0
+        for reader in readers:
+            reader.span = (start, start + reader.out_features)
+            start += reader.out_features
+        whole: dict[str, torch.Tensor | None] = dict.fromkeys(STORED)
+        for name in STORED:
+            if getattr(readers[0], name) is not None:
+                whole[name] = joined = torch.cat([getattr(reader, name).data for reader in readers])
+                for reader in readers:
+                    getattr(reader, name).data = joined[slice(*reader.span)]
+        packed = whole["weight"]
+        assert packed is not None
+        weights = [reader.kernel_weight() for reader in readers]
+        scales = [
+            w.low_rank_scale.expand(reader.out_features // SCALE_OUTPUTS, -1)
+            for w, reader in zip(weights, readers, strict=True)
+            if w.low_rank_scale is not None
+        ]
+        biases = [w.type_bias for w in weights if w.type_bias is not None]
+        columns = [w.type_columns for w in weights if w.type_columns is not None]
+        self.joined = Weight(
+            packed.flatten(1),
+            torch.cat([w.qscale for w in weights]),
+            torch.cat([w.row_sum for w in weights]),
+            whole["low_rank"],
+            torch.cat(scales) if scales else None,
+            torch.cat(biases, 1) if biases else None,
+            whole["weight_group_scale"],
+            torch.cat(columns) if columns else None,
+        )
+        keep_in_place(*self.joined)
+
+    def product(self, rows: Rows, types: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """Outputs of all linears, `(n, sum of out_features)`."""
+        return ops.w4_linear(*rows, types, *self.joined, dtype)
+
+
+@torch.no_grad()
+def join(readers: list[FreeActLinear]) -> JoinedLinears | None:
+    """Linears on one device as one; `None` where they differ in what a kernel takes for all outputs, or where the blocks of outputs
+    that kernels multiply would not lie in one linear each.
+    """
+    kinds = {(r.weight.device, r.bits, r.group_size, r.type_bias is None) for r in readers}
+    if len(kinds) > 1 or any(r.out_features % SCALE_OUTPUTS for r in readers):
+        return None
+    return JoinedLinears(readers)
