@@ -49,7 +49,6 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("rounding_noise", False),
     ("rounding_shrinkage", True),
     ("sequential", True),
-    ("error_correction", True),
     ("activation_symmetric", True),
     ("activation_clip", 1.0),
     ("weight_clip", 1.0),
@@ -60,24 +59,21 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("activation_group_size", 64),
     ("activation_group_size", 32),
 )
-# of the default, decided on validation text (`run.py --variants`)
-# each with the constants of the package that it changes, by name
-AS_BEFORE = {
-    "transforms.affine_map.READS_OUTSIDE": False,
-    "modules.activation.ROTATION_IN_BFLOAT16": False,
-}
-CORRECTED = {"error_correction": True}
+# of the default, decided on validation text (`run.py --variants`); each with the constants of the package that it changes, by name
 VARIANTS: tuple[tuple[str, dict, dict], ...] = (
     ("freeact", {}, {}),
-    ("freeact of before", {"rounding_shrinkage": True}, AS_BEFORE),
-    ("freeact of before, no shrinkage", {}, AS_BEFORE),
-    ("branch corrected", CORRECTED, {}),
-    ("means corrected", CORRECTED, {"calibration.closed_form.CORRECTED": "means"}),
-    ("weight corrected", CORRECTED, {"calibration.closed_form.CORRECTED": "weight"}),
-    ("joint directions", {}, {"transforms.fit.JOINT_DIRECTIONS": True}),
-    ("branch corrected, refit", {**CORRECTED, "rounding_refit": True}, {}),
-    ("branch corrected, shrinkage", {**CORRECTED, "rounding_shrinkage": True}, {}),
-    ("branch corrected between blocks", CORRECTED, {"calibration.stream.PAIRED_WITHIN": False}),
+    ("freeact loudness_limit=2.0", {"loudness_limit": 2.0}, {}),
+    ("freeact error_correction=True", {"error_correction": True}, {}),
+    ("freeact error_correction=True loudness_limit=2.0", {"error_correction": True, "loudness_limit": 2.0}, {}),
+    ("freeact, no balance", {}, {"calibration.closed_form.BALANCE": False}),
+    ("freeact rounding_refit=True", {"rounding_refit": True}, {}),
+    ("freeact rounding_passes=0", {"rounding_passes": 0}, {}),
+    ("freeact sequential=True", {"sequential": True}, {}),
+)
+# changes that may follow the default: measured with every seed, and on validation text too
+CANDIDATES: tuple[dict, ...] = (
+    {"loudness_limit": 2.0},
+    {"error_correction": True},
 )
 CLAIMED = ("freeact", "freeact-fast", "freeact-learned", "flatquant", "quarot")
 GRIDS = (None, 64, 32, 16)  # of the sweep: group sizes of weights times those of activations
@@ -226,6 +222,8 @@ class Plan:
         for method, quantize in methods.items():
             learned = {**PRESETS[quantize["preset"]], **quantize}["calibration"] == "learned"
             more = {"measure": self.learned["measure"]} if learned else {}
+            if method == "freeact":  # beside the candidates
+                more = {"measure": {"divergence": True}}
             quantize = {**quantize, **(self.learned["quantize"] if learned else {})}
             for settings in self._settings(self.learned_schemes if learned else None):
                 claimed = "w4a4" in settings and method in CLAIMED
@@ -258,6 +256,12 @@ class Plan:
         shrunk = {"preset": "freeact-fast", "rounding_shrinkage": True}
         for seed in self.seeds:  # why only one of our presets has it
             self.add("ablation", "freeact-fast rounding_shrinkage=True", ("w4a4",), seed, shrunk, rank=3)
+
+        for change in CANDIDATES:
+            method = " ".join(("freeact", *(f"{name}={value}" for name, value in change.items())))
+            for seed in self.seeds:
+                quantize, more = {"preset": "freeact", **change}, {"measure": {"divergence": True}}
+                self.add("candidate", method, ("w4a4",), seed, quantize, rank=2, **more)
 
         default = {**DEFAULTS, **PRESETS["freeact"]}
         for name, value in ABLATIONS:
@@ -495,7 +499,8 @@ def _score(job: Job, setting: str, model, tokenizer) -> list[dict]:
     from optimum_freeact import score_text, tokenize_windows
 
     rows, measure = [], job.measure
-    exact = _load(job, "float32").eval() if measure.get("divergence") and job.group != "full" else None
+    wanted = measure.get("divergence") and job.group != "full" and setting == job.settings[0]
+    exact = _load(job, "float32").eval() if wanted else None
     for text in job.texts:
         held_out = text.read_evaluation(measure["windows"] * measure["window"])
         windows = tokenize_windows(held_out, tokenizer, measure["window"], measure["windows"])
@@ -505,7 +510,15 @@ def _score(job: Job, setting: str, model, tokenizer) -> list[dict]:
         else:
             rows.append(_row(job, setting, "nll", score.nll, text=text.name, n_tokens=score.n_tokens))
         if exact is not None:
-            rows.append(_row(job, setting, "divergence", _divergence(exact, model, windows), text=text.name))
+            text = text.for_choosing()
+            windows = tokenize_windows(
+                text.read_evaluation(measure["windows"] * measure["window"]),
+                tokenizer,
+                measure["window"],
+                measure["windows"],
+            )
+            note = "mean KL(full precision || quantized), nats a token, on validation text"
+            rows.append(_row(job, setting, "divergence", _divergence(exact, model, windows), note, text=text.name))
     return rows
 
 
