@@ -74,6 +74,7 @@ VARIANTS: tuple[tuple[str, dict, dict], ...] = (
 CANDIDATES: tuple[dict, ...] = (
     {"loudness_limit": 2.0},
     {"error_correction": True},
+    {"error_correction": True, "loudness_limit": 2.0},
 )
 CLAIMED = ("freeact", "freeact-fast", "freeact-learned", "flatquant", "quarot")
 GRIDS = (None, 64, 32, 16)  # of the sweep: group sizes of weights times those of activations
