@@ -28,6 +28,7 @@ from optimum_freeact.type_rules import SINK
 ACTIVATION_CLIP_GRID = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
 # Half the way: on SmolLM2 the whole way fits the calibration text better and held-out text worse (docs/log.md)
 CORRECTION_STRENGTH = 0.5
+BALANCE = True  # whether biases take back what rounding takes from mean outputs
 # Tokens for each entry of an input below which its weight is not shrunk to the noise: the directions that are shrunk are those
 # whose moments are known worst (docs/log.md). All that was measured has more.
 MIN_SHRINKAGE_TOKENS = 6
@@ -233,7 +234,7 @@ class GroupFit:
         self._write(target, round_weight(target, moments_z, config, weight_clip), low_rank, stored)
         used = torch.cat([module.transformed_weight(torch.float64) for module in self.targets])
         output = z @ v.mT
-        if self.stats.paired is None:
+        if self.stats.paired is None and BALANCE:
             self._balance(output - (z + noise) @ used.mT, types, weights)
         energy = rows.double().square().sum()
         left = stored.centre(rows.double(), types).square().sum()
