@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import json
-import os
 import shutil
-import socket
-import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
+from mergekit_ot.digest import content_key, file_hash
+from mergekit_ot.folders import refuse_foreign, replace_folder, scratch_beside
 from mergekit_ot.heads import HeadPlan
 from mergekit_ot.maps import DenseMap, SparseMap
 
@@ -74,10 +71,11 @@ class PlanBundle:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def save(self, folder: str | Path) -> Path:
-        """Write the bundle; the folder appears whole or not at all and replaces an older bundle."""
+        """Write the bundle; the folder appears whole or not at all and replaces an older bundle, nothing else."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
+        refuse_other_plans(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = scratch_beside(folder)
         try:
@@ -91,38 +89,9 @@ class PlanBundle:
         return folder
 
 
-def scratch_beside(folder: Path) -> Path:
-    """A new hidden folder beside `folder`; those that a killed process of this machine left there are removed.
-
-    Its name says the machine and the process, so that a folder in use by another run is never taken for a left one.
-    """
-    mine = f".{folder.name}-{socket.gethostname()}-"
-    for left in folder.parent.glob(f"{glob.escape(mine)}*"):
-        process = left.name.removeprefix(mine).partition("-")[0]
-        if process.isdigit() and not _alive(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=folder.parent))
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # it is somebody else's
-        return True
-    return True
-
-
-def replace_folder(scratch: Path, folder: Path) -> None:
-    """Move a finished folder to its place, over an older one of the same kind."""
-    old = folder.with_name(f".{folder.name}-old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)  # what an interrupted replacement left
-        os.replace(folder, old)
-    os.replace(scratch, folder)
-    os.chmod(folder, 0o755)
-    shutil.rmtree(old, ignore_errors=True)
+def refuse_other_plans(folder: Path) -> None:
+    """Refuse a folder for plans that holds anything else."""
+    refuse_foreign(folder, "plans.json", "an earlier bundle of plans")
 
 
 def load_bundle(folder: str | Path) -> PlanBundle:
@@ -153,31 +122,3 @@ def load_bundle(folder: str | Path) -> PlanBundle:
         raise BundleError(damaged)
     del info["format_version"], info["sha256"]
     return PlanBundle(load_file(folder / "plans.safetensors"), info)
-
-
-def file_hash(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as handle:
-        return (
-            hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
-        )
-
-
-def _digest(handle) -> str:
-    digest = hashlib.sha256()
-    while piece := handle.read(1 << 20):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def model_hash(folder: str | Path) -> str:
-    """Hash of a checkpoint's content: config, weights and tokenizer, by file name and sha256."""
-    names = [
-        path for pattern in ("config.json", "*.safetensors", "tokenizer.json") for path in Path(folder).glob(pattern)
-    ]
-    return content_key({path.name: file_hash(path) for path in names})
-
-
-def content_key(value: dict) -> str:
-    """Hash of plain JSON, independent of key order."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -51,9 +51,12 @@ class _Size(click.ParamType):
 
     def convert(self, value, param, ctx):
         try:
-            return parse_kmb(value)
+            size = parse_kmb(value)
         except (ValueError, IndexError):
+            size = 0
+        if size <= 0:
             self.fail(f"{value!r} is no size; write a whole number, or one with K, M or B as in 5B.", param, ctx)
+        return size
 
 
 @cli.command()
@@ -117,7 +120,9 @@ def inspect(plans: str, as_json: bool) -> None:
 @click.option("--texts", type=click.Path(), help="Held-out texts; by default calibration texts that no plan has seen.")
 @click.option("--plans", type=click.Path(), help="Folder of the plan bundle.")
 @click.option("--report", type=click.Path(), help="Folder of the report; by default OUT.report.")
-@click.option("--max-tokens", default=8192, show_default=True, help="Held-out tokens scored.")
+@click.option(
+    "--max-tokens", default=8192, type=click.IntRange(min=1), show_default=True, help="Held-out tokens scored."
+)
 @click.option("--device", default="cpu", show_default=True, help="Where models run.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def evaluate(
@@ -132,13 +137,15 @@ def evaluate(
 ) -> None:
     """Score the merge in OUT beside the target and every control, and write the report."""
     from mergekit_ot.report.evaluate import evaluate_recipe
-    from mergekit_ot.report.page import verdict, write_report
+    from mergekit_ot.report.page import refuse_other_report, verdict, write_report
 
     _hush(quiet)
+    place = Path(report or f"{out.rstrip('/')}.report")
+    refuse_other_report(place)
     result = evaluate_recipe(
         load_recipe(recipe), Path(out), plans=plans, texts=texts, max_tokens=max_tokens, device=device, quiet=quiet
     )
-    folder = write_report(result, Path(report or f"{out.rstrip('/')}.report"))
+    folder = write_report(result, place)
     for row in result.rows():
         click.echo(f"{row['model']:24} {row['loss']:.4f} nats per token")
     click.echo(verdict(result.losses).replace("**", ""))
@@ -172,7 +179,11 @@ def main(arguments: list[str] | None = None) -> int:
         with ended_like_ctrl_c():
             cli.main(args=arguments, prog_name="mergekit-ot", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # since click 8.2
+            error.show()
+            return error.exit_code
+        place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "mergekit-ot"
+        click.echo(f"{place}: {' '.join(error.format_message().split())} (see {place} --help)", err=True)
         return error.exit_code
     except click.Abort:
         click.echo("interrupted", err=True)

@@ -74,8 +74,8 @@ class SparseMap:
         return result
 
     def right(self, matrix: torch.Tensor) -> torch.Tensor:
-        """`matrix @ self`. Dense on accelerators, where adding by index has no fixed order."""
-        if matrix.is_cuda:
+        """`matrix @ self`."""
+        if not adds_in_order(matrix):
             return matrix @ self.dense(matrix)
         result = matrix.new_zeros(matrix.shape[0], self.n_in)
         for k in range(self.index.shape[1]):
@@ -84,9 +84,15 @@ class SparseMap:
 
     def dense(self, like: torch.Tensor) -> torch.Tensor:
         """The matrix itself, in the dtype and on the device of `like`."""
-        matrix = torch.zeros(self.shape, dtype=self.weight.dtype)
-        matrix.scatter_add_(1, self.index.cpu(), self.weight.cpu())
+        index, weight = self.index.cpu(), self.weight.cpu()
+        matrix = weight.new_zeros(self.shape)  # not `torch.zeros`: mergekit's workers change the default device
+        matrix.scatter_add_(1, index, weight)
         return matrix.to(like)
+
+
+def adds_in_order(matrix: torch.Tensor) -> bool:
+    """Whether adding by index on the tensor's device has one order, and so one result."""
+    return not matrix.is_cuda
 
 
 def sparsify(matrix: torch.Tensor, max_picks: int = 16) -> tuple[SparseMap, float]:

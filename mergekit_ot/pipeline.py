@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergekit_ot.alpha import unmatched_filters
-from mergekit_ot.bundle import PlanBundle, load_bundle, replace_folder, scratch_beside
+from mergekit_ot.bundle import PlanBundle, load_bundle
 from mergekit_ot.card import finish_card
 from mergekit_ot.checkpoint import CheckpointReader
 from mergekit_ot.compatibility import Finding, compare
 from mergekit_ot.disk import require_space
+from mergekit_ot.folders import refuse_foreign, replace_folder, scratch_beside
 from mergekit_ot.planning import Pair, make_bundle, match_pair, open_pair, plan_key
 from mergekit_ot.recipe import Recipe, RecipeError
 from mergekit_ot.structure import layer_tensor
@@ -89,6 +90,15 @@ def check_place(plans: str | Path | None, device: str) -> None:
         raise ValueError(f"device {device!r} cannot be used here: {reason}") from None
 
 
+def keep_inputs(recipe: Recipe, out: Path, plans: str | Path | None) -> None:
+    """Refuse an output folder in which something lies that the merge reads: replacing it would remove that."""
+    read = [Path(place) for place in (recipe.target, recipe.donor, plans, recipe.plan) if place]
+    read += [recipe.folder / recipe.calibration.dataset] if recipe.calibration else []
+    for path in read:
+        if out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise RecipeError(f"{out} cannot be the output: {path}, which is read, lies there; choose another folder.")
+
+
 def merge_recipe(
     recipe: Recipe,
     out: str | Path,
@@ -119,7 +129,8 @@ def merge_recipe(
     from mergekit_ot.registration import register
 
     out = Path(out)
-    refuse_foreign_folder(out)
+    refuse_foreign(out, "transport.json", "an earlier transport merge")
+    keep_inputs(recipe, out, plans)
     pair, bundle, folder = bundle_of or plan_recipe(recipe, plans, device=options.device or "cpu", quiet=options.quiet)
     weights = sum(path.stat().st_size for path in pair.target_folder.glob("*.safetensors"))
     require_space(out, 2 * weights, "the merged weights")
@@ -148,11 +159,3 @@ def merge_recipe(
         method.release()
         LoaderCache.loaders.clear()
     return out
-
-
-def refuse_foreign_folder(out: Path) -> None:
-    """Refuse to write over anything but an earlier transport merge."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "transport.json").is_file():
-        raise RecipeError(f"{out} exists and is not an earlier transport merge; choose another output folder.")
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"{out} is a file; choose another output folder.")

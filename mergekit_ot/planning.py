@@ -12,8 +12,9 @@ import torch
 
 from mergekit_ot.activations import load_backbone, record
 from mergekit_ot.anchors import MatchedText, match_texts, require_fast, require_tokenizer_files
-from mergekit_ot.bundle import BundleError, PlanBundle, content_key, file_hash, load_bundle, model_hash
+from mergekit_ot.bundle import BundleError, PlanBundle, load_bundle, refuse_other_plans
 from mergekit_ot.checkpoint import CheckpointReader, check_tensors
+from mergekit_ot.digest import content_key, file_hash, model_hash
 from mergekit_ot.disk import require_space
 from mergekit_ot.layer_map import parse_map
 from mergekit_ot.paper import solve_paper
@@ -70,7 +71,8 @@ def _snapshot(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=list(SNAPSHOT)))
     except Exception as error:
-        raise FileNotFoundError(f"{model!r} is neither a folder nor a model that the hub gives: {error}") from error
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"{model!r} is neither a folder nor a model that the hub gives: {reason}") from error
 
 
 def open_pair(target: str, donor: str) -> Pair:
@@ -145,6 +147,9 @@ def make_bundle(
 
     Returns:
         The [`PlanBundle`], saved at `out`.
+
+    Raises:
+        `FileExistsError`: before anything is run, when `out` holds anything but plans.
     """
     out = Path(out)
     key = plan_key(pair, calibration, settings, folder)
@@ -155,6 +160,7 @@ def make_bundle(
             return found
     except BundleError:
         pass
+    refuse_other_plans(out)
     if settings.layer_map != "monotone":
         parse_map(settings.layer_map, pair.target.n_layers, pair.donor.n_layers)  # refused before anything is run
     texts = match_pair(pair, calibration, folder)

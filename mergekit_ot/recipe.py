@@ -99,8 +99,16 @@ def load_recipe(path: str | Path) -> Recipe:
     except OSError as error:  # a failing read does not name its file
         raise RecipeError(f"{path} cannot be read: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that Python refuses
-        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+        raise RecipeError(f"{path} is not valid YAML: {_in_one_line(error)}") from error
     return parse_recipe(document, folder=path.parent, source=source)
+
+
+def _in_one_line(error: Exception) -> str:
+    """YAML's message without its quotation of the file."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or not problem:
+        return " ".join(str(error).split())
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})."
 
 
 def parse_recipe(document: object, *, folder: str | Path = ".", source: str = "") -> Recipe:
@@ -156,6 +164,8 @@ def check_alpha(setting: object) -> object:
             _known(item, ("filter", "value"), "parameters.alpha")
             if "value" not in item:
                 raise RecipeError("parameters.alpha: every entry of the list needs a 'value'.")
+            if not isinstance(item.get("filter"), (str, type(None))):
+                raise RecipeError(f"parameters.alpha: filter must be part of a tensor's name, got {item['filter']!r}.")
             check_alpha(item["value"])
         return setting
     if isinstance(setting, dict):
@@ -195,8 +205,10 @@ def _mapping(value: object, key: str) -> dict:
 
 
 def _model(value: object, key: str, folder: Path) -> str:
-    if not isinstance(value, str) or not value:
+    if value is None or value == "":
         raise RecipeError(f"{key} is missing: give a folder or a hub id.")
+    if not isinstance(value, str):
+        raise RecipeError(f"{key} must be a folder or a hub id, got {value!r}.")
     if "+" in value and not Path(value).exists():
         raise RecipeError(f"{key}: {value!r} names an adapter (model+lora); merge the LoRA into its model first.")
     near = folder / value

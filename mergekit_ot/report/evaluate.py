@@ -88,6 +88,8 @@ def held_out_texts(recipe: Recipe, texts: str | Path | None) -> list[str]:
         [`RecipeError`]: when the calibration file holds none beyond those the plans may have seen.
     """
     if texts is not None:
+        if not Path(texts).is_file():
+            raise RecipeError(f"--texts: there is no file {texts}; give a .jsonl or a text file.")
         key = recipe.calibration.text_key if recipe.calibration else "text"
         return read_texts(Calibration(str(Path(texts).resolve()), text_key=key))
     if recipe.calibration is None:

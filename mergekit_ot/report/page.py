@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
-from mergekit_ot.bundle import replace_folder
+from mergekit_ot.folders import refuse_foreign, replace_folder, scratch_beside
 from mergekit_ot.report.evaluate import Evaluation
 from mergekit_ot.report.plots import draw_all
 from mergekit_ot.report.summary import layer_lines
@@ -22,8 +21,14 @@ CAPTIONS = {
 }
 
 
+def refuse_other_report(folder: Path) -> None:
+    """Refuse a folder for the report that holds anything else."""
+    refuse_foreign(folder, "report.json", "an earlier report")
+
+
 def write_report(evaluation: Evaluation, folder: Path) -> Path:
-    """Write the report folder; it appears whole or not at all."""
+    """Write the report folder; it appears whole or not at all and replaces an older report, nothing else."""
+    refuse_other_report(folder)
     report = {
         "losses": evaluation.rows(),
         "tokens": evaluation.tokens,
@@ -32,7 +37,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> Path:
         "recipe": evaluation.recipe,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    scratch = scratch_beside(folder)
     try:
         (scratch / "report.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
         pictures = draw_all(report, scratch)

@@ -78,7 +78,7 @@ def prepare(
             stats.index(0).store(scale * 0.0625)
             stats.index(1).store(gl.load(stats_ptr + n + tokens, mask=tokens < n, other=0.0))
         if HAS_BRANCH:
-            if UNIT > 0:
+            if RANK > 0 and UNIT > 0:
                 scales = low_rank_scale_ptr + (block_m * BN // UNIT) * RANK
                 rank_scale = gl.expand_dims(gl.load(scales + c, mask=c < RANK, other=1.0), 0)
             for k in gl.static_range(BM // PART):

@@ -185,6 +185,13 @@ def prints(sources: Iterable[Source], allowed: list[str]) -> list[str]:
     ]
 
 
+def function_text(file: Path, name: str) -> str:
+    """Source of a function of a file."""
+    text = file.read_text(encoding="utf-8")
+    (found,) = (node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return ast.get_source_segment(text, found)
+
+
 def matches(path: str, patterns: Iterable[str]) -> bool:
     """Whether a path fits one of the patterns; `*` does not cross a folder."""
     return any(path.count("/") == pattern.count("/") and fnmatch.fnmatchcase(path, pattern) for pattern in patterns)

@@ -16,6 +16,8 @@ from mergekit_ot.cli import main
 from mergekit_ot.pipeline import merge_recipe
 from mergekit_ot.planning import match_pair, open_pair, record_pair, row_bytes
 from mergekit_ot.recipe import RecipeError, load_recipe
+from mergekit_ot.report.evaluate import Evaluation
+from mergekit_ot.report.page import write_report
 from mergekit_ot.rows import RowStore
 from mergekit_ot.structure import UnsupportedModelError
 from tests.merge.test_pipeline import OPTIONS, pair, write_recipe
@@ -125,14 +127,48 @@ def test_a_tokenizer_without_offsets_is_refused():
     assert isinstance(tokenizer(), PreTrainedTokenizerFast)
 
 
-def test_foreign_folders_are_left_alone(tmp_path):
+def test_foreign_folders_are_left_alone(tmp_path, capsys):
     _, target, donor = pair(tmp_path)
     recipe = load_recipe(write_recipe(tmp_path, target, donor))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(RecipeError, match="not an earlier transport merge"):
-        merge_recipe(recipe, tmp_path / "mine", OPTIONS)
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="not an earlier transport merge"):
+        merge_recipe(recipe, mine, OPTIONS)
+    with pytest.raises(FileExistsError, match="not an earlier bundle of plans"):
+        merge_recipe(recipe, tmp_path / "out", OPTIONS, plans=mine)
+    with pytest.raises(FileExistsError, match="not an earlier report"):
+        write_report(Evaluation({}, 0, {}, {}), mine)
+    recipe_file = str(tmp_path / "recipe.yml")
+    commands = (
+        ("run", recipe_file, str(mine)),
+        ("plan", recipe_file, "--plans", str(mine)),
+        ("run", recipe_file, str(tmp_path / "out"), "--plans", str(mine)),
+        ("run", recipe_file, str(tmp_path / "out"), "--plans", str(donor)),
+        ("eval", recipe_file, str(tmp_path / "out"), "--report", str(mine)),
+    )
+    for command in commands:
+        capsys.readouterr()
+        assert main(list(command)) == 1, command
+        told = capsys.readouterr().err
+        assert "exists and is not an earlier" in told, told
+        assert len(told.splitlines()) == 1, told
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    assert (donor / "model.safetensors").is_file()
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_are_never_the_output(tmp_path):
+    """An earlier merge may be replaced, but not where this one reads it, or its plans or texts lie in it."""
+    _, target, donor = pair(tmp_path)
+    (target / "transport.json").write_text("{}")
+    recipe = load_recipe(write_recipe(tmp_path, target, donor))
+    for out, plans in ((target, None), (tmp_path / "out", tmp_path / "out" / "plans")):
+        with pytest.raises(RecipeError, match="which is read, lies there"):
+            merge_recipe(recipe, out, OPTIONS, plans=plans)
+    assert (target / "model.safetensors").is_file()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):

@@ -62,6 +62,40 @@ def test_errors_are_one_line_and_name_the_key(tmp_path, capsys):
     assert "unknown key 'alhpa'; did you mean 'alpha'?" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("alpha: [{filter: 3, value: 0.1}]", "filter must be part of a tensor's name, got 3"),
+        ("alpha: 0.1\n\tx: 1", "found character '\\t' that cannot start any token (line 2, column 1)"),
+        ("donor: 3", "parameters.donor must be a folder or a hub id, got 3"),
+    ],
+)
+def test_what_yaml_makes_of_a_slip_is_told_in_one_line(tmp_path, capsys, text, told):
+    head = "merge_method: transport\nbase_model: a\nmodels: [{model: a}]\nparameters:\n"
+    head += "  calibration_dataset: t.txt\n" + ("" if "donor" in text else "  donor: b\n")
+    (tmp_path / "r.yml").write_text(text if "\t" in text else f"{head}  {text}")
+    assert main(["check", str(tmp_path / "r.yml")]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert told in line
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["eval", "r.yml", "out", "--max-tokens", "0"], "--max-tokens"),
+        (["run", "r.yml", "out", "--out-shard-size", "-5B"], "'-5B' is no size"),
+        (["run"], "Missing argument 'RECIPE'"),
+        (["frob"], "No such command 'frob'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_wrong_words_on_the_command_line_are_told_in_one_line(capsys, command, told):
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert told in line
+    assert "--help" in line
+
+
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "merge").glob("*.yml")), ids=lambda path: path.stem)
 def test_example_recipes_are_valid(recipe):
     loaded = load_recipe(recipe)
