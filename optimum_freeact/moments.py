@@ -31,6 +31,14 @@ def loudness_weights(rows: torch.Tensor, limit: float | None, usual: torch.Tenso
     return (limit * usual / energy.clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num(0.0).clamp(max=1)
 
 
+def loudness_of_types(rows: torch.Tensor, types: torch.Tensor, limit: float | None) -> torch.Tensor:
+    """[`loudness_weights`] of rows of several types, each beside its own, float64 of shape `(n,)`."""
+    weights = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+    for kind in types.unique() if limit is not None else ():
+        weights[types == kind] = loudness_weights(rows[types == kind], limit).double()
+    return weights
+
+
 class Moments:
     """Counts, weighted means and centred second moments of rows `x`, optionally crossed with paired rows `y`.
 

@@ -79,7 +79,6 @@ PRESETS: dict[str, dict] = {
         "activation_group_size": 16,
         "low_rank": 48,
         "low_rank_budget": 0.049,
-        "rounding_shrinkage": True,
         **OURS,
     },
     # The same with one grid per weight row and per token, which products over integers need throughout: a GPU's prefill is

@@ -6,9 +6,21 @@ import pytest
 import torch
 
 from benchmarks._results import problems, read
-from benchmarks.accuracy import run
+from benchmarks.accuracy import jobs, run
 from benchmarks.accuracy.claims import QUALITY, claims, excess, expected
-from benchmarks.accuracy.jobs import CLAIMED, GRIDS, QUAROTS, SLICES, Job, Plan, Text, absent, bits
+from benchmarks.accuracy.jobs import (
+    CANDIDATES,
+    CLAIMED,
+    GRIDS,
+    QUAROTS,
+    SLICES,
+    VARIANTS,
+    Job,
+    Plan,
+    Text,
+    absent,
+    bits,
+)
 from optimum_freeact.config_fields import DEFAULTS
 from optimum_freeact.presets import PRESETS
 from tools.results import MARK, table
@@ -201,7 +213,7 @@ def test_ablations_change_one_field_and_skip_what_does_not_divide():
     plan.ablations([576, 1536])
     fast = [job for job in plan.jobs if job.quantize["preset"] == "freeact-fast"]
     assert [(job.seed, job.quantize["rounding_shrinkage"]) for job in fast] == [(0, True), (1, True)]
-    changed = [set(job.quantize) - {"preset"} for job in plan.jobs]
+    changed = [set(job.quantize) - {"preset"} for job in plan.jobs if job.group == "ablation"]
     assert all(len(fields) == 1 for fields in changed)
     assert {"weight_group_size"} in changed
     narrow = a_plan()
@@ -244,7 +256,32 @@ def test_variants_are_scored_between_what_is_calibrated_on_and_what_is_evaluated
     plan.variants()
     assert {job.texts[0].evaluation for job in plan.jobs} == {text.evaluation}
     assert plan.jobs[0].group == "full"
-    assert {job.method for job in plan.jobs[1:]} > {"freeact", "freeact low_rank=32"}
+    assert {job.method for job in plan.jobs[1:]} == {name for name, *_ in VARIANTS}
+
+
+def test_a_variant_changes_constants_for_its_job_only():
+    from optimum_freeact.calibration import closed_form
+    from optimum_freeact.transforms import fit
+
+    before = (closed_form.BALANCE, fit.SUBSPACE_ITERATIONS)
+    jobs._set_constants({"calibration.closed_form.BALANCE": "changed"})
+    assert (closed_form.BALANCE, fit.SUBSPACE_ITERATIONS) == ("changed", before[1])
+    jobs._set_constants({"transforms.fit.SUBSPACE_ITERATIONS": "too"})
+    assert (closed_form.BALANCE, fit.SUBSPACE_ITERATIONS) == (before[0], "too")
+    jobs._set_constants({})
+    assert (closed_form.BALANCE, fit.SUBSPACE_ITERATIONS) == before
+
+
+def test_what_may_follow_the_default_is_measured_beside_it_on_text_of_its_own(tmp_path):
+    plan = a_plan(seeds=[0, 1])
+    plan.presets()
+    plan.ablations([576, 1536])
+    ours = [job for job in plan.jobs if job.method == "freeact" and "w4a4" in job.settings]
+    others = [job for job in plan.jobs if job.group == "candidate"]
+    assert len(ours) == 2
+    assert len(others) == 2 * len(CANDIDATES)
+    assert all(job.measure["divergence"] for job in (*ours, *others))
+    assert min(job.rank for job in others) > max(job.rank for job in ours)  # claims come first
 
 
 def test_the_sweep_holds_all_pairs_of_groups_once():

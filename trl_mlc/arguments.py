@@ -78,6 +78,9 @@ class MLCArguments:
             Keep the extractor at its random start.
         mlc_extractor_lr (`float`, *optional*):
             Learning rate of the extractor; the model's, if not given.
+        mlc_embedding_lr (`float`, *optional*):
+            Learning rate of the input embedding; the model's, if not given. A head that is tied to it becomes a copy of
+            its own and is not trained: words of other languages may then move fast, and what is said with a word stays.
         mlc_every (`int`, *optional*, defaults to 2):
             Compute the term on every k-th optimizer step only (2 in the authors' configs). Other steps don't run the
             prompts.
@@ -118,6 +121,7 @@ class MLCArguments:
     mlc_extractor_bias: bool = _option(True, "Whether the extractor has a bias.")
     mlc_extractor_frozen: bool = _option(False, "Keep the extractor at its random start.")
     mlc_extractor_lr: float | None = _option(None, "Learning rate of the extractor; the model's, if not given.")
+    mlc_embedding_lr: float | None = _option(None, "Learning rate of the input embedding, whose head is then frozen.")
     mlc_every: int = _option(2, "Compute the term on every k-th optimizer step.")
     mlc_languages_per_step: int | None = _option(None, "Languages per step, the anchor included; all, if not given.")
     mlc_languages: list[str] | None = _option(None, "Languages to use from the column; all, if not given.")
@@ -186,6 +190,7 @@ _LOWEST = {
     "mlc_contrast": 0,
     "mlc_extractor_dim": 0,
     "mlc_extractor_lr": 0,
+    "mlc_embedding_lr": 0,
     "mlc_scan_prompts": 2,
     "mlc_every": 1,
     "mlc_languages_per_step": 2,
@@ -194,7 +199,7 @@ _LOWEST = {
 }
 
 
-_MAY_BE_NONE = ("mlc_extractor_lr", "mlc_languages_per_step", "mlc_languages")
+_MAY_BE_NONE = ("mlc_extractor_lr", "mlc_embedding_lr", "mlc_languages_per_step", "mlc_languages")
 
 
 def _check_type(name: str, value, default) -> None:
@@ -207,7 +212,7 @@ def _check_type(name: str, value, default) -> None:
         good, kind = isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of names"
     elif isinstance(default, bool):
         good, kind = isinstance(value, bool), "True or False"
-    elif name == "mlc_extractor_lr" or isinstance(default, float):
+    elif name.endswith("_lr") or isinstance(default, float):
         good, kind = number, "a finite number"
     elif name == "mlc_languages_per_step" or isinstance(default, int):
         good, kind = whole, "a whole number"

@@ -18,6 +18,7 @@ from trl_mlc.arguments import MLCArguments
 from trl_mlc.collator import KEY, PromptCollator, select_prompts
 from trl_mlc.data import COLUMNS, IDS, LanguageTable, encode_prompts_of
 from trl_mlc.early_exit import check_layer, decoder_of
+from trl_mlc.embedding import set_embedding_lr, untie_head
 from trl_mlc.extractor import Extractor, LanguageMeans
 from trl_mlc.first_states import choose_layer, language_means
 from trl_mlc.packing import keeps_apart
@@ -104,9 +105,24 @@ class MLCMixin(Host):
         buckets = 1 if sharded else args.mlc_buckets
         if buckets == 0 and not keeps_apart(decoder, layer):
             buckets = DIVIDED
+        if args.mlc_embedding_lr is not None:
+            self._mlc_set_words_free(base, sharded)
         self._mlc_pass = PromptPass(base, extractor, layer, args.mlc_pooling, buckets)
         tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.data_collator = PromptCollator(self.data_collator, tokenizer.pad_token_id)
+
+    def _mlc_set_words_free(self, base, sharded: bool) -> None:
+        if sharded:
+            raise ValueError(
+                "mlc_embedding_lr gives the embedding a group of its own, which a sharded optimizer does not keep. Leave it "
+                "away, or train with replicated parameters."
+            )
+        if not base.get_input_embeddings().weight.requires_grad:
+            raise ValueError(
+                "mlc_embedding_lr trains the input embedding, which is frozen here (an adapter freezes it). Train all "
+                "weights, or leave mlc_embedding_lr away."
+            )
+        untie_head(base)
 
     def _prepare_dataset(self, dataset, processing_class, args, *rest, **kwargs):
         if args.mlc_weight > 0:
@@ -201,7 +217,7 @@ class MLCMixin(Host):
             self._metrics[mode][name].append(value)
 
     def create_optimizer(self, *args, **kwargs):
-        """As the host's; with `mlc_extractor_lr`, the extractor's parameters move to a group of their own."""
+        """As the host's; what has a learning rate of its own (extractor, embedding) moves to a group of its own."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         rate = self.args.mlc_extractor_lr
@@ -213,6 +229,8 @@ class MLCMixin(Host):
                 moved += [p for p in group["params"] if id(p) in own]
                 group["params"] = [p for p in group["params"] if id(p) not in own]
             optimizer.add_param_group({"params": moved, "lr": rate, "weight_decay": self.args.weight_decay})
+        if fresh and self._mlc_pass is not None and self.args.mlc_embedding_lr is not None:
+            set_embedding_lr(optimizer, self.accelerator.unwrap_model(self.model), self.args.mlc_embedding_lr)
         return optimizer
 
     def _save(self, output_dir=None, state_dict=None):

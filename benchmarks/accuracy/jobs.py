@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -46,9 +47,8 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("rounding_passes", 0),
     ("rounding_order", "columns"),
     ("rounding_noise", False),
-    ("rounding_shrinkage", False),
+    ("rounding_shrinkage", True),
     ("sequential", True),
-    ("error_correction", True),
     ("activation_symmetric", True),
     ("activation_clip", 1.0),
     ("weight_clip", 1.0),
@@ -59,22 +59,22 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("activation_group_size", 64),
     ("activation_group_size", 32),
 )
-# of the default, decided on validation text (`run.py --variants`)
-VARIANTS: tuple[dict, ...] = (
-    {},
-    {"rounding_shrinkage": False},
-    {"low_rank": 32},
-    {"low_rank": 64},
-    {"rounding_refit": True},
-    {"rounding_refit": True, "rounding_passes": 4},
-    {"rounding_passes": 4},
-    {"damping": 0.003},
-    {"damping": 0.03},
-    {"sequential": True},
-    {"channel_scale": "closed_form"},
+# of the default, decided on validation text (`run.py --variants`); each with the constants of the package that it changes, by name
+VARIANTS: tuple[tuple[str, dict, dict], ...] = (
+    ("freeact", {}, {}),
+    ("freeact loudness_limit=2.0", {"loudness_limit": 2.0}, {}),
+    ("freeact error_correction=True", {"error_correction": True}, {}),
+    ("freeact error_correction=True loudness_limit=2.0", {"error_correction": True, "loudness_limit": 2.0}, {}),
+    ("freeact, no balance", {}, {"calibration.closed_form.BALANCE": False}),
+    ("freeact rounding_refit=True", {"rounding_refit": True}, {}),
+    ("freeact rounding_passes=0", {"rounding_passes": 0}, {}),
+    ("freeact sequential=True", {"sequential": True}, {}),
+)
+# changes that may follow the default: measured with every seed, and on validation text too
+CANDIDATES: tuple[dict, ...] = (
+    {"loudness_limit": 2.0},
     {"error_correction": True},
-    {"weight_group_size": 64},
-    {"weight_group_size": 16},
+    {"error_correction": True, "loudness_limit": 2.0},
 )
 CLAIMED = ("freeact", "freeact-fast", "freeact-learned", "flatquant", "quarot")
 GRIDS = (None, 64, 32, 16)  # of the sweep: group sizes of weights times those of activations
@@ -223,6 +223,8 @@ class Plan:
         for method, quantize in methods.items():
             learned = {**PRESETS[quantize["preset"]], **quantize}["calibration"] == "learned"
             more = {"measure": self.learned["measure"]} if learned else {}
+            if method == "freeact":  # beside the candidates
+                more = {"measure": {"divergence": True}}
             quantize = {**quantize, **(self.learned["quantize"] if learned else {})}
             for settings in self._settings(self.learned_schemes if learned else None):
                 claimed = "w4a4" in settings and method in CLAIMED
@@ -256,6 +258,12 @@ class Plan:
         for seed in self.seeds:  # why only one of our presets has it
             self.add("ablation", "freeact-fast rounding_shrinkage=True", ("w4a4",), seed, shrunk, rank=3)
 
+        for change in CANDIDATES:
+            method = " ".join(("freeact", *(f"{name}={value}" for name, value in change.items())))
+            for seed in self.seeds:
+                quantize, more = {"preset": "freeact", **change}, {"measure": {"divergence": True}}
+                self.add("candidate", method, ("w4a4",), seed, quantize, rank=2, **more)
+
         default = {**DEFAULTS, **PRESETS["freeact"]}
         for name, value in ABLATIONS:
             if value != default[name] and _divides({name: value}, widths):
@@ -275,11 +283,13 @@ class Plan:
     def variants(self) -> None:
         """The default and what may follow it, scored on validation text."""
         self.common = {**self.common, "texts": tuple(text.for_choosing() for text in self.common["texts"])}
+        self.measure = {**self.measure, "divergence": True}
         self.full_precision()
         for seed in self.seeds:
-            for change in VARIANTS:
-                method = " ".join(("freeact", *(f"{name}={value}" for name, value in change.items())))
-                self.add("variant", method, ("w4a4",), seed, {"preset": "freeact", **change}, rank=3)
+            for method, change, constants in VARIANTS:
+                measure = {"constants": constants} if constants else {}
+                quantize = {"preset": "freeact", **change}
+                self.add("variant", method, ("w4a4",), seed, quantize, measure=measure, rank=3)
 
     def default_samples(self) -> None:
         """`freeact` at W4A4 on as few samples as the library takes by default (those of the time on a CPU)."""
@@ -326,6 +336,7 @@ def perform(job: Job) -> list[dict]:
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     tokenizer = AutoTokenizer.from_pretrained(job.model_path)
+    _set_constants(job.measure.get("constants", {}))
     if job.group == "full":
         model, rows = _load(job, "float32"), []
     elif "peer" in job.quantize:
@@ -337,6 +348,18 @@ def perform(job: Job) -> list[dict]:
             _change_cache(model, bits(setting)["kv_bits"])
         rows += _score(job, setting, model.eval(), tokenizer)
     return rows
+
+
+_constants: dict[str, Any] = {}  # as the package has them
+
+
+def _set_constants(wanted: dict[str, Any]) -> None:
+    """Give constants of the package, by name, these values, and all others their own."""
+    for name in {**_constants, **wanted}:
+        module, _, constant = name.rpartition(".")
+        module = importlib.import_module(f"optimum_freeact.{module}")
+        own = _constants.setdefault(name, getattr(module, constant))
+        setattr(module, constant, wanted.get(name, own))
 
 
 def _row(job: Job, setting: str, metric: str, value: float | None, note: str = "", **more: Any) -> dict:
@@ -477,6 +500,8 @@ def _score(job: Job, setting: str, model, tokenizer) -> list[dict]:
     from optimum_freeact import score_text, tokenize_windows
 
     rows, measure = [], job.measure
+    wanted = measure.get("divergence") and job.group != "full" and setting == job.settings[0]
+    exact = _load(job, "float32").eval() if wanted else None
     for text in job.texts:
         held_out = text.read_evaluation(measure["windows"] * measure["window"])
         windows = tokenize_windows(held_out, tokenizer, measure["window"], measure["windows"])
@@ -485,7 +510,29 @@ def _score(job: Job, setting: str, model, tokenizer) -> list[dict]:
             rows.append(_row(job, setting, "nll", None, f"the loss is {score.nll}", text=text.name))
         else:
             rows.append(_row(job, setting, "nll", score.nll, text=text.name, n_tokens=score.n_tokens))
+        if exact is not None:
+            text = text.for_choosing()
+            windows = tokenize_windows(
+                text.read_evaluation(measure["windows"] * measure["window"]),
+                tokenizer,
+                measure["window"],
+                measure["windows"],
+            )
+            note = "mean KL(full precision || quantized), nats a token, on validation text"
+            rows.append(_row(job, setting, "divergence", _divergence(exact, model, windows), note, text=text.name))
     return rows
+
+
+def _divergence(exact, model, windows) -> float:
+    """Mean over tokens of the divergence KL(full precision || quantized), nats: seeds differ less in it than in likelihoods."""
+    import torch
+
+    device, total = exact.get_input_embeddings().weight.device, 0.0
+    with torch.no_grad():
+        for ids in windows.split(1):
+            wanted, found = (m(input_ids=ids.to(device)).logits[0].float().log_softmax(-1) for m in (exact, model))
+            total += float(torch.nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True))
+    return total / len(windows)
 
 
 def serve(lines: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/mlc/transfer.py --map           # one other seed over training, objective, guards, languages, ...
     python benchmarks/mlc/transfer.py --ours chosen   # the table, five seeds, with the map's best point as ours
     python benchmarks/mlc/transfer.py --first regimes # the map's regimes, the table in the best of them, the rest of the map
-    python benchmarks/mlc/transfer.py --ours POINT --rest # the table, then the map's variants in its regime
+    python benchmarks/mlc/transfer.py --ours POINT --rest # the table, then the map
     python benchmarks/mlc/transfer.py --tiny          # a few steps on a CPU: proves that it runs (with --map, too)
 
 Task: see `concepts.py`. Every run trains on the same English preferences; it is scored on prompts never trained on.
@@ -62,7 +62,8 @@ def parse() -> argparse.Namespace:
         choices=("regimes",),
         help="first the map's regimes: ours is its main variant in the best of them; last the map",
     )
-    add("--rest", action="store_true", help="after the table, the map's variants in the regime of ours")
+    add("--regimes", nargs="+", default=list(REGIMES), help="of the map's first part")
+    add("--rest", action="store_true", help="after the table, the map: regimes, then variants in that of ours")
     add("--tiny", action="store_true", help="2 steps on few rows, for a CPU")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--gpus", default="", help="numbers with commas; all if not given")
@@ -101,7 +102,7 @@ def main() -> None:
         return
     pool = Pool(options)
     if options.map or options.first:
-        pool.run((options.map and options.methods) or first_points(), options.map_seeds, mapping=True)
+        pool.run((options.map and options.methods) or first_points(options.regimes), options.map_seeds, mapping=True)
         options.ours = f"{MAIN}@{choose_regime(read_rows(options.map_rows))}"
         print(f"The best regime makes it {options.ours}.", flush=True)
     elif options.ours == "chosen":
@@ -109,8 +110,10 @@ def main() -> None:
         print(f"The map chooses {options.ours}.", flush=True)
     if not options.map:
         pool.run(options.methods or list(methods(options.ours)), options.seeds)
+    if options.rest:
+        pool.run(first_points(options.regimes), options.map_seeds, mapping=True)
     if (options.map and not options.methods) or options.first or options.rest:
-        pool.run(second_points(options.ours.partition("@")[2]), options.map_seeds, mapping=True)
+        pool.run(second_points(options.ours.partition("@")[2]), options.map_seeds[:1], mapping=True)
     report(options)
 
 

@@ -7,6 +7,8 @@ trainer; the others are of the run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from benchmarks.mlc.concepts import FEW, SEEN
 
 
@@ -41,8 +43,18 @@ REGIMES = {
     "body-5e-5-beta1-200": {**FULL, "learning_rate": 5e-5, "embedding_rate": 0.0, "steps": 200},
     "words-1e-4-beta1": {**WORDS, "embedding_rate": 1e-4},
     "words-3e-4-beta1": {**WORDS, "embedding_rate": 3e-4},
+    "words-3e-4-beta1-150": {**WORDS, "embedding_rate": 3e-4, "steps": 150},
+    "words-3e-4-body-2e-5-beta3": {**WORDS, "learning_rate": 2e-5, "embedding_rate": 3e-4, "beta": 3.0},
+    "words-5e-4-body-2e-5-beta3-150": {
+        **WORDS,
+        "learning_rate": 2e-5,
+        "embedding_rate": 5e-4,
+        "beta": 3.0,
+        "steps": 150,
+    },
     "words-1e-3-beta1": {**WORDS, "embedding_rate": 1e-3},
     "words-3e-4-body-3e-5-beta1": {**WORDS, "learning_rate": 3e-5, "embedding_rate": 3e-4},
+    "words-3e-4-tied-beta1": {**FULL, "learning_rate": 1e-5, "embedding_rate": 3e-4},
     "head-frozen-3e-5-beta1": {**WORDS, "learning_rate": 3e-5},
     "lora32-5e-4-beta1": LORA,
     "lora32-5e-4-beta1-half": {**LORA, "kept": 0.5},
@@ -110,9 +122,9 @@ def point(name: str) -> dict:
     return {**REGIMES[regime], **POINTS[variant], **CONTROLS[dot + control]}
 
 
-def first_points() -> list[str]:
+def first_points(regimes: Sequence[str] = tuple(REGIMES)) -> list[str]:
     """What the regime is chosen by: the term and the run without it, in each."""
-    return [BASE, *(f"{name}@{regime}" for regime in REGIMES for name in (MAIN, ALIGNED))]
+    return [BASE, *(f"{name}@{regime}" for regime in regimes for name in (MAIN, ALIGNED))]
 
 
 def second_points(regime: str) -> list[str]:
@@ -121,7 +133,7 @@ def second_points(regime: str) -> list[str]:
     languages = [f"{name}@{regime}" for name in LANGUAGES]
     others = [f"{name}@{regime}" for name in ("guards", *LONGER, f"{MAIN}.each", "repulsion.each")]
     guarded = [f"{name}@{regime}" for name in GUARDED]
-    return [*pairs[:14], *languages, *pairs[14:16], *guarded, *others, *pairs[16:]]
+    return [*pairs[:2], *guarded, *pairs[2:14], *languages, *pairs[14:16], *others, *pairs[16:]]
 
 
 def methods(ours: str) -> dict[str, dict]:

@@ -21,6 +21,7 @@ from benchmarks.mlc.concepts import DECLINES, FAR, HELD_OUT, SEEN, VALIDATION, S
 from benchmarks.mlc.transfer_methods import BASE, methods, point
 from tools.assets import fetch
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
+from trl_mlc.embedding import set_embedding_lr, untie_head
 from trl_mlc.evaluation.preferences import perplexity
 from trl_mlc.evaluation.report import evaluate_model
 from trl_mlc.parallel import shuffled_translations
@@ -96,8 +97,10 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
     set_seed(seed)
     gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    if head == "frozen" and words_rate and own.get("mlc_weight") != 0:
+        own["mlc_embedding_lr"], head, words_rate = words_rate, None, None  # the trainer does both
     if head == "frozen":
-        untie(model)
+        untie_head(model)
     if words_rate == 0:
         model.get_input_embeddings().requires_grad_(False)
     start_weights = {n: p.detach().clone() for n, p in model.named_parameters()} if kept and not rank else {}
@@ -126,7 +129,7 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
         adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear") if rank else None
         trainer = MLCDPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=adapter)
         if words_rate:
-            rate_of_words(trainer, words_rate)
+            set_embedding_lr(trainer.create_optimizer(), trainer.model, words_rate)
         start = time.perf_counter()
         trainer.train()
         numbers = {"train_seconds": time.perf_counter() - start}
@@ -150,30 +153,11 @@ def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argp
     return trained, layer, numbers, used
 
 
-def untie(model) -> None:
-    """Give the model a head of its own, as it was, which is not trained: then words can be moved and their logits stay."""
-    model.config.tie_word_embeddings = False
-    head = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-
-
 def scale_adapters(model, share: float) -> None:
     """Go only a share of the way from the first weights to the trained ones."""
     for module in model.modules():
         if hasattr(module, "scaling") and hasattr(module, "lora_B"):
             module.scaling = {name: share * value for name, value in module.scaling.items()}
-
-
-def rate_of_words(trainer, rate: float) -> None:
-    """Give the embedding a learning rate of its own."""
-    optimizer, words = trainer.create_optimizer(), trainer.model.get_input_embeddings().weight
-    for group in optimizer.param_groups:
-        if any(p is words for p in group["params"]):
-            group["params"] = [p for p in group["params"] if p is not words]
-            own = {k: v for k, v in group.items() if k not in ("params", "lr")}
-            optimizer.add_param_group({"params": [words], "lr": rate, **own})
-            return
-    raise ValueError("The embedding is not trained.")
 
 
 def measure(model, tokenizer, data, text, layer: int | None, tag: dict, scored: dict) -> list[dict]:

@@ -95,7 +95,10 @@ def perform(job: Job) -> list[dict]:
         return [row(job, "w16a16", f"training_{name}", float(value)) for name, value in told.items()]
     data = torch.load(Path(job.folder) / "data.pt", weights_only=True)
     if job.method == "fp":
-        model, rows = home.load(Path(job.folder)).to(job.device), []
+        from benchmarks.token_types.loudness import loudness
+
+        model = home.load(Path(job.folder)).to(job.device)
+        rows = [row(job, job.settings[0], **told) for told in loudness(model, data["calibration"])]
     else:
         model, rows = _quantize(job, home, data)
     for setting in job.settings:

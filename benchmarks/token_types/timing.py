@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from statistics import median
+from collections.abc import Iterator
+from statistics import fmean, median, pstdev
 
 import torch
 from torch import nn
@@ -16,8 +17,10 @@ from optimum_freeact.type_state import TypeState
 
 # name -> (d, key/value width, intermediate): SmolLM2-135M, Llama-3.2-1B, Llama-3-8B
 SHAPES = {"135m": (576, 192, 1536), "1b": (2048, 512, 8192), "8b": (4096, 1024, 14336)}
-SECONDS = 1.0  # about as long for each size
+SECONDS = 0.6  # about as long for each size and build
+BUILDS = 3
 NAMES = {1: ["text"], 3: ["text", "sink", "mask"]}
+COPIES = {"one": 1, "three": 3, "again": 1}
 
 
 class _Linears(nn.Module):
@@ -71,37 +74,68 @@ def build(shape: tuple[int, int, int], n_types: int, device: str, preset: str) -
 
 
 @torch.no_grad()
-def measure(device: str, tokens: list[int], shapes: list[str], presets: list[str], repeats: int = 100) -> list[dict]:
-    """Rows with the median seconds for one and for three types, timed alternately, and their ratio."""
+def measure(
+    device: str, tokens: list[int], shapes: list[str], presets: list[str], repeats: int = 100, builds: int = BUILDS
+) -> Iterator[dict]:
+    """Rows with the median seconds for one and for three types, their ratio, and that of two copies with one type, which
+    says what of a ratio is noise.
+
+    Layers are made several times, because where tensors lie in memory is part of their time. Each time the two copies and the
+    layers with three types are run in turn, there and back, and the ratios of single turns are what medians are made of; the
+    row has the mean over builds.
+    """
+    for preset, shape in itertools.product(presets, shapes):
+        found: dict[int, list[dict]] = {n: [] for n in tokens}
+        for build_number in range(builds):
+            made = {name: build(SHAPES[shape], n, device, preset) for name, n in COPIES.items()}
+            kept = torch.empty(1 + 4321 * build_number, device=device)  # the next ones lie elsewhere
+            for n in tokens:
+                found[n].append(_compare(made, shape, n, device, max(repeats // builds, 1)))
+                if build_number == 0 and n > 1:
+                    inputs = _inputs(shape, n, device)
+                    found[n][0]["differences"] = differences(*made["three"], *inputs)
+            del made, kept
+        for n, parts in found.items():
+            head = {"method": preset, "shape": shape, "tokens": n, "mode": parts[0]["mode"], "builds": builds}
+            for metric in ("seconds_1_types", "seconds_3_types", "three_types_time_ratio", "one_type_time_ratio"):
+                values = [part[metric] for part in parts]
+                row = {"metric": metric, "value": fmean(values), **head}
+                yield {**row, "spread": pstdev(values)} if "ratio" in metric else row
+            yield from ({**row, **head} for row in parts[0].get("differences", []))
+
+
+def _inputs(shape: str, n: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows for most layers, wide ones for the last, and their types, which alternate."""
+    d, _, inner = SHAPES[shape]
+    torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rows = []
-    for preset, name in itertools.product(presets, shapes):
-        d, _, inner = SHAPES[name]
-        made = {n: build(SHAPES[name], n, device, preset) for n in NAMES}
-        for n_tokens in tokens:
-            torch.manual_seed(0)
-            x = torch.randn(1, n_tokens, d, device=device, dtype=dtype)
-            wide = torch.randn(1, n_tokens, inner, device=device, dtype=dtype)
-            types = torch.arange(n_tokens, device=device).remainder(2).mul(2).unsqueeze(0)
-            calls = {}
-            for n, (layers, state) in made.items():
-                state.types = types if n > 1 else None
-                calls[n], mode = _call(layers, state, x, wide)
-            seconds: dict[int, list[float]] = {n: [] for n in NAMES}
-            one = max(_once(call, device) for call in calls.values())
-            turns = max(min(repeats, 5), min(repeats, int(SECONDS / (20 * one))))
-            for turn in range(turns + 3):
-                for n, call in calls.items():
-                    spent = _once(call, device)
-                    if turn >= 3:
-                        seconds[n].append(spent)
-            middle = {n: median(values) for n, values in seconds.items()}
-            head = {"method": preset, "shape": name, "tokens": n_tokens, "mode": mode}
-            rows += [{"metric": f"seconds_{n}_types", "value": value, **head} for n, value in middle.items()]
-            rows.append({"metric": "three_types_time_ratio", "value": middle[3] / middle[1], **head})
-            if n_tokens > 1:
-                rows += [{**row, **head} for row in differences(*made[3], x, wide, types)]
-    return rows
+    x, wide = (torch.randn(1, n, width, device=device, dtype=dtype) for width in (d, inner))
+    return x, wide, torch.arange(n, device=device).remainder(2).mul(2).unsqueeze(0)
+
+
+def _compare(made: dict, shape: str, n: int, device: str, most: int) -> dict:
+    """Medians of one build at one number of tokens."""
+    x, wide, types = _inputs(shape, n, device)
+    calls, mode = {}, ""
+    for name, (layers, state) in made.items():
+        state.types = types if COPIES[name] > 1 else None
+        calls[name], mode = _call(layers, state, x, wide)
+    for call in calls.values():  # a GPU's first turns are slow
+        _once(call, device)
+    one = max(_once(call, device) for call in calls.values())
+    turns = max(min(most, 5), min(most, int(SECONDS / (30 * one))))
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns):
+        for name in list(calls) if turn % 2 else reversed(calls):
+            spent[name].append(_once(calls[name], device))
+    ones = [(a + b) / 2 for a, b in zip(spent["one"], spent["again"], strict=True)]
+    return {
+        "mode": mode,
+        "seconds_1_types": median(ones),
+        "seconds_3_types": median(spent["three"]),
+        "three_types_time_ratio": median(c / a for a, c in zip(ones, spent["three"], strict=True)),
+        "one_type_time_ratio": median(b / a for a, b in zip(spent["one"], spent["again"], strict=True)),
+    }
 
 
 def differences(

@@ -194,6 +194,11 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
                 moments[group[0]] = stream.input_moments(
                     block, index, linears[group[0]], n_types, ranks, wanted["peaks"]
                 )
+        elif done is None and replaced and stream.exact_rows.get(group[0]):
+            exact_rows = stream.exact_rows.pop(group[0])
+            moments[group[0]] = stream.input_moments(
+                block, index, linears[group[0]], n_types, ranks, wanted["peaks"], exact_rows
+            )
         stored = {} if done is None else done
         n_left_out = stored.get(f"{input_name(group)}.left_out", torch.empty(0, 0)).shape[1]
         source, targets = replace_group(block, group, config, stream.state, device, n_left_out)

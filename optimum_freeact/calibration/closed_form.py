@@ -13,7 +13,7 @@ from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.surgery import type_rank_of
-from optimum_freeact.moments import Moments, loudness_weights
+from optimum_freeact.moments import Moments, loudness_of_types
 from optimum_freeact.numerics.affine import fake_quantize
 from optimum_freeact.rounding.gptq import gptq
 from optimum_freeact.rounding.rtn import RoundedWeight, round_to_nearest
@@ -28,6 +28,7 @@ from optimum_freeact.type_rules import SINK
 ACTIVATION_CLIP_GRID = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
 # Half the way: on SmolLM2 the whole way fits the calibration text better and held-out text worse (docs/log.md)
 CORRECTION_STRENGTH = 0.5
+BALANCE = True  # whether biases take back what rounding takes from mean outputs
 # Tokens for each entry of an input below which its weight is not shrunk to the noise: the directions that are shrunk are those
 # whose moments are known worst (docs/log.md). All that was measured has more.
 MIN_SHRINKAGE_TOKENS = 6
@@ -60,8 +61,10 @@ def _fake(z: torch.Tensor, config: FreeActConfig, clip: torch.Tensor | float) ->
     )
 
 
-def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: FreeActConfig) -> list[float]:
-    """Clip ratio per type with the least output error ||(Q(z) - z) V^T||^2 over sample rows."""
+def search_clip(
+    z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: FreeActConfig, weights: torch.Tensor | None = None
+) -> list[float]:
+    """Clip ratio per type with the least output error ||(Q(z) - z) V^T||^2 over sample rows, which may have `weights`."""
     n = config.n_types
     if config.activation_bits >= 16:
         return [1.0] * n
@@ -73,6 +76,7 @@ def search_clip(z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: F
         noise = _fake(z, config, ratio) - z
         errors.append((noise @ gram).mul_(noise).sum(-1))
     errors = torch.stack(errors)  # (ratios, rows)
+    errors = errors if weights is None else errors * weights.to(errors.dtype)
     total = ACTIVATION_CLIP_GRID[int(errors.sum(1).argmin())] if n == 1 else None
     found = []
     for kind in range(n):
@@ -207,8 +211,9 @@ class GroupFit:
         rows, types = self.moments.rows
         z, _ = stored.apply(rows.double(), types)
         pooled = config.pooled_types
+        weights = loudness_of_types(rows, torch.tensor(pooled, device=types.device)[types], config.loudest)
         if clip is None:
-            clip = search_clip(z, v, torch.tensor(pooled, device=types.device)[types], config)
+            clip = search_clip(z, v, torch.tensor(pooled, device=types.device)[types], config, weights)
             clip = [clip[kind] for kind in pooled]
         source.clip.copy_(torch.tensor(clip))
         ratios = pick(source.clip.double().unsqueeze(-1), types)
@@ -229,8 +234,8 @@ class GroupFit:
         self._write(target, round_weight(target, moments_z, config, weight_clip), low_rank, stored)
         used = torch.cat([module.transformed_weight(torch.float64) for module in self.targets])
         output = z @ v.mT
-        if self.stats.paired is None:
-            self._balance(output - (z + noise) @ used.mT, rows, types)
+        if self.stats.paired is None and BALANCE:
+            self._balance(output - (z + noise) @ used.mT, types, weights)
         energy = rows.double().square().sum()
         left = stored.centre(rows.double(), types).square().sum()
         return InputRecord(
@@ -252,8 +257,8 @@ class GroupFit:
         noisy = moments + noise.square().mean().nan_to_num() * back @ back.mT + ridge
         return corrected_weight(self.weight, noisy, cross + ridge, CORRECTION_STRENGTH)
 
-    def _balance(self, lost: torch.Tensor, inputs: torch.Tensor, types: torch.Tensor) -> None:
-        """Add to each type's output bias what rounding takes from its mean output, measured on the sample rows (`inputs`)."""
+    def _balance(self, lost: torch.Tensor, types: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add to each type's output bias what rounding takes from its mean output, measured on the sample rows."""
         means = self.targets[0].bias_rows()
         if means is None or self.config.centring == "none":
             return
@@ -265,7 +270,7 @@ class GroupFit:
             )  # a shared bias follows type 0: the sink's error would outweigh all others'
             if int(rows.sum()) < MIN_ROWS_PER_TYPE:
                 continue
-            weight = loudness_weights(inputs[rows], self.config.loudest).double()
+            weight = weights[rows]
             parts = (weight / weight.sum() @ lost[rows]).split([module.out_features for module in self.targets])
             for bias, part in zip(biases, parts, strict=True):
                 bias[kind] += part

@@ -33,6 +33,7 @@ class Stream:
         self.keep_outputs = config.calibration == "learned"
         self.actual = [batch.hidden for batch in batches]
         self.exact = list(self.actual) if self.paired else None
+        self.exact_rows: dict[str, list[torch.Tensor]] = {}  # of the present block's inputs
 
     def _types(self, batch: Batch, like: torch.Tensor) -> torch.Tensor:
         types = batch.types
@@ -51,11 +52,14 @@ class Stream:
         seen = _Seen()
         hooks = [linear.register_forward_pre_hook(_keep(seen, name)) for name, linear in inputs.items()]
         outputs = []
+        self.exact_rows = {name: [] for name in inputs}
         for i, batch in enumerate(self.batches):
             self.state.types = None if batch.types is None else batch.types.to(self.device)
             if self.exact is not None:
                 self.exact[i] = run_block(block, self.exact[i], batch.calls[index], self.device)
                 paired = dict(seen)
+                for name, rows in seen.items():
+                    self.exact_rows[name].append(rows)
                 seen.clear()
             else:
                 paired = {}
@@ -107,16 +111,26 @@ class Stream:
 
     @torch.no_grad()
     def input_moments(
-        self, block: nn.Module, index: int, linear: nn.Linear, n_types: int, ranks: Ranks, peaks: bool = False
+        self,
+        block: nn.Module,
+        index: int,
+        linear: nn.Linear,
+        n_types: int,
+        ranks: Ranks,
+        peaks: bool = False,
+        exact: list[torch.Tensor] | None = None,
     ) -> Moments:
-        """Moments of what a linear reads in the block as it is now."""
-        seen, found = _Seen(), Moments(linear.in_features, n_types, self.device, peaks=peaks, limit=self.loudest)
+        """Moments of what a linear reads in the block as it is now, paired with full-precision rows of each batch if given."""
+        seen = _Seen()
+        wanted = {"peaks": peaks, "paired": exact is not None, "limit": self.loudest}
+        found = Moments(linear.in_features, n_types, self.device, **wanted)
         hook = linear.register_forward_pre_hook(_keep(seen, "input"))
         for i, batch in enumerate(self.batches):
             self.run(block, index, i)
             x, types = seen["input"].flatten(0, -2), self._types(batch, seen["input"])
             real = types != NO_TYPE
-            found.update(x[real], types[real])
+            y = None if exact is None else exact[i].flatten(0, -2)[real]
+            found.update(x[real], types[real], y)
             seen.clear()
         hook.remove()
         ranks.reduce(found)

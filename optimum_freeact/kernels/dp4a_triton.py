@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from optimum_freeact.kernels.epilogue_triton import scale_outputs, scales_of
+from optimum_freeact.kernels.epilogue_triton import MOST_KINDS, biases_of, chosen_bias, scale_outputs, scales_of
 from optimum_freeact.kernels.launches import dp4a_launch, launch_pdl
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.triton_state import INTERPRETED
@@ -33,7 +33,7 @@ def _dp4a(w, x, acc, PLAIN: tl.constexpr):
 def _dp4a_linear(
     codes_ptr, stats_ptr, branch_ptr, types_ptr, w_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr,
     bias_ptr, y_ptr, m, n_bias,
-    N: tl.constexpr, WORDS: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr,
+    N: tl.constexpr, WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr,
     PR: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr,
     PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -53,9 +53,8 @@ def _dp4a_linear(
         ).to(tl.float32)
         scales = scales_of(low_rank_scale_ptr, tl.program_id(0) * BN, RANK, UNIT)
         low_rank_scale = tl.load(scales + c, mask=c < RANK, other=0.0)
-    if HAS_BIAS and N == 1:
-        kind = tl.minimum(tl.load(types_ptr), n_bias - 1) if HAS_TYPES else 0
-        bias = tl.load(bias_ptr + kind * m + outs, mask=is_out, other=0.0)
+    FEW_KINDS: tl.constexpr = KINDS if KINDS <= MOST_KINDS else 0
+    first, one, two, three, kind = biases_of(bias_ptr, types_ptr, tl.arange(0, 1), outs, N, m, HAS_BIAS, FEW_KINDS)
     if PDL:  # the weights are on their way while the codes are still being made
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -71,11 +70,13 @@ def _dp4a_linear(
         if RANK > 0:
             p = tl.load(branch_ptr + t * PR + c) * low_rank_scale
             y += tl.sum(low_rank * p[None, :], 1)
-        if HAS_BIAS and N == 1:
-            y += bias
-        elif HAS_BIAS:
-            kind = tl.minimum(tl.load(types_ptr + t), n_bias - 1) if HAS_TYPES else 0
+        if KINDS > MOST_KINDS:
+            kind = tl.minimum(tl.load(types_ptr + t), n_bias - 1)
             y += tl.load(bias_ptr + kind * m + outs, mask=is_out, other=0.0)
+        elif HAS_BIAS:
+            if KINDS > 0 and N > 1:
+                kind = tl.load(types_ptr + t + tl.arange(0, 1)).to(tl.int32)
+            y += chosen_bias(first, one, two, three, kind, KINDS)
         tl.store(y_ptr + t * m + outs, y.to(y_ptr.dtype.element_ty), mask=is_out)
 
 
@@ -103,7 +104,7 @@ def w4_linear(
     _dp4a_linear[(triton.cdiv(m, launch["BN"]),)](
         rows.codes.view(torch.int32), rows.stats, rows.branch, types, weight.packed.view(torch.int32), weight.qscale,
         weight.row_sum, low_rank, weight.low_rank_scale, bias, y, m, n_bias, N=n, WORDS=words,
-        HAS_TYPES=types is not None, HAS_BIAS=bias is not None, RANK=rank,
+        KINDS=0 if types is None else n_bias - 1, HAS_BIAS=bias is not None, RANK=rank,
         PR=16 if rows.branch is None else rows.branch.shape[1], BN=launch["BN"], BW=wide, UNIT=scale_outputs(weight),
         PLAIN=INTERPRETED, PDL=bool(pdl),
 

@@ -1,10 +1,4 @@
-"""Triton: what the products of packed weights share: the order of tiles, the sum of parts, branch, biases and the store.
-
-Branch and biases follow in the accumulator. Many rows: how much the biases of further types differ are columns beside the
-branch's, met by the marks that the rounding left beside the coordinates (`reference.marked`), in a product that is made in any
-case. Few rows: each further type is added where it is a row's. Either way every row goes through the same steps, whatever
-the others' types are.
-"""
+"""Triton: what the products of packed weights share: the order of tiles, the sum of parts, branch, biases and the store."""
 
 from __future__ import annotations
 
@@ -15,7 +9,8 @@ import triton.language as tl
 from optimum_freeact.kernels.reference import SCALE_OUTPUTS, Rows, Weight, type_columns
 
 
-FEW_ROWS, FEW_KINDS = tl.constexpr(64), tl.constexpr(3)
+MOST_KINDS = tl.constexpr(3)  # further types whose biases are selected; more are looked up, or columns
+FEW_ROWS = tl.constexpr(64)  # up to which they are selected
 
 
 @triton.jit
@@ -47,24 +42,50 @@ def scales_of(low_rank_scale_ptr, first, RANK: tl.constexpr, UNIT: tl.constexpr)
 
 
 @triton.jit
-def add_branch(
-    y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, columns_ptr, types_ptr, tokens, outs, n, m,
-    HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr,
+def biases_of(
+    bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr
 ):  # fmt: skip
-    """Y (outs, tokens) plus bias, low-rank branch, and the types' biases: as columns, or by KINDS further types."""
-    is_out, is_token = outs < m, tokens < n
+    """Biases of the first type and of up to three more, and the tokens' types. None of it depends on what a kernel waits for."""
+    is_out = outs < m
+    first = outs * 0.0
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + outs, mask=is_out, other=0.0)
-        y += bias[:, None]
-        if KINDS > 0:
-            kind = tl.minimum(tl.load(types_ptr + tokens, mask=is_token, other=0).to(tl.int32), KINDS)
-        if KINDS > FEW_KINDS:
-            further = tl.load(bias_ptr + kind[None, :] * m + outs[:, None], mask=is_out[:, None], other=0.0)
-            y += further - bias[:, None]
-        else:
-            for other in tl.static_range(1, KINDS + 1):
-                change = tl.load(bias_ptr + other * m + outs, mask=is_out, other=0.0) - bias
-                y += tl.where(kind[None, :] == other, change[:, None], 0.0)
+        first = tl.load(bias_ptr + outs, mask=is_out, other=0.0)
+    one, two, three = first, first, first
+    kind = tokens * 0
+    if KINDS > 0:  # no load waits for another
+        kind = tl.load(types_ptr + tokens, mask=tokens < n, other=0).to(tl.int32)
+        one = tl.load(bias_ptr + m + outs, mask=is_out, other=0.0)
+    if KINDS > 1:
+        two = tl.load(bias_ptr + 2 * m + outs, mask=is_out, other=0.0)
+    if KINDS > 2:
+        three = tl.load(bias_ptr + 3 * m + outs, mask=is_out, other=0.0)
+    return first, one, two, three, kind
+
+
+@triton.jit
+def chosen_bias(first, one, two, three, kind, KINDS: tl.constexpr):
+    """Of [`biases_of`] those of the types `kind`; all of one shape, or broadcast to one. Types beyond the last are the last."""
+    found = first
+    if KINDS > 0:
+        found = tl.where(kind >= 1, one, found)
+    if KINDS > 1:
+        found = tl.where(kind >= 2, two, found)
+    if KINDS > 2:
+        found = tl.where(kind >= 3, three, found)
+    return found
+
+
+@triton.jit
+def add_branch(
+    y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, columns_ptr, tokens, outs, n, m,
+    RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Y (outs, tokens) plus the low-rank branch, and how much the biases of further types differ from the first's.
+
+    The latter are columns beside the branch's, each met by the mark that the rounding left where a token is of that type
+    (`reference.marked`): what types add is in a product that is made in any case.
+    """
+    is_out, is_token = outs < m, tokens < n
     if RANK + MARKS > 0:
         c = tl.arange(0, PR)
         right = tl.load(branch_ptr + tokens[None, :] * PR + c[:, None], mask=is_token[None, :], other=0.0)
@@ -89,14 +110,34 @@ def add_branch(
 
 
 @triton.jit
+def add_bias(
+    y, parts, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr,
+):  # fmt: skip
+    """Y (outs, tokens) plus the biases: of one type and up to three more from `parts` ([`biases_of`]), of many by a look-up."""
+    if KINDS > MOST_KINDS:
+        kind = tl.minimum(tl.load(types_ptr + tokens, mask=tokens < n, other=0), n_bias - 1)
+        y += tl.load(bias_ptr + kind[None, :] * m + outs[:, None], mask=(outs < m)[:, None], other=0.0)
+    elif HAS_BIAS:
+        first, one, two, three, kind = parts
+        y += chosen_bias(first[:, None], one[:, None], two[:, None], three[:, None], kind[None, :], KINDS)
+    return y
+
+
+@triton.jit
 def store_outputs(y_ptr, y, tokens, outs, n, m):
     """Y (outs, tokens) to `(n, m)`."""
     place = y_ptr + tokens.to(tl.int64)[:, None] * m + outs[None, :]
     tl.store(place, tl.trans(y).to(y_ptr.dtype.element_ty), mask=(tokens < n)[:, None] & (outs < m)[None, :])
 
 
+def scale_outputs(weight: Weight) -> int:
+    """UNIT of [`scales_of`]."""
+    scale = weight.low_rank_scale
+    return 0 if scale is None or scale.dim() == 1 else SCALE_OUTPUTS
+
+
 def columns_of(rows: Rows, weight: Weight) -> torch.Tensor | None:
-    """The columns that meet the marks of types, or `None`.
+    """The columns that meet the marks of types, or `None` where there are none.
 
     Raises:
         `ValueError`: if the weight has further types and the rows no room for marks.
@@ -111,19 +152,15 @@ def columns_of(rows: Rows, weight: Weight) -> torch.Tensor | None:
 
 
 def further_types(rows: Rows, types: torch.Tensor | None, weight: Weight) -> tuple[int, torch.Tensor | None]:
-    """How [`add_branch`] adds the biases of further types: their number where it looks at types, else columns."""
+    """How a product on tensor cores adds the biases of further types: the number of those that it selects or looks up for each
+    token, or their columns.
+    """
     n_bias = 0 if weight.type_bias is None else len(weight.type_bias)
     if types is None or n_bias < 2:
         return 0, None
-    few = len(rows.codes) <= FEW_ROWS.value and n_bias - 1 <= FEW_KINDS.value
-    columns = None if few else columns_of(rows, weight)
+    selected = len(rows.codes) <= FEW_ROWS.value and n_bias - 1 <= MOST_KINDS.value
+    columns = None if selected else columns_of(rows, weight)
     return (n_bias - 1 if columns is None else 0), columns
-
-
-def scale_outputs(weight: Weight) -> int:
-    """UNIT of [`scales_of`]."""
-    scale = weight.low_rank_scale
-    return 0 if scale is None or scale.dim() == 1 else SCALE_OUTPUTS
 
 
 COUNTERS = 65536  # blocks of outputs whose parts are summed; one per block of a launch

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from optimum_freeact.kernels.epilogue_triton import scale_outputs, scales_of
+from optimum_freeact.kernels.epilogue_triton import MOST_KINDS, biases_of, chosen_bias, scale_outputs, scales_of
 from optimum_freeact.kernels.launches import gemv_launch, launch_pdl
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.triton_state import INTERPRETED
@@ -51,7 +51,7 @@ def _raised(w, PLAIN: tl.constexpr):
 def _groups_gemv(
     values_ptr, scale_ptr, branch_ptr, types_ptr, w_ptr, qscale_ptr, group_scale_ptr, low_rank_ptr, low_rank_scale_ptr,
     bias_ptr, y_ptr, m, n_bias,
-    N: tl.constexpr, HALF: tl.constexpr, GB: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    N: tl.constexpr, HALF: tl.constexpr, GB: tl.constexpr, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr,
     RANK: tl.constexpr, PR: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr,
     PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -77,9 +77,8 @@ def _groups_gemv(
         ).to(tl.float32)
         scales = scales_of(low_rank_scale_ptr, tl.program_id(0) * BN, RANK, UNIT)
         low_rank_scale = tl.load(scales + c, mask=c < RANK, other=0.0)
-    if HAS_BIAS and N == 1:  # types are there since the model's own hook ran
-        kind = tl.minimum(tl.load(types_ptr), n_bias - 1) if HAS_TYPES else 0
-        bias = tl.load(bias_ptr + kind * m + outs, mask=is_out, other=0.0)
+    FEW_KINDS: tl.constexpr = KINDS if KINDS <= MOST_KINDS else 0
+    first, one, two, three, kind = biases_of(bias_ptr, types_ptr, tl.arange(0, 1), outs, N, m, HAS_BIAS, FEW_KINDS)
     if PDL:  # the weights are on their way while the values are still being made
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -95,11 +94,13 @@ def _groups_gemv(
         if RANK > 0:
             p = tl.load(branch_ptr + t * PR + c) * low_rank_scale
             y += tl.sum(low_rank * p[None, :], 1)
-        if HAS_BIAS and N == 1:
-            y += bias
-        elif HAS_BIAS:
-            kind = tl.minimum(tl.load(types_ptr + t), n_bias - 1) if HAS_TYPES else 0
+        if KINDS > MOST_KINDS:
+            kind = tl.minimum(tl.load(types_ptr + t), n_bias - 1)
             y += tl.load(bias_ptr + kind * m + outs, mask=is_out, other=0.0)
+        elif HAS_BIAS:
+            if KINDS > 0 and N > 1:
+                kind = tl.load(types_ptr + t + tl.arange(0, 1)).to(tl.int32)
+            y += chosen_bias(first, one, two, three, kind, KINDS)
         tl.store(y_ptr + t * m + outs, y.to(y_ptr.dtype.element_ty), mask=is_out)
 
 
@@ -125,7 +126,7 @@ def w4_linear(
     _groups_gemv[(triton.cdiv(m, launch["BN"]),)](
         rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, groups, low_rank, weight.low_rank_scale,
         bias, y, m, n_bias, N=n, HALF=half, GB=half if groups is None else half // groups.shape[1],
-        HAS_TYPES=types is not None, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
+        KINDS=0 if types is None else n_bias - 1, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
         PR=16 if rows.branch is None else rows.branch.shape[1], BN=launch["BN"], BW=wide, UNIT=scale_outputs(weight),
         PLAIN=INTERPRETED, PDL=bool(pdl),
         num_warps=launch["warps"], **pdl,

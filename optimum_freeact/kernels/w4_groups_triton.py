@@ -13,8 +13,11 @@ import triton
 import triton.language as tl
 
 from optimum_freeact.kernels.epilogue_triton import (
+    FEW_ROWS,
+    add_bias,
     add_branch,
     arrived_last,
+    biases_of,
     further_types,
     room_for_parts,
     scale_outputs,
@@ -65,8 +68,8 @@ def _times_groups(codes, scale, BN: tl.constexpr, BK: tl.constexpr, NG: tl.const
 
 @triton.jit
 def _w4_groups(
-    values_ptr, scale_ptr, branch_ptr, w_ptr, qscale_ptr, group_scale_ptr, low_rank_ptr, low_rank_scale_ptr,
-    bias_ptr, columns_ptr, types_ptr, y_ptr, n, m, partial_ptr, count_ptr,
+    values_ptr, scale_ptr, branch_ptr, types_ptr, w_ptr, qscale_ptr, group_scale_ptr, low_rank_ptr, low_rank_scale_ptr,
+    bias_ptr, columns_ptr, y_ptr, n, m, n_bias, partial_ptr, count_ptr,
     HALF: tl.constexpr, GB: tl.constexpr, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr,
     PR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     UNIT: tl.constexpr, PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
@@ -91,6 +94,8 @@ def _w4_groups(
     acc = tl.zeros((BN, BM), tl.float32)
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     PER_PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    if BM <= FEW_ROWS:  # on their way while the rows are still being made
+        biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -126,12 +131,13 @@ def _w4_groups(
     is_token, is_out = tokens < n, outs < m
     y = acc * tl.load(scale_ptr + tokens, mask=is_token, other=0.0)[None, :]
     y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
-    if UNIT > 0:
-        low_rank_scale_ptr = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
-    y = add_branch(
-        y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, columns_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS, RANK, MARKS, PR,
-        DOT,
-    )  # fmt: skip
+    if BM > FEW_ROWS:
+        biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
+    y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
+    scales = low_rank_scale_ptr
+    if RANK > 0:
+        scales = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
+    y = add_branch(y, branch_ptr, low_rank_ptr, scales, columns_ptr, tokens, outs, n, m, RANK, MARKS, PR, DOT)
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 
@@ -159,9 +165,9 @@ def w4_linear(
     width = 16 if rows.branch is None else rows.branch.shape[1]
     pdl = launch_pdl(launch["pdl"])
     _w4_groups[(blocks, split)](
-        rows.codes, rows.stats, rows.branch, weight.packed, weight.qscale, groups, low_rank, weight.low_rank_scale,
-        bias, columns, types, y, n, m, partial, count, HALF=half, GB=group_bytes, HAS_BIAS=bias is not None, KINDS=kinds,
-        RANK=0 if low_rank is None else low_rank.shape[1], MARKS=0 if columns is None else columns.shape[1], PR=width, BM=launch["BM"],
+        rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, groups, low_rank, weight.low_rank_scale,
+        bias, columns, y, n, m, kinds + 1, partial, count, HALF=half, GB=group_bytes,
+        HAS_BIAS=bias is not None, KINDS=kinds, MARKS=0 if columns is None else columns.shape[1], RANK=0 if low_rank is None else low_rank.shape[1], PR=width, BM=launch["BM"],
         BN=launch["BN"], BK=launch["BK"], GROUP=launch["GROUP"], SPLIT=split, UNIT=scale_outputs(weight), PLAIN=INTERPRETED, DOT=DOT_TYPE,
         PDL=bool(pdl), num_warps=launch["warps"], num_stages=launch["stages"], **pdl,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """Gluon, Hopper only: many rows of codes times a packed 4-bit weight (`reference.w4_linear`), warps with roles of their own.
 
 One warp brings tiles by the copy engine; two warpgroups each own half of a tile's outputs: while one takes nibbles apart in
-registers, or writes its results, the other keeps the tensor cores busy; two warps fetch what follows the product. A program stays on its multiprocessor and goes through tiles. Tiles are 256 outputs by 128 tokens, since a byte of the weight
-holds two numbers and one of the codes a single one: this shape moves the fewest bytes from the cache per product.
+registers, or writes its results, the other keeps the tensor cores busy; two warps fetch what follows the product. A program
+stays on its multiprocessor and goes through tiles. Tiles are 256 outputs by 128 tokens, since a byte of the weight holds
+two numbers and one of the codes a single one: this shape moves the fewest bytes from the cache per product.
 
 The integer product is exact; what follows is that of `epilogue_triton`.
 """
@@ -100,7 +101,7 @@ def _prepare(
             stats.index(0).store(scale * 0.0625)
             stats.index(1).store(gl.load(stats_ptr + n + tokens, mask=tokens < n, other=0.0))
         if HAS_BRANCH:
-            if UNIT > 0:
+            if RANK > 0 and UNIT > 0:
                 scales = low_rank_scale_ptr + (block_m * BN // UNIT) * RANK
                 rank_scale = gl.expand_dims(gl.load(scales + c, mask=c < RANK, other=1.0), 0)
             for k in gl.static_range(BM // PART):
@@ -261,8 +262,7 @@ def _w4_hopper(
                 _prepare,
                 (
                     pair, left, stats, ready, free, stats_ptr, branch_ptr, low_rank_ptr, low_rank_scale_ptr,
-                    columns_ptr, n, m, n_blocks, m_blocks, RANK, MARKS, PR, BM, BN, GROUP, VALUES,
-                    UNIT, PDL,
+                    columns_ptr, n, m, n_blocks, m_blocks, RANK, MARKS, PR, BM, BN, GROUP, VALUES, UNIT, PDL,
                 ),
             ),
         ],
@@ -296,11 +296,12 @@ def w4_linear(
     bias, low_rank = weight.type_bias, weight.low_rank
     columns = columns_of(rows, weight)
     values, groups = rows.codes.dtype == torch.float16, weight.group_scale
+    width = 32 if rows.branch is None else rows.branch.shape[1]
     launch = {
         "BM": 128,
         "BN": 256,
         "BK": 32 if values else 64,
-        "STAGES": 4,
+        "STAGES": 4 if values or width <= 32 else 3,  # what shared memory holds beside the branch
         "GROUP": 16,
         "pdl": False,
         **(options or {}),
@@ -312,8 +313,8 @@ def w4_linear(
         _described(weight.packed, bn, bk, bk), _described(rows.codes, bm, bk, bk * rows.codes.element_size()), _described(y, bm, bn // 2, 128),
         rows.stats, rows.branch, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, columns,
         groups, n, m, HALF=half, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
-        MARKS=0 if columns is None else columns.shape[1], PR=32 if rows.branch is None else rows.branch.shape[1],
-        VALUES=values, GB=0 if groups is None else half // groups.shape[1], UNIT=scale_outputs(weight), PDL=bool(pdl), **launch, num_warps=4,
-        maxnreg=168, **pdl,
+        MARKS=0 if columns is None else columns.shape[1], PR=width,
+        VALUES=values, GB=0 if groups is None else half // groups.shape[1], UNIT=scale_outputs(weight), PDL=bool(pdl),
+        **launch, num_warps=4, maxnreg=168, **pdl,
     )  # fmt: skip
     return y

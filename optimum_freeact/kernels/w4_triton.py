@@ -4,8 +4,8 @@ The integer product is exact. Bytes of the weight are taken apart in registers i
 (code + 8; the eight is taken back by the sum of the row's codes), one for the even and one for the odd columns. The
 weight is the left operand, which tensor cores read from registers, so that nothing unpacked ever goes through memory.
 
-What follows happens in the accumulator: scales, a bias, and a product of the high-precision coordinates (bfloat16 pairs)
-with the low-rank branch (`epilogue_triton`).
+What follows happens in the accumulator: scales, the biases of the types, and a product of the high-precision coordinates
+(bfloat16 pairs) with the low-rank branch. Every row goes through the same steps whatever the others' types are.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import triton
 import triton.language as tl
 
 from optimum_freeact.kernels.epilogue_triton import (
+    FEW_ROWS,
+    add_bias,
     add_branch,
     arrived_last,
+    biases_of,
     further_types,
     room_for_parts,
     scale_outputs,
@@ -50,8 +53,8 @@ def nibbles(w, PLAIN: tl.constexpr):
 
 @triton.jit
 def _w4_linear(
-    codes_ptr, stats_ptr, branch_ptr, w_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr,
-    bias_ptr, columns_ptr, types_ptr, y_ptr, n, m, partial_ptr, count_ptr,
+    codes_ptr, stats_ptr, branch_ptr, types_ptr, w_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr,
+    bias_ptr, columns_ptr, y_ptr, n, m, n_bias, partial_ptr, count_ptr,
     HALF: tl.constexpr, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     UNIT: tl.constexpr, PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
@@ -70,6 +73,8 @@ def _w4_linear(
     acc = tl.zeros((BN, BM), tl.int32)
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     PER_PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    if BM <= FEW_ROWS:  # on their way while the rows are still being made
+        biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -102,12 +107,13 @@ def _w4_linear(
     row_sum = tl.load(row_sum_ptr + outs, mask=is_out, other=0).to(tl.float32)
     y = (acc - 8 * total[None, :]).to(tl.float32) * scale[None, :] + offset[None, :] * row_sum[:, None]
     y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
-    if UNIT > 0:
-        low_rank_scale_ptr = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
-    y = add_branch(
-        y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr, columns_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS, RANK, MARKS, PR,
-        DOT,
-    )  # fmt: skip
+    if BM > FEW_ROWS:
+        biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
+    y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
+    scales = low_rank_scale_ptr
+    if RANK > 0:
+        scales = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
+    y = add_branch(y, branch_ptr, low_rank_ptr, scales, columns_ptr, tokens, outs, n, m, RANK, MARKS, PR, DOT)
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 
@@ -135,9 +141,9 @@ def w4_linear(
     width = 16 if rows.branch is None else rows.branch.shape[1]
     pdl = launch_pdl(launch["pdl"])
     _w4_linear[(blocks, split)](
-        rows.codes, rows.stats, rows.branch, weight.packed, weight.qscale, weight.row_sum, low_rank,
-        weight.low_rank_scale, bias, columns, types, y, n, m, partial, count, HALF=half, HAS_BIAS=bias is not None, KINDS=kinds, RANK=rank,
-        MARKS=0 if columns is None else columns.shape[1], PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
+        rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, weight.row_sum, low_rank,
+        weight.low_rank_scale, bias, columns, y, n, m, kinds + 1, partial, count, HALF=half,
+        HAS_BIAS=bias is not None, KINDS=kinds, MARKS=0 if columns is None else columns.shape[1], RANK=rank, PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
         GROUP=launch["GROUP"], SPLIT=split, UNIT=scale_outputs(weight), PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
         num_warps=launch["warps"], num_stages=launch["stages"], **pdl,
     )  # fmt: skip

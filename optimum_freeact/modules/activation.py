@@ -122,8 +122,10 @@ class FreeActInput(nn.Module):
         self.register_buffer("basis_scale", torch.ones(rank) if rank else None)
         a, b = factor_pair(in_features)
         factored, dense = transform in ("hadamard", "kronecker"), transform == "orthogonal"
-        self.register_buffer("left", torch.eye(a) if factored else None)
-        self.register_buffer("right", torch.eye(b) if factored else None)
+        # flat rotations have one magnitude throughout: rounded, they are the same up to a factor
+        kind = torch.bfloat16 if transform == "hadamard" else torch.float32
+        self.register_buffer("left", torch.eye(a, dtype=kind) if factored else None)
+        self.register_buffer("right", torch.eye(b, dtype=kind) if factored else None)
         self.register_buffer("dense", torch.eye(in_features) if dense else None)
         self.register_buffer("keep", torch.ones(n_types, in_features, dtype=torch.bool) if masked else None)
         self.add_left_out(n_left_out)

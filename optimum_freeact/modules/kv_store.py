@@ -202,7 +202,9 @@ class StateStore:
             return
         offset = torch.arange(first, last) + position - start[:, None]  # (B, last - first)
         inside = ((offset >= 0) & (offset < self.spec.sink_tokens))[:, None, :, None].to(states.device)
-        exact = _take_tokens(self.exact, offset.clamp(0, self.spec.sink_tokens - 1))
+        exact = _take_tokens(self.exact, offset.clamp(0, self.spec.sink_tokens - 1)).to(
+            states.device
+        )  # may be offloaded
         states[:, :, first:last] = torch.where(inside, exact, states[:, :, first:last])
 
 

@@ -280,13 +280,8 @@ class FreeActLinear(nn.Linear):
         With several token types the bias is type 0's: a plain linear has only one.
         """
         source = self.source.input_map(torch.float64)
-        weight = self.transformed_weight(torch.float64)
-        scaled = source.restore_weight(weight) / (1 if source.channel_scale is None else source.channel_scale)
-        if source.basis is not None:
-            own = slice(None) if source.uses is None else source.uses[0].bool()  # columns that type 0 uses
-            basis, branch = source.basis[:, own], self.low_rank.double() * self.low_rank_scale.double()
-            scaled = scaled - scaled @ basis @ basis.mT + branch[:, own] @ basis.mT
-        weight = scaled if source.channel_scale is None else scaled * source.channel_scale
+        branch = None if self.low_rank is None else self.low_rank.double() * self.low_rank_scale.double()
+        weight = source.restore_weight(self.transformed_weight(torch.float64), branch)  # as text reads it
         bias = None if self.type_bias is None else self.type_bias[0].double()
         if source.mean is not None:
             bias = bias - weight @ source.mean[0]

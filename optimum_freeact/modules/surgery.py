@@ -55,7 +55,7 @@ def rank_of(config: FreeActConfig, in_features: int, out_features: list[int]) ->
     types, means = config.n_types, {"none": 0, "shared": 1, "per_type": config.n_types}[config.centring]
     a, b = factor_pair(n)
     stored = 4 * types + 2 * means * n  # clips, means
-    stored += 4 * (a * a + b * b) if config.transform in ("hadamard", "kronecker") else 0
+    stored += {"hadamard": 2, "kronecker": 4}.get(config.transform, 0) * (a * a + b * b)
     stored += 4 * n if config.channel_scale != "none" else 0
     if config.weight_bits < 16:
         stored += m * (4 + (n // config.weight_group_size if config.weight_group_size else 0))

@@ -7,13 +7,16 @@ invertible transform A:
     p = u U                            r coordinates kept in high precision
     z = (u - p U^T) A                  rounded to few bits
 
-and with V = (W / s) A^{-T}, L = (W / s) U, b_k = W mu_k + b, for every x and every type, without rounding,
+and with V = (W / s) (I - U U^T) A^{-T}, L = (W / s) U (2 I - U^T U), b_k = W mu_k + b, for every x and every type, without
+rounding,
 
     y = z V^T + p L^T + b_k = W x + b.
 
-This is exact for any mu, s, U and invertible A (tested in float64): the calibration may choose them freely. So it stays if
-types use columns of U of their own (`uses`): with U_k those of type k, P_k = [(I - U_k U_k^T) A, U_k, 0] and one weight side
-for all, [A^{-1}; U^T], have the product I for every type. Masks (`keep`) set some coordinates of z to zero for some types;
+This is exact for any mu, s, U and invertible A (tested in float64): the calibration may choose them freely. V = (W / s) A^{-T}
+with L = (W / s) U would be exact as well; but z has nothing in the directions of U except the noise of rounding, which V must
+not read. It stays exact if types use columns of U of their own (`uses`): with U_k those of type k and U_s those that all use,
+P_k = [(I - U_k U_k^T) A, U_k, 0] and one weight side for all, [A^{-1} (I - U_s U_s^T); (I + D - U^T U D) U^T], D = 1 for the
+columns of U_s, have the product I for every type. Masks (`keep`) set some coordinates of z to zero for some types;
 they are an approximation (transforms/exclusive.py).
 """
 
@@ -99,7 +102,7 @@ class InputMap:
         `inverses` of the Kronecker factors may be given where several weights share them.
         """
         scaled = weight if self.channel_scale is None else weight / self.channel_scale
-        low_rank = None if self.basis is None else scaled @ self.basis
+        scaled, low_rank = self._split(scaled)
         if self.left is not None:
             left, right = inverses or (torch.linalg.inv(self.left), torch.linalg.inv(self.right))
             return kron_apply(scaled, left.mT, right.mT), low_rank
@@ -107,11 +110,25 @@ class InputMap:
             return torch.linalg.solve(self.dense, scaled.mT).mT, low_rank
         return scaled, low_rank
 
-    def restore_weight(self, v: torch.Tensor) -> torch.Tensor:
-        """W from V: inverse of [`transform_weight`] (the low-rank part is contained in V and needs nothing)."""
+    def _split(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A scaled weight without what lies in the directions that all types carry around, and L."""
+        if self.basis is None:
+            return scaled, None
+        shared = self.basis.new_ones(self.basis.shape[1]) if self.uses is None else self.uses.prod(0)
+        inside = scaled @ self.basis
+        gram = self.basis.mT @ self.basis
+        outside = scaled - (inside * shared) @ self.basis.mT
+        return outside, inside + inside * shared - (inside * shared) @ gram
+
+    def restore_weight(self, v: torch.Tensor, low_rank: torch.Tensor | None, kind: int = 0) -> torch.Tensor:
+        """W from V and L: inverse of [`transform_weight`], as far as a type of tokens reads them."""
         w = v @ self.dense.mT if self.dense is not None else v
         if self.left is not None and self.right is not None:
             w = kron_apply(v, self.left.mT, self.right.mT)
+        if self.basis is not None:
+            own = slice(None) if self.uses is None else self.uses[kind].bool()
+            basis = self.basis[:, own]
+            w = w - w @ basis @ basis.mT + low_rank[:, own] @ basis.mT
         return w if self.channel_scale is None else w * self.channel_scale
 
     def transform_moments(self, moments: torch.Tensor, kind: int = 0) -> torch.Tensor:

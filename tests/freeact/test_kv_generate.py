@@ -6,6 +6,7 @@ from transformers.cache_utils import DynamicCache
 
 from optimum_freeact.cache_name import cache_name
 from optimum_freeact.modules.kv_cache import install_kv_cache
+from optimum_freeact.modules.kv_layer import FreeActCacheLayer
 from optimum_freeact.modules.kv_means import cache_means
 from optimum_freeact.modules.kv_store import CacheSpec
 from tests.helpers.tiny_decoders import FAMILIES, prompt, tiny_decoder
@@ -135,3 +136,68 @@ def test_a_longer_conversation_continues_where_it_stopped():
     answer = generate(model, ids, past_key_values=cache)
     longer = torch.cat((answer, prompt(batch=1, tokens=3)), 1)
     assert torch.equal(generate(model, longer, past_key_values=cache), generate(model, longer))
+
+
+class _Elsewhere(torch.Tensor):
+    """A tensor that says it lies on another device, and cannot be used until it is brought back."""
+
+    @staticmethod
+    def __new__(cls, here: torch.Tensor):
+        made = torch.Tensor._make_wrapper_subclass(cls, here.shape, dtype=here.dtype, device="meta")
+        made.here = here
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # noqa: ARG003
+        if func is torch.ops.aten._to_copy.default:
+            return args[0].here
+        raise AssertionError(f"{func} of an offloaded tensor")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_offloaded_cache_is_quantized_too(family, monkeypatch):
+    """The host's streams need a GPU; here what a layer moves away cannot be used until it is moved back."""
+    model, ids = tiny_decoder(family), prompt()
+    exact = generate(model, ids)
+    install_kv_cache(model, SPEC)
+    wanted = generate(model, ids)
+    moved = []
+
+    def offload(layer, only=None):  # noqa: ARG001
+        if layer.is_initialized:
+            moved.append(layer)
+            layer.keys, layer.values = _Elsewhere(layer.keys), _Elsewhere(layer.values)
+            for store in layer.stores:
+                store.exact = _Elsewhere(store.exact)
+
+    monkeypatch.setattr(FreeActCacheLayer, "offload", offload)
+    cache = DynamicCache(config=model.config)
+    update = type(cache).update
+
+    def with_offloading(self, keys, values, index, *args, **kwargs):
+        layer = self.layers[index]
+        if isinstance(layer, FreeActCacheLayer):
+            layer.prefetch()
+        found = update(self, keys, values, index, *args, **kwargs)
+        if isinstance(layer, FreeActCacheLayer):
+            layer.offload()
+        return found
+
+    monkeypatch.setattr(type(cache), "update", with_offloading)
+    found = generate(model, ids, past_key_values=cache)
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, exact)
+    assert moved
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_an_offloaded_cache_on_a_gpu(implementation):
+    model, ids = tiny_decoder("llama").to("cuda", torch.bfloat16), prompt().cuda()
+    model.set_attn_implementation(implementation)
+    install_kv_cache(model, SPEC)
+    wanted = generate(model, ids)
+    assert torch.equal(generate(model, ids, cache_implementation="offloaded"), wanted)

@@ -67,6 +67,17 @@ def tiny(tmp_path_factory, tokenizer) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory, tokenizer) -> str:
+    """Folder of a tiny model whose head is its embedding."""
+    folder, model = tmp_path_factory.mktemp("tied-llama"), tiny_llama(tokenizer)
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def translate(text: str, language: str) -> str:
     """A made-up language: letters shifted by a fixed amount, other length."""
     shift = {"sw": 1, "bn": 5, "ar": 11}[language]

@@ -206,7 +206,7 @@ def test_regimes_then_the_table_then_the_rest_of_the_map(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_regimes_keep_the_head_the_words_or_half_the_way(tiny, tokenizer):
+def test_regimes_keep_the_head_the_words_or_half_the_way(tied, tokenizer):
     import argparse
 
     import torch
@@ -217,11 +217,11 @@ def test_regimes_keep_the_head_the_words_or_half_the_way(tiny, tokenizer):
     from tests.mlc.conftest import rows
 
     options, data = argparse.Namespace(steps=2, batch=2, tiny=False), Dataset.from_dict(rows())
-    first = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    first = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
 
     def moved(settings: dict) -> dict[str, torch.Tensor]:
         own = {"learning_rate": 1e-2, "mlc_layer": 3, "mlc_extractor_dim": 0, "mlc_every": 1, **settings}
-        model, layer, numbers, _ = train(tiny, tokenizer, data, own, 0, options)
+        model, layer, numbers, _ = train(tied, tokenizer, data, own, 0, options)
         assert layer == 3
         assert numbers["train_seconds"] > 0
         parts = {

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from optimum_freeact.numerics.hadamard import random_orthogonal
 from optimum_freeact.numerics.kronecker import factor_pair
 from optimum_freeact.transforms.affine_map import InputMap, pick
 
@@ -75,7 +76,16 @@ def test_each_part_does_something(names):
 @pytest.mark.parametrize("names", BUNDLES, ids="+".join)
 def test_weight_and_back(names):
     found, weight = build(names), torch.randn(OUT, D, dtype=torch.float64)
-    torch.testing.assert_close(found.restore_weight(found.transform_weight(weight)[0]), weight, **CLOSE)
+    torch.testing.assert_close(found.restore_weight(*found.transform_weight(weight)), weight, **CLOSE)
+
+
+def test_the_weight_reads_nothing_where_the_rounded_input_has_nothing():
+    basis, weight = part("basis")["basis"], torch.randn(OUT, D, dtype=torch.float64)
+    turn = random_orthogonal(D, torch.Generator())
+    v, _ = InputMap(basis=basis, dense=turn).transform_weight(weight)
+    inside = basis.mT @ turn  # the branch's directions in the rounded coordinates
+    assert (v @ inside.mT).abs().max() < 1e-12
+    assert v.square().sum() < weight.square().sum() * (1 - 1e-3)  # so that rounding noise there does no harm
 
 
 @pytest.mark.parametrize("names", BUNDLES, ids="+".join)
