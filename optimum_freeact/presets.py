@@ -28,7 +28,6 @@ OURS = {
     "activation_clip": "search",
     "weight_clip": "search",
     "token_types": ["text", "sink", "auto"],
-    "loudness_limit": "auto",
     "calibration": "closed_form",
     "learned_part": "outputs",
     "error_correction": False,

@@ -167,6 +167,11 @@ class Shape:
             for layer in self.freeact()
         ]
 
+    def part_copy(self, n: int):
+        """The rows read and written once, which a rounding cannot do without but for the bytes that it writes."""
+        x, target = self.x(n), torch.empty_like(self.x(n))
+        return [lambda: target.copy_(x)]
+
     def part_float8(self, n: int):
         """`torch._scaled_mm` on the same codes, exact accumulation; weights of one byte."""
         x, stats = self.rows(n).codes.to(torch.float8_e4m3fn), self.rows(n).stats
@@ -194,6 +199,7 @@ MEASURED = (
         ("kernel", "freeact round"): "part_round",
         ("kernel", "freeact bare product"): "part_bare_product",
         ("kernel", "float8 product"): "part_float8",
+        ("kernel", "copy of the rows"): "part_copy",
         ("linear", "int4 weight-only"): "whole_int4_weight_only",
         ("linear", "fake quantization"): "whole_fake",
     },
@@ -203,7 +209,7 @@ MEASURED = (
 
 def wanted(provider: str, n: int) -> bool:
     """Whether a provider has such a number of tokens: libraries' 8-bit products need more than 16."""
-    if provider in ("float8 product", "int8 dynamic", "fake quantization"):
+    if provider in ("float8 product", "int8 dynamic", "fake quantization", "copy of the rows"):
         return n >= 2048
     return not (provider == "int4 weight-only" and n > 64)
 

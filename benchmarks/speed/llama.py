@@ -24,7 +24,7 @@ from optimum_freeact.transforms.affine_map import InputMap
 from optimum_freeact.type_state import attach_state
 
 
-SHAPES = {
+SHAPES: dict[str, dict] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
            "num_hidden_layers": 32, "vocab_size": 128256, "rope_theta": 500000.0},
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,

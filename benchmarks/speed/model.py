@@ -208,7 +208,7 @@ def main() -> None:
     begin = time.perf_counter()
     decode(call)
     meter("first_decode_seconds", time.perf_counter() - begin)
-    for _ in range(3):
+    for _ in range(5):
         with quiet():
             decode(call)
     meter("decode_seconds", statistics.median(found[1:]), spread=(max(found[1:]) - min(found[1:])) / 2)

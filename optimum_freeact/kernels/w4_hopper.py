@@ -24,111 +24,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from optimum_freeact.kernels.epilogue_triton import columns_of, scale_outputs
+from optimum_freeact.kernels.feed_hopper import prepare, produce, tile_order
 from optimum_freeact.kernels.launches import launch_pdl
 from optimum_freeact.kernels.nibbles_gluon import half_codes, high_codes, low_codes, scaled_codes
 from optimum_freeact.kernels.reference import Rows, Weight
-
-
-@gluon.jit
-def _tile(t, n_blocks, m_blocks, GROUP: gl.constexpr):
-    """Blocks of tokens and outputs of tile `t`: GROUP blocks of tokens are visited for all outputs before the next ones."""
-    per_group = GROUP * m_blocks
-    first = (t // per_group) * GROUP
-    size = gl.minimum(n_blocks - first, GROUP)
-    inner = t % per_group
-    return first + inner % size, inner // size
-
-
-@gluon.jit
-def _produce(
-    w_desc, codes_desc, w_ring, even_ring, odd_ring, full, empty, n_blocks, m_blocks,
-    HALF: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    ITEM: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    if PDL:
-        gdc_wait()
-    tiles = n_blocks * m_blocks
-    STEPS: gl.constexpr = HALF // BK
-    count = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        block_n, block_m = _tile(t, n_blocks, m_blocks, GROUP)
-        for step in range(STEPS):
-            slot = count % STAGES
-            phase = (count // STAGES) & 1
-            mbarrier.wait(empty.index(slot), phase ^ 1)
-            ready = full.index(slot)
-            mbarrier.expect(ready, BN * BK + 2 * BM * BK * ITEM)
-            at = step * BK
-            tma.async_copy_global_to_shared(w_desc, [block_m * BN, at], ready, w_ring.index(slot))
-            tma.async_copy_global_to_shared(codes_desc, [block_n * BM, at], ready, even_ring.index(slot))
-            tma.async_copy_global_to_shared(codes_desc, [block_n * BM, HALF + at], ready, odd_ring.index(slot))
-            count += 1
-
-
-@gluon.jit
-def _prepare(
-    pair, left, stats, ready, free, stats_ptr, branch_ptr, low_rank_ptr, low_rank_scale_ptr, columns_ptr, n, m,
-    n_blocks, m_blocks,
-    RANK: gl.constexpr, MARKS: gl.constexpr, PR: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr,
-    VALUES: gl.constexpr, UNIT: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    """What follows a tile's product, brought to shared memory while the product runs."""
-    PART: gl.constexpr = 32 if PR <= 32 else 16  # rows at a time: what the registers of two warps hold
-    rows_layout: gl.constexpr = gl.BlockedLayout([1, 4], [32 * 4 // PR, PR // 4], [2, 1], [1, 0])
-    token_layout: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
-    HAS_BRANCH: gl.constexpr = RANK + MARKS > 0
-    c = gl.arange(0, PR, gl.SliceLayout(0, rows_layout))
-    part = gl.arange(0, PART, gl.SliceLayout(1, rows_layout))
-    in_rank = gl.expand_dims(c < RANK, 0)
-    is_mark = gl.expand_dims((c >= RANK) & (c < RANK + MARKS), 0)
-    mark = gl.expand_dims(c - RANK, 0)
-    if RANK > 0:
-        rank_scale = gl.expand_dims(gl.load(low_rank_scale_ptr + c, mask=c < RANK, other=1.0), 0)
-    if PDL:
-        gdc_wait()
-    count = 0
-    for t in range(gl.program_id(0), n_blocks * m_blocks, gl.num_programs(0)):
-        block_n, block_m = _tile(t, n_blocks, m_blocks, GROUP)
-        mbarrier.wait(free, (count & 1) ^ 1)
-        tokens = block_n * BM + gl.arange(0, BM, token_layout)
-        scale = gl.load(stats_ptr + tokens, mask=tokens < n, other=0.0)
-        if VALUES:
-            stats.index(0).store(scale)
-        else:
-            stats.index(0).store(scale * 0.0625)
-            stats.index(1).store(gl.load(stats_ptr + n + tokens, mask=tokens < n, other=0.0))
-        if HAS_BRANCH:
-            if RANK > 0 and UNIT > 0:
-                scales = low_rank_scale_ptr + (block_m * BN // UNIT) * RANK
-                rank_scale = gl.expand_dims(gl.load(scales + c, mask=c < RANK, other=1.0), 0)
-            for k in gl.static_range(BM // PART):
-                rows = block_n * BM + k * PART + part
-                right = gl.load(
-                    branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0),
-                    mask=gl.expand_dims(rows < n, 1), other=0.0,
-                )  # fmt: skip
-                if RANK > 0:
-                    right *= rank_scale
-                upper = right.to(gl.bfloat16)
-                pair.index(0).slice(k * PART, PART, 0).store((right - upper.to(gl.float32)).to(gl.bfloat16))
-                pair.index(1).slice(k * PART, PART, 0).store(upper)
-            for k in gl.static_range(BN // PART):
-                rows = block_m * BN + k * PART + part
-                inside = gl.expand_dims(rows < m, 1)
-                numbers = gl.zeros((PART, PR), gl.bfloat16, rows_layout)
-                if RANK > 0:
-                    at = low_rank_ptr + gl.expand_dims(rows * RANK, 1) + gl.expand_dims(c, 0)
-                    numbers = gl.load(at, mask=inside & in_rank, other=0).to(gl.bfloat16)
-                if MARKS > 0:
-                    at = columns_ptr + gl.expand_dims(rows * MARKS, 1) + mark
-                    numbers += gl.load(at, mask=inside & is_mark, other=0.0)
-                left.slice(k * PART, PART, 0).store(numbers)
-        fence_async_shared()
-        mbarrier.arrive(ready)
-        count += 1
 
 
 @gluon.jit
@@ -156,7 +58,7 @@ def _consume(
     count = 0
     visited = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        block_n, block_m = _tile(t, n_blocks, m_blocks, GROUP)
+        block_n, block_m = tile_order(t, n_blocks, m_blocks, GROUP)
         first = block_m * BN + WHICH * OWN
         outs = first + gl.arange(0, OWN, gl.SliceLayout(1, float_layout))
         is_out = outs < m
@@ -252,14 +154,14 @@ def _w4_hopper(
             (_consume, (given, 0, HALF, HAS_BIAS, RANK + MARKS > 0, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
             (_consume, (given, 1, HALF, HAS_BIAS, RANK + MARKS > 0, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
             (
-                _produce,
+                produce,
                 (
                     w_desc, codes_desc, w_ring, even_ring, odd_ring, full, empty, n_blocks, m_blocks,
                     HALF, BM, BN, BK, STAGES, GROUP, 2 if VALUES else 1, PDL,
                 ),
             ),
             (
-                _prepare,
+                prepare,
                 (
                     pair, left, stats, ready, free, stats_ptr, branch_ptr, low_rank_ptr, low_rank_scale_ptr,
                     columns_ptr, n, m, n_blocks, m_blocks, RANK, MARKS, PR, BM, BN, GROUP, VALUES, UNIT, PDL,
