@@ -114,6 +114,9 @@ def _project(
                 p = tl.dot(x.to(DOT), basis.to(DOT), p)
             else:
                 p = tl.dot(x, basis.to(x_ptr.dtype.element_ty), p)
+            # A look at the sum makes Triton (3.6) wait for the tensor cores. Left to itself it lets them run on while it brings
+            # later rows to the very memory that they still read: x has a second reader, for which no further buffer is made
+            p = tl.where(n > 0, p, 0.0)
     alive = rows < n
     tl.store(peak_ptr + part * n + rows, tl.max(peak, 1), mask=alive)
     if RANK > 0:
