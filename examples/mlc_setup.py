@@ -32,7 +32,7 @@ SETTINGS = {
     "use_cpu": True,
     "report_to": "none",
     "save_strategy": "no",
-    "logging_steps": 5,
+    "logging_steps": 10,
     "disable_tqdm": True,
     "seed": 0,
 }

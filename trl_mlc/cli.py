@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from trl_mlc.command_options import EvaluateOptions, ScanOptions, TrainOptions, check_paths, parse
@@ -14,7 +15,8 @@ from trl_mlc.rows import load_eval_rows, load_rows
 
 #: Errors that say all a user needs; anything else is a defect and keeps its traceback (as all do if the environment
 #: has TRL_MLC_TRACEBACK).
-EXPECTED = (ValueError, OSError, TypeError)
+EXPECTED = (ValueError, OSError, TypeError, PackageNotFoundError)
+COMMANDS = ("sft", "dpo", "evaluate", "scan")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 USAGE = """usage: trl-mlc {sft,dpo,evaluate,scan} [--config FILE.yaml] [options]
 
@@ -23,7 +25,7 @@ USAGE = """usage: trl-mlc {sft,dpo,evaluate,scan} [--config FILE.yaml] [options]
   evaluate   score a model in every language; --before REPORT.json --figure OUT.png compares with an earlier report
   scan       print, per layer and pooling, how well translations find each other
 
-`trl-mlc COMMAND --help` lists the options; a YAML file names them the same way."""
+`trl-mlc COMMAND --help` lists the options; a YAML file names them the same way. `trl-mlc --version` names versions."""
 
 
 @contextmanager
@@ -195,13 +197,17 @@ def run(arguments: list[str]) -> int:
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
+    if command == "--version":
+        print(" ".join(f"{name} {version(name)}" for name in ("hf-concord", "trl", "transformers", "torch")))
+        return 0
+    if command not in COMMANDS:
+        raise ValueError(
+            f"Unknown command {command!r}; known are {', '.join(COMMANDS)} (other trainers are used from Python)."
+        )
     if command in ("sft", "dpo"):
         train(command, arguments)
-    elif command in ("evaluate", "scan"):
-        {"evaluate": evaluate, "scan": scan}[command](arguments)
     else:
-        print(f"Unknown command {command!r}.\n\n{USAGE}", file=sys.stderr)
-        return 2
+        {"evaluate": evaluate, "scan": scan}[command](arguments)
     return 0
 
 

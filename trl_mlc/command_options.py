@@ -81,8 +81,13 @@ def parse(types: tuple, arguments: list[str], command: str):
     """
     from trl import TrlParser
 
+    def refuse(message: str):  # argparse would print all options, nearly two hundred lines of them
+        raise ValueError(f"{message} (see trl-mlc {command} --help)")
+
+    parser = TrlParser(types, prog=f"trl-mlc {command}")
+    parser.error = refuse
     try:
-        return TrlParser(types, prog=f"trl-mlc {command}").parse_args_and_config(arguments)
+        return parser.parse_args_and_config(arguments)
     except ValueError as error:
         known = ["--" + option.name for kind in types for option in fields(kind)]
         names = [word.partition("=")[0] for word in arguments if word.startswith("--")]
@@ -102,5 +107,7 @@ def check_paths(options) -> None:
     for path in filter(None, (options.output, options.figure)):
         if not Path(path).parent.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}.")
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder; name the file to write.")
     if options.figure and Path(options.figure).suffix not in FIGURES:
         raise ValueError(f"--figure must end in one of {list(FIGURES)}, got {options.figure!r}.")

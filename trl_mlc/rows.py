@@ -8,21 +8,30 @@ from pathlib import Path
 from trl_mlc.command_options import DataOptions, TrainOptions
 
 
+#: Endings of files with rows, and what `datasets` calls them.
+KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
 def load_rows(options: DataOptions):
     """Rows as the options describe them, as a `datasets.Dataset`."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     from trl_mlc.parallel import from_flat_columns
 
     if not options.dataset_name.strip():
         raise ValueError("Name the rows with --dataset_name: a file, a folder or a hub dataset.")
     path = Path(options.dataset_name)
-    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+    kind = KINDS.get(path.suffix)
+    if kind is None and path.is_file():
+        raise ValueError(f"{path} ends in {path.suffix!r}; rows are read from files that end in one of {list(KINDS)}.")
     try:
         if kind is not None:
             data = load_dataset(kind, data_files=str(path), split=options.dataset_split)
         else:
             data = load_dataset(options.dataset_name, name=options.dataset_config, split=options.dataset_split)
+    except DatasetGenerationError as error:  # what is wrong stands in its cause
+        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
     except StopIteration:  # what `datasets` makes of an empty file
         data = ()
     if len(data) == 0:

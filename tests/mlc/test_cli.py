@@ -58,6 +58,39 @@ def test_sft_from_flags_with_evaluation(tiny, tmp_path, capsys):
     assert "eval_mlc/loss" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["dpo"], "the following arguments are required: --dataset_name"),
+        (["dpo", "--dataset_name", "rows.jsonl", "--save_strategy", "often"], "invalid choice: 'often'"),
+        (["evaluate", "--dataset_name", "rows.jsonl", "--batch_size", "x"], "invalid int value: 'x'"),
+        (["scan", "--dataset_name", "rows.jsonl", "--output", "."], ". is a folder; name the file to write"),
+        (["kto"], "Unknown command 'kto'; known are sft, dpo, evaluate, scan"),
+        (["evaluate", "--dataset_name", "rows.txt"], "rows.txt ends in '.txt'; rows are read from files that end in"),
+        (["evaluate", "--dataset_name", "damaged.jsonl"], "damaged.jsonl cannot be read: JSON parse error"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_wrong_words_are_told_in_one_line(tiny, words, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.txt").write_text("a row\n")
+    (tmp_path / "damaged.jsonl").write_text('{"prompt": "a"\n')
+    model = ["--model_name_or_path", tiny, "--device", "cpu"] if words[0] in ("evaluate", "scan") else []
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    capsys.readouterr()
+    assert main([*words, *model]) == 2
+    said = capsys.readouterr()
+    (line,) = [line for line in said.err.splitlines() if line.startswith("trl-mlc: ")]
+    assert line.startswith("trl-mlc: error: ")
+    assert told in line
+    assert "usage:" not in said.out + said.err
+
+
+def test_versions(capsys):
+    assert main(["--version"]) == 0
+    assert {"hf-concord", "trl", "transformers", "torch"} <= set(capsys.readouterr().out.split())
+
+
 def test_help_and_unknown_commands(capsys):
     assert main([]) == 0
     assert "scan" in capsys.readouterr().out
