@@ -225,11 +225,27 @@ class Bench:
 
     def run(self, job: Job) -> None:
         """Adapt once and write what came out."""
-        arm, setting, options = ARMS[job.name], job.setting, self.options
-        kit = self.givers(job.task).kit
-        model = AutoModelForCausalLM.from_pretrained(self.target, dtype=torch.float32).to(options.device)
+        arm, setting = ARMS[job.name], job.setting
+        model = AutoModelForCausalLM.from_pretrained(self.target, dtype=torch.float32).to(self.options.device)
         if arm.merged is not None:
-            attach_residuals(model, lambda name, own: self.weight(job, arm.merged, name, own), options.alpha)
+            attach_residuals(model, lambda name, own: self.weight(job, arm.merged, name, own), self.options.alpha)
+        curve, best = self.adapt(model, job)
+        place = {"task": job.task, "arm": job.name, "seed": job.seed, "rate": setting.rate}
+        place |= {"texts": job.texts, "steps": setting.steps, "batch": setting.batch}
+        place |= {"share": setting.share} if arm.teacher is not None else {}
+        rows = []
+        for when, point in (("before", curve[0]), ("after", best), ("last", curve[-1])):
+            where = place | {"when": when, "step": point["step"]}
+            rows += [
+                where | {"metric": name, "value": point[name]} for name in ("valid", "nll") if point[name] is not None
+            ]
+        self.write(rows)
+        told = {point["step"]: round(point["valid"], 4) for point in curve}
+        print(place, told, f"held out {best['nll']:.4f}", flush=True)
+
+    def adapt(self, model, job: Job) -> tuple[list[dict], dict]:
+        """Train until validation loss has not fallen for `PATIENCE` scorings; every scoring, and the best after step 0."""
+        arm, setting, kit, device = ARMS[job.name], job.setting, self.givers(job.task).kit, self.options.device
         optimiser = torch.optim.AdamW(
             model.parameters(), lr=setting.rate, weight_decay=0.0, betas=(0.9, 0.95), fused=True
         )
@@ -240,9 +256,9 @@ class Bench:
 
         def measure(step: int, least: float | None = None) -> dict:
             """Validation loss; held-out loss too where the former is the best so far."""
-            valid = score(model, kit.valid, options.device)
+            valid = score(model, kit.valid, device)
             better = least is None or valid < least
-            return {"step": step, "valid": valid, "nll": score(model, kit.scored, options.device) if better else None}
+            return {"step": step, "valid": valid, "nll": score(model, kit.scored, device) if better else None}
 
         curve, batches = [measure(0)], self.batches(job)
         model.train()
@@ -263,22 +279,7 @@ class Bench:
                     best, since = curve[-1], 0
                 if since == PATIENCE:
                     break
-        place = {"task": job.task, "arm": job.name, "seed": job.seed, "rate": setting.rate}
-        place |= {"texts": job.texts, "steps": setting.steps, "batch": setting.batch}
-        place |= {"share": setting.share} if arm.teacher is not None else {}
-        rows = []
-        for when, point in (("before", curve[0]), ("after", best), ("last", curve[-1])):
-            where = place | {"when": when, "step": point["step"]}
-            rows += [
-                where | {"metric": name, "value": point[name]} for name in ("valid", "nll") if point[name] is not None
-            ]
-        self.write(rows)
-        print(
-            place,
-            {point["step"]: round(point["valid"], 4) for point in curve},
-            f"held out {best['nll']:.4f}",
-            flush=True,
-        )
+        return curve, best
 
 
 def arguments() -> argparse.Namespace:
