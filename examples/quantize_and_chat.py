@@ -65,6 +65,12 @@ def chat(model: torch.nn.Module, tokenizer, prompts: tuple[str, ...], max_new_to
     return answers
 
 
+@torch.no_grad()
+def logits(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """What the whole model says of the beginning of a window."""
+    return model(windows[:1, :128]).logits
+
+
 def weight_bytes(folder: Path) -> int:
     """Bytes of a folder's weights."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -103,12 +109,16 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     model.to(dtype).save_pretrained(options.out)  # what is not quantized returns to the checkpoint's own dtype
     tokenizer.save_pretrained(options.out)
     calibration_seconds = time.perf_counter() - start
+    before = logits(model.to(torch.float32), windows)
     del model
     gc.collect()
 
     console.rule("Reload and talk")
     start = time.perf_counter()
     model = load(options.out)
+    if not torch.equal(logits(model, windows), before):
+        raise RuntimeError("The reloaded model computes other logits than the one that was saved.")
+    console.print("The reloaded model's logits are those of the saved one, bit by bit.")
     score = score_text(model, windows)
     answers["W4A4"] = chat(model, tokenizer, prompts, max_new_tokens)
     rows["W4A4"] = {"perplexity": score.perplexity, "nll": score.nll, "bytes": weight_bytes(options.out)}

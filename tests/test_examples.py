@@ -41,6 +41,7 @@ def test_quantize_and_chat_on_a_tiny_model(tiny_chat_model, tmp_path, capsys):
     assert 0.9 < rows["W4A4"]["perplexity"] / rows["full precision"]["perplexity"] < 1.5
     shown = capsys.readouterr().out
     assert "What is the capital of France?" in shown
+    assert "bit by bit" in shown
     table = shown[shown.index("perplexity") :]
     for row in rows.values():
         assert f"{row['perplexity']:.2f}" in table

@@ -2,9 +2,12 @@
 
 import json
 
+import torch
+
 from benchmarks.speed import claims as gpu
 from benchmarks.speed.collect import read_rows
 from benchmarks.speed.cpu_claims import claims as cpu_claims
+from benchmarks.speed.llama import plain, shape_config
 
 
 def linear(provider, k, m, n, value, what="linear"):
@@ -105,3 +108,19 @@ def test_tuning_takes_the_settings_that_are_best_over_all_shapes():
             settings = next(settings for limit, settings in chosen[kernel] if limit == most)
             few = most is not None or kernel == "dp4a"
             assert settings == {**change, "pdl": wanted and few}
+
+
+def test_grouped_attention_is_attention():
+    from transformers import StaticCache
+
+    logits = []
+    for attention in ("sdpa", "sdpa_grouped"):
+        torch.manual_seed(0)
+        config = shape_config("tiny", 2, attention)
+        model, cache = plain(config, "cpu").float(), StaticCache(config=config, max_cache_len=24)
+        ids = torch.arange(8)[None]
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache, position_ids=ids)
+            new = model(input_ids=ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[8]]))
+        logits.append(new.logits)
+    torch.testing.assert_close(*logits)

@@ -17,7 +17,7 @@ from optimum_freeact.type_state import TypeState
 
 # name -> (d, key/value width, intermediate): SmolLM2-135M, Llama-3.2-1B, Llama-3-8B
 SHAPES = {"135m": (576, 192, 1536), "1b": (2048, 512, 8192), "8b": (4096, 1024, 14336)}
-SECONDS = 0.6  # about as long for each size and build
+SECONDS = 0.35  # about as long for each size and build
 BUILDS = 3
 NAMES = {1: ["text"], 3: ["text", "sink", "mask"]}
 COPIES = {"one": 1, "three": 3, "again": 1}

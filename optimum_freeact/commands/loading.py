@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -19,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from optimum_freeact.calibration.data import load_samples
 from optimum_freeact.config import FreeActConfig
-from optimum_freeact.hf.serialization import check_checkpoint
+from optimum_freeact.hf.serialization import check_checkpoint, check_index
 from optimum_freeact.report.evaluate import TextScore, score_text, tokenize_windows
 
 
@@ -80,25 +79,6 @@ def load_config(model: str) -> PretrainedConfig:
             raise
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"{model!r} is no folder here, and the hub did not give such a model ({reason}).") from error
-
-
-def check_index(path: Path) -> None:
-    """Refuse the index of a checkpoint in several files if it is damaged or names files that are not there.
-
-    Raises:
-        `ValueError`: naming the index or the missing files.
-    """
-    if not path.is_file():
-        return
-    try:
-        files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is truncated or damaged ({type(error).__name__}: {error}). Fetch or save it again."
-        ) from None
-    missing = [name for name in files if not (path.parent / name).is_file()]
-    if missing:
-        raise ValueError(f"{str(path)!r} names {missing[:3]}, which are not there: fetch or save the model again.")
 
 
 def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +59,17 @@ class FreeActHfQuantizer(HfQuantizer):
             return device_map if self._loading_map is None else self._loading_map
         self._user_device_map = device_map
         return None if device_map is None else {"": "cpu"}
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The last that the host asks before it reads the index of a checkpoint in several files, and the only time that it
+        tells the folder: a damaged one is refused by name here, where the host's own error would be the JSON parser's.
+        """
+        folder = getattr(config, "name_or_path", None)
+        if folder and os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "model.safetensors")):
+            from optimum_freeact.hf.serialization import check_index
+
+            check_index(Path(folder) / "model.safetensors.index.json")
+        return super().update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.pre_quantized:

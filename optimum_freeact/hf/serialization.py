@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +40,25 @@ def check_checkpoint(files: list[str] | None) -> dict[str, str]:
                 f"{path!r} ({os.path.getsize(path)} bytes) is truncated or damaged ({error}). Fetch or save it again."
             ) from None
     return names
+
+
+def check_index(path: Path) -> None:
+    """Refuse the index of a checkpoint in several files if it is damaged or names files that are not there.
+
+    Raises:
+        `ValueError`: naming the index or the missing files.
+    """
+    if not path.is_file():
+        return
+    try:
+        files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is truncated or damaged ({type(error).__name__}: {error}). Fetch or save it again."
+        ) from None
+    missing = [name for name in files if not (path.parent / name).is_file()]
+    if missing:
+        raise ValueError(f"{str(path)!r} names {missing[:3]}, which are not there: fetch or save the model again.")
 
 
 #: Types as safetensors names them.

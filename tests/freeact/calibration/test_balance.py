@@ -9,6 +9,7 @@ from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.surgery import replace_group
 from optimum_freeact.moments import Moments
 from optimum_freeact.type_state import TypeState
+from tests.helpers.quantized import distance, logits, quantized
 
 
 N, D, LOUD = 512, 32, 1000.0
@@ -57,3 +58,25 @@ def test_quiet_tokens_survive_loud_ones_of_their_type(preset):
 def test_rows_alike_are_all_that_counts_where_no_row_is_loud():
     rows = rows_with(0)
     assert errors(rows, 1e6) == pytest.approx(errors(rows, None), rel=1e-4)
+
+
+def test_the_limit_reaches_calibration():
+    plain, high, low = (logits(quantized(loudness_limit=limit)) for limit in (None, 1e9, 0.5))
+    assert distance(high, plain) < 1e-3
+    assert distance(low, plain) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("types", "rules", "limit"),
+    [
+        (["text", "sink"], None, None),
+        (["text", "sink", "image"], {"image": [5]}, 2.0),
+        (["text", "sink", "text.1"], {"text.1": {"cluster": 1}}, None),
+    ],
+    ids=["text", "image", "clusters"],
+)
+def test_auto_is_for_types_that_are_told(types, rules, limit):
+    fields = {"token_types": types, "type_rules": rules}
+    assert FreeActConfig(loudness_limit="auto", **fields).loudest == limit
+    assert FreeActConfig(loudness_limit=3.0, **fields).loudest == 3.0
+    assert FreeActConfig(**fields).loudest is None

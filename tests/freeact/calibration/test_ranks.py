@@ -84,7 +84,7 @@ def test_moments_about_different_centres_add_up(monkeypatch):
         + torch.outer(change[k], there.sum[k] + n[k] * change[k])
         for k in range(2)
     ]
-    sent = [n, there.shift * n[:, None], *seconds, there.sum + n[:, None] * change]
+    sent = [n, n.clone(), there.shift * n[:, None], *seconds, there.sum + n[:, None] * change]
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, *a: tensor.add_(sent.pop(0)))
     monkeypatch.setattr(Ranks, "_gather", lambda self, rows: rows)
     ranks.reduce(here)

@@ -59,6 +59,29 @@ def test_a_truncated_shard_is_named(model, tmp_path):
         reload(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[: len(text) // 2], "is truncated or damaged .JSONDecodeError"),
+        (lambda text: text.replace("weight_map", "weight_nap"), "is truncated or damaged .KeyError"),
+        (lambda text: text.replace("-00001-of", "-90001-of"), "names .*90001-of.*which are not there"),
+    ],
+    ids=["cut", "key", "file"],
+)
+@pytest.mark.parametrize("quantize_it", [False, True], ids=["saved", "to be quantized"])
+def test_a_damaged_index_of_shards_is_named(model, tmp_path, damage, said, quantize_it):
+    (tiny("llama") if quantize_it else model).save_pretrained(tmp_path, max_shard_size="20KB")
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match=rf"model\.safetensors\.index\.json' {said}"):
+        reload(tmp_path, **({"quantization_config": settings()} if quantize_it else {}))
+
+
+def test_an_index_that_is_not_used_may_be_damaged(folder):
+    (folder / "model.safetensors.index.json").write_text("{")
+    reload(folder)
+
+
 def test_a_flipped_bit_anywhere_in_the_header_is_an_error_or_harmless(folder, model):
     """Names, types, shapes, offsets, lengths: whatever the bit hits, nobody gets a model with other logits."""
     path, expected = weights(folder), logits(model)
