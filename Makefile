@@ -49,7 +49,7 @@ package: $(VENV)/.installed-dev ## build wheel and sdist and use each in a fresh
 	$(VENV)/bin/python -m tools.package
 
 test: quality ## install the development tools, check the style, run all tests
-	$(if $(filter 0,$(WORKERS)),,OMP_NUM_THREADS=1) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(if $(filter 0,$(WORKERS)),,OMP_NUM_THREADS=1) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 quality: $(VENV)/.installed-dev ## style, format and types, changing nothing
 	$(VENV)/bin/ruff check .

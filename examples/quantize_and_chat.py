@@ -105,11 +105,11 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     start = time.perf_counter()
     config = FreeActConfig(dataset=[text[:cut]], tokenizer=tokenizer, n_samples=n_samples, seq_len=options.seq_len)
     model = load(source, quantization_config=config)
+    before = logits(model, windows)
     dtype = AutoConfig.from_pretrained(source).dtype or torch.float32
     model.to(dtype).save_pretrained(options.out)  # what is not quantized returns to the checkpoint's own dtype
     tokenizer.save_pretrained(options.out)
     calibration_seconds = time.perf_counter() - start
-    before = logits(model.to(torch.float32), windows)
     del model
     gc.collect()
 

@@ -79,7 +79,8 @@ class FreeActConfig(QuantizationConfigMixin):
         learning_rate (`float`, *optional*, defaults to 2e-3): Of AdamW on transforms and scales; clips use ten times it.
         epochs (`int`, *optional*, defaults to 15): Passes over the calibration samples per block when learning.
         error_correction (`bool`, *optional*): Move each weight half the way to the one whose output on the quantized
-            model's inputs is nearest to the full-precision model's.
+            model's inputs is nearest to the full-precision model's; what a linear reads is then measured behind those of its own
+            block that are quantized already. With tokens only a few times as many as an input is wide, it does harm.
         propagate_error (`bool`, *optional*, defaults to `True`): Calibrate each block on the outputs of the quantized
             blocks before it instead of the full-precision ones.
         sequential (`bool`, *optional*, defaults to `False`): Round all weights first, as GPTQ and QuaRot do: what reaches a

@@ -14,6 +14,29 @@ if not torch.cuda.is_available():  # Triton decides when it is first imported, w
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+#: Files that take long for the number of their tests. They begin first, or one worker would end alone with them.
+LONG = (
+    "test_journey.py",
+    "test_lm_eval.py",
+    "test_kills.py",
+    "test_ddp.py",
+    "test_real_model.py",
+    "test_trust.py",
+    "test_disk.py",
+    "test_notebooks.py",
+    "test_kv_packed.py",
+    "test_adaptation_benchmark.py",
+    "test_determinism.py",
+    "test_types.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Order files; with `--no-loadscope-reorder` the workers take them like this."""
+    order = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

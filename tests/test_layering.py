@@ -266,3 +266,10 @@ def test_machine_paths_are_recognised(text, wrong, folder):
 
 def test_no_tracked_file_is_large():
     assert [path.name for path in tracked_files() if path.stat().st_size > 1_000_000] == []
+
+
+def test_files_that_begin_first_exist():
+    from tests.conftest import LONG
+
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert [name for name in LONG if names.count(name) != 1] == []

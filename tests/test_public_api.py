@@ -131,6 +131,17 @@ def test_the_first_screen_of_the_readme_holds_the_two_commands():
         assert re.search(rf"\bmake\b.*\b{target}\b", ci), f".ci/run does not run {command}"
 
 
+def test_each_package_has_a_command_that_shows_it():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    shown = re.findall(r"^make (first-[a-z]+)", readme, re.MULTILINE)
+    assert shown == ["first-run", "first-align", "first-merge"]
+    offered = set(re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    for target in shown:
+        (kind,) = re.findall(rf"^{target}: \$\(VENV\)/\.installed-([a-z]+)", makefile, re.MULTILINE)
+        (extras,) = re.findall(rf"^EXTRAS_{kind} = (.*)", makefile, re.MULTILINE)
+        assert set(extras.split(",")) <= offered, target
+
+
 def test_every_page_of_docs_is_in_the_index():
     index = (ROOT / "docs" / "index.md").read_text()
     others = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md") if path.name != "index.md"]

@@ -87,7 +87,7 @@ class PromptPass:
     def _goes_first(self, prompts: dict | None) -> bool:
         """Whether the prompts run before the host's rows, and so backward after them.
 
-        A few prompts keep a GPU waiting for Python, unless it has the host's backward to do meanwhile. Many don't, and
+        A few prompts can keep a GPU waiting for Python, unless it has the host's backward to do meanwhile. Many don't, and
         what they keep in memory should be gone before that. Where parameters are sharded (one bucket), processes must
         agree on the order, and prompts come last.
         """

@@ -25,7 +25,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 
@@ -36,78 +35,16 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from benchmarks._results import command_line, write  # noqa: E402
 from benchmarks.merge.adaptation_claims import summary  # noqa: E402
+from benchmarks.merge.adaptation_loss import draws, joined, lesson_loss, score  # noqa: E402
+from benchmarks.merge.adaptation_plan import ARMS, Job, Setting, groups, measured, setting  # noqa: E402
 from benchmarks.merge.gifts import TEMPERATURE, WRITINGS, WRITTEN, Givers, Lessons, shuffled  # noqa: E402
 from benchmarks.merge.kit import TARGET, TASKS, digest, load_kit  # noqa: E402
-from benchmarks.merge.texts import padded  # noqa: E402
 from mergekit_ot.adaptation import attach_residuals  # noqa: E402
 from tools.assets import ROOT, fetch  # noqa: E402
 
 
-@dataclass(frozen=True)
-class Arm:
-    """Whose weights are frozen in, whose predictions are taught, whose stream, who writes."""
-
-    merged: str | None = None
-    teacher: str | None = None
-    stream: str | None = None
-    writer: str | None = None
-    inside: bool = True
-
-
-#: Most telling first.
-ARMS = {
-    "none": Arm(),
-    "writer and teacher": Arm(teacher="real", writer="real"),
-    "own texts and own teacher": Arm(teacher="target", writer="target"),
-    "teacher": Arm(teacher="real"),
-    "own teacher": Arm(teacher="target"),
-    "own texts": Arm(writer="target"),
-    "writer": Arm(writer="real"),
-    "shrink": Arm(merged="zero"),
-    "writer and teacher, random donor": Arm(teacher="random", writer="random"),
-    "teacher, random donor": Arm(teacher="random"),
-    "shuffled teacher": Arm(teacher="shuffled"),
-    "merge": Arm(merged="real"),
-    "merge, random donor": Arm(merged="random"),
-    "merge, writer and teacher": Arm(merged="real", teacher="real", writer="real"),
-    "teacher at shared positions": Arm(teacher="real", inside=False),
-    "stream": Arm(stream="real"),
-    "stream, random donor": Arm(stream="random"),
-}
-FEW, ALL = 40, 2000
-SHORT, BROAD, LONG = ["1e-4:96x8", "5e-5:64x8"], ["1e-4:96x32"], ["1e-4:400x16", "2e-4:400x16"]
-WIDE = ["rust", "french"]
-#: Groups of arms with the same choices, first things first. Of the languages, Rust's standard library is adapted on because
-#: the donor's lead over the target is largest there (`lead` rows, before any adaptation), and Python's to show a small lead.
-PLAN = [
-    {"tasks": WIDE, "texts": FEW, "settings": SHORT, "arms": ["none", "teacher", "shrink"]},
-    {"tasks": WIDE, "texts": FEW, "settings": BROAD, "shares": [0.9], "arms": ["writer and teacher", "none"]},
-    {
-        "tasks": WIDE,
-        "texts": FEW,
-        "settings": SHORT,
-        "shares": [0.5],
-        "arms": ["teacher, random donor", "own teacher", "shuffled teacher"],
-    },
-    {"tasks": WIDE, "texts": FEW, "settings": BROAD, "shares": [0.9], "arms": ["writer and teacher, random donor"]},
-    {"tasks": WIDE, "texts": FEW, "settings": SHORT[:1], "arms": ["merge", "merge, random donor"]},
-    {"tasks": ["python"], "texts": FEW, "settings": SHORT, "arms": ["none", "teacher", "shrink"]},
-    {"tasks": WIDE, "texts": FEW, "settings": BROAD, "shares": [0.9], "arms": ["own texts and own teacher"]},
-    {
-        "tasks": ["python"],
-        "texts": FEW,
-        "settings": SHORT,
-        "shares": [0.5],
-        "arms": ["own teacher", "teacher, random donor", "shuffled teacher"],
-    },
-    {"tasks": ["python"], "texts": FEW, "settings": BROAD, "shares": [0.9], "arms": ["writer and teacher", "none"]},
-    {"tasks": WIDE, "texts": FEW, "settings": SHORT[:1], "shares": [0.5], "arms": ["teacher at shared positions"]},
-    {"tasks": WIDE, "texts": FEW, "settings": SHORT[:1], "arms": ["stream", "stream, random donor"]},
-    {"tasks": WIDE, "texts": ALL, "settings": LONG, "shares": [0.5], "arms": ["none", "teacher"]},
-]
 #: Of a batch in `writer` arms, the part that is the given texts.
 GIVEN = 0.25
-STREAM_WEIGHT = 1.0
 #: Texts in memory at once; larger batches are summed from such parts.
 AT_ONCE = 16
 #: A run ends early when so many scorings in a row were no better than the best one before.
@@ -116,84 +53,6 @@ PATIENCE = 5
 TRIES, PAUSE = 8, 5.0
 #: Steps after which a model is scored; the last is always one.
 SCORED_AFTER = (4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What an arm may choose: learning rate, steps of so many texts, share of the lessons in the loss."""
-
-    rate: float
-    steps: int
-    batch: int
-    share: float = 0.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """A gift to prepare (`name` of a file) or a run of an arm, for one task, seed and number of given texts."""
-
-    task: str
-    seed: int
-    texts: int
-    name: str
-    setting: Setting | None = None
-
-
-def run_model(model, ids: torch.Tensor, states: bool = False):
-    """Forward in bfloat16 on a GPU, in float32 elsewhere."""
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-        return model(input_ids=ids, use_cache=False, output_hidden_states=states)
-
-
-@torch.no_grad()
-def score(model, texts: list[list[int]], device: str) -> float:
-    """Mean next-token loss in nats."""
-    batch = 32 if device.startswith("cuda") else 4
-    model.eval()
-    total, count = 0.0, 0
-    for start in range(0, len(texts), batch):
-        ids, labels = padded(texts[start : start + batch], device)
-        logits = run_model(model, ids).logits.float().flatten(0, 1)
-        total += float(torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum"))
-        count += int((labels >= 0).sum())
-    model.train()
-    return total / count
-
-
-def lesson_loss(model, batch: Lessons, arm: Arm, share: float) -> torch.Tensor:
-    """Mean over positions: the text's own next token, and where the giver teaches, its distribution by `share`."""
-    ids = batch.ids.long()
-    output = run_model(model, ids, states=arm.stream is not None)
-    logits = output.logits[:, :-1].float()
-    normaliser = logits.logsumexp(-1)
-    losses = normaliser - logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
-    if arm.teacher is not None:
-        answers = batch.probabilities[:, :-1].float()
-        expected = (logits.gather(-1, batch.tokens[:, :-1].long()) * answers).sum(-1)
-        taught = batch.taught[:, :-1]
-        losses = torch.where(taught, (1 - share) * losses + share * (normaliser - expected), losses)
-    counted = torch.arange(ids.shape[1] - 1, device=ids.device) < batch.lengths[:, None] - 1
-    loss = losses[counted].mean()
-    if arm.stream is not None:
-        stream = output.hidden_states[-2].float()
-        stream = stream / stream.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-        loss = loss + STREAM_WEIGHT * (stream - batch.states.float())[batch.stated].square().mean()
-    return loss
-
-
-def joined(parts: list[Lessons]) -> Lessons:
-    """Several batches as one; states only where all have them."""
-    return Lessons(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Lessons)))
-
-
-def draws(count: int, size: int, draw: torch.Generator) -> Iterator[list[int]]:
-    """Batches of `size` out of `count`, in rounds of random order."""
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < size:
-            waiting += torch.randperm(count, generator=draw).tolist()
-        yield waiting[:size]
-        waiting = waiting[size:]
 
 
 class Bench:
@@ -214,14 +73,6 @@ class Bench:
         return torch.randperm(count, generator=torch.Generator().manual_seed(job.seed))[: job.texts].tolist()
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
-    @staticmethod
-    def needs(arm: Arm) -> list[str]:
-        """Gifts that an arm takes; the texts alone are in the lessons of the target."""
-        teacher = {None: "target", "shuffled": "real"}.get(arm.teacher, arm.teacher)
-        found = [f"lessons {teacher}{'' if arm.inside else ' shared'}"]
-        found += [f"written {arm.writer}"] if arm.writer else []
-        return found + [f"plans {giver}" for giver in (arm.merged, arm.stream) if giver not in (None, "zero")]
-
     def path(self, job: Job, gift: str) -> Path:
         """File of a gift: lessons and plans are the same for all numbers of texts, the real donor's for all seeds."""
         name = f"{job.task} {gift}"
@@ -245,7 +96,7 @@ class Bench:
                         shares = group["shares"] if ARMS[name].teacher else [0.0]
                         choices = [Setting(*setting, share) for setting in group["settings"] for share in shares]
                         left = [job for choice in choices if (job := Job(task, seed, texts, name, choice)) not in done]
-                        for gift in self.needs(ARMS[name]) if left else []:
+                        for gift in ARMS[name].needs() if left else []:
                             made = Job(task, seed, texts, gift)
                             if self.path(made, gift) not in prepared:
                                 prepared.add(self.path(made, gift))
@@ -272,7 +123,7 @@ class Bench:
         waiting, tries = self.jobs(), {}
         while waiting:
             for job in list(waiting):
-                paths = [self.path(job, gift) for gift in self.needs(ARMS[job.name])] if job.setting else []
+                paths = [self.path(job, gift) for gift in ARMS[job.name].needs()] if job.setting else []
                 if any(path.with_suffix(".failed").exists() for path in paths):
                     waiting.remove(job)
                 elif all(path.exists() for path in paths) and self.ready(job):
@@ -358,7 +209,7 @@ class Bench:
     def batches(self, job: Job) -> Iterator[Lessons]:
         """The given texts, and in a fixed proportion what the writer wrote."""
         arm, size, device = ARMS[job.name], job.setting.batch, self.options.device
-        given = self.gift(job, self.needs(arm)[0])
+        given = self.gift(job, arm.needs()[0])
         if arm.stream is not None:
             given = self.gift(job, f"plans {arm.stream}")["lessons"]
         given = given.pick(self.part(job))
@@ -374,11 +225,27 @@ class Bench:
 
     def run(self, job: Job) -> None:
         """Adapt once and write what came out."""
-        arm, setting, options = ARMS[job.name], job.setting, self.options
-        kit = self.givers(job.task).kit
-        model = AutoModelForCausalLM.from_pretrained(self.target, dtype=torch.float32).to(options.device)
+        arm, setting = ARMS[job.name], job.setting
+        model = AutoModelForCausalLM.from_pretrained(self.target, dtype=torch.float32).to(self.options.device)
         if arm.merged is not None:
-            attach_residuals(model, lambda name, own: self.weight(job, arm.merged, name, own), options.alpha)
+            attach_residuals(model, lambda name, own: self.weight(job, arm.merged, name, own), self.options.alpha)
+        curve, best = self.adapt(model, job)
+        place = {"task": job.task, "arm": job.name, "seed": job.seed, "rate": setting.rate}
+        place |= {"texts": job.texts, "steps": setting.steps, "batch": setting.batch}
+        place |= {"share": setting.share} if arm.teacher is not None else {}
+        rows = []
+        for when, point in (("before", curve[0]), ("after", best), ("last", curve[-1])):
+            where = place | {"when": when, "step": point["step"]}
+            rows += [
+                where | {"metric": name, "value": point[name]} for name in ("valid", "nll") if point[name] is not None
+            ]
+        self.write(rows)
+        told = {point["step"]: round(point["valid"], 4) for point in curve}
+        print(place, told, f"held out {best['nll']:.4f}", flush=True)
+
+    def adapt(self, model, job: Job) -> tuple[list[dict], dict]:
+        """Train until validation loss has not fallen for `PATIENCE` scorings; every scoring, and the best after step 0."""
+        arm, setting, kit, device = ARMS[job.name], job.setting, self.givers(job.task).kit, self.options.device
         optimiser = torch.optim.AdamW(
             model.parameters(), lr=setting.rate, weight_decay=0.0, betas=(0.9, 0.95), fused=True
         )
@@ -389,9 +256,9 @@ class Bench:
 
         def measure(step: int, least: float | None = None) -> dict:
             """Validation loss; held-out loss too where the former is the best so far."""
-            valid = score(model, kit.valid, options.device)
+            valid = score(model, kit.valid, device)
             better = least is None or valid < least
-            return {"step": step, "valid": valid, "nll": score(model, kit.scored, options.device) if better else None}
+            return {"step": step, "valid": valid, "nll": score(model, kit.scored, device) if better else None}
 
         curve, batches = [measure(0)], self.batches(job)
         model.train()
@@ -412,52 +279,7 @@ class Bench:
                     best, since = curve[-1], 0
                 if since == PATIENCE:
                     break
-        place = {"task": job.task, "arm": job.name, "seed": job.seed, "rate": setting.rate}
-        place |= {"texts": job.texts, "steps": setting.steps, "batch": setting.batch}
-        place |= {"share": setting.share} if arm.teacher is not None else {}
-        rows = []
-        for when, point in (("before", curve[0]), ("after", best), ("last", curve[-1])):
-            where = place | {"when": when, "step": point["step"]}
-            rows += [
-                where | {"metric": name, "value": point[name]} for name in ("valid", "nll") if point[name] is not None
-            ]
-        self.write(rows)
-        print(
-            place,
-            {point["step"]: round(point["valid"], 4) for point in curve},
-            f"held out {best['nll']:.4f}",
-            flush=True,
-        )
-
-
-def measured(files: list[Path] | None) -> set[Job]:
-    """What the rows of earlier calls hold already."""
-    found = set()
-    for row in (json.loads(line) for file in files or [] for line in file.read_text().splitlines() if line.strip()):
-        if row["metric"] == "lead":
-            found.add(Job(row["task"], 0, 0, "lead"))
-        elif (row.get("when"), row["metric"]) == ("after", "nll"):
-            choice = Setting(row["rate"], row["steps"], row["batch"], row.get("share", 0.0))
-            found.add(Job(row["task"], row["seed"], row["texts"], row["arm"], choice))
-    return found
-
-
-def groups(options: argparse.Namespace) -> list[dict]:
-    """Arms with what they may choose: those of the command line, of a file, or `PLAN`."""
-    own = {name: getattr(options, name) for name in ("tasks", "arms", "seeds", "settings", "shares", "texts")}
-    plan = [{}] if options.arms else json.loads(options.plan.read_text()) if options.plan else PLAN
-    made = [own | group for group in plan]
-    for group in made:
-        group["tasks"] = [task for task in group["tasks"] if task in options.tasks]
-        group["settings"] = [setting(one) if isinstance(one, str) else one for one in group["settings"]]
-    return made
-
-
-def setting(text: str) -> tuple[float, int, int]:
-    """`RATE:STEPSxBATCH`."""
-    rate, _, size = text.partition(":")
-    steps, _, batch = size.partition("x")
-    return float(rate), int(steps), int(batch)
+        return curve, best
 
 
 def arguments() -> argparse.Namespace:

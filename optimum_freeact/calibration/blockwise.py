@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from optimum_freeact.calibration.capture import Batch, capture, run_block
+from optimum_freeact.calibration.checks import block_experts
 from optimum_freeact.calibration.closed_form import GroupFit
 from optimum_freeact.calibration.experts import fit_experts, routed_tokens
 from optimum_freeact.calibration.learned import Target, build_twins, learn, map_parameters, write_back
@@ -27,15 +28,12 @@ from optimum_freeact.calibration.resume import BlockStore
 from optimum_freeact.calibration.stream import Stream, exact_activations
 from optimum_freeact.calibration.tuned import TunedLinear
 from optimum_freeact.config import FreeActConfig
-from optimum_freeact.modules.experts import find_experts, stand_ins
-from optimum_freeact.modules.layout import SharedInputs, block_linears, find_blocks, is_excluded, table_groups
+from optimum_freeact.modules.layout import SharedInputs, block_linears, find_blocks, table_groups
 from optimum_freeact.modules.surgery import (
-    check_linear,
     input_name,
     is_compensated,
     replace_experts,
     replace_group,
-    resolve_group_sizes,
 )
 from optimum_freeact.moments import Moments
 from optimum_freeact.transforms.compensation import fit_compensation
@@ -44,72 +42,6 @@ from optimum_freeact.type_state import TypeState
 
 logger = logging.getLogger(__name__)
 Names = TypeVar("Names")  # names of linears or of experts, in lists
-# model_type -> why its blocks cannot be calibrated one by one
-UNSUPPORTED = {
-    "diffusion_gemma": "its encoder's and decoder's blocks are two trees of modules tied to the same tensors, and each of the "
-    "decoder's reads the keys and values that the encoder's has just written: they would have to be calibrated in pairs (types: "
-    "prompt and canvas) and to stay tied when saved, which is not built.",
-}
-
-
-def check_model(model: nn.Module, config: FreeActConfig) -> None:
-    """Everything that can be known before the long work: shapes fit, weights are finite, something to quantize.
-
-    A preset's group sizes are replaced where they do not fit.
-
-    Raises:
-        `ValueError`: naming the module.
-    """
-    reason = UNSUPPORTED.get(getattr(model.config, "model_type", ""))
-    if reason is not None:
-        raise ValueError(f"{type(model).__name__} cannot be quantized: {reason}")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model; calibration follows one chain of blocks: quantize a "
-            "decoder-only model."
-        )
-    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if absent:
-        raise ValueError(
-            f"{len(absent)} weights of {type(model).__name__} are on the meta device or offloaded, the first is {absent[0]!r}: "
-            "load the model on 'cpu' (blocks are moved to the GPU one by one) to quantize it."
-        )
-    prefix, blocks = find_blocks(model)
-    found: dict = {}
-    for index, block in enumerate(blocks):
-        names = block_linears(block, f"{prefix}.{index}", config.modules_to_not_convert)
-        found |= {f"{prefix}.{index}.{name}": module for name, module in names.items()}
-        for name, module in block_experts(block, f"{prefix}.{index}", config.modules_to_not_convert).items():
-            found |= stand_ins(f"{prefix}.{index}.{name}", module)
-    resolve_group_sizes(config, found)
-    for name, module in found.items():
-        check_linear(name, module, config)
-    if not found:
-        kinds = sorted({type(m).__name__ for m in blocks.modules() if isinstance(m, nn.Linear)})
-        raise ValueError(
-            f"No linear to quantize: the blocks hold {kinds}, of which only plain nn.Linear is supported, and "
-            f"modules_to_not_convert={config.modules_to_not_convert}."
-        )
-    check_finite(model)
-
-
-def check_finite(model: nn.Module) -> None:
-    """Refuse a model with NaN or infinity anywhere, also where nothing is quantized: its checkpoint could not be loaded.
-
-    Raises:
-        `ValueError`: naming the first such tensor.
-    """
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"The weight {name!r} holds NaN or inf: repair the model, or fetch it again, before quantizing. Leaving "
-                "the module out does not help, since all that reads its output would be NaN."
-            )
-
-
-def block_experts(block: nn.Module, prefix: str, excluded: list[str] | None) -> dict[str, nn.Module]:
-    """Experts inside a block that can be quantized, by name relative to the block."""
-    return {name: m for name, m in find_experts(block).items() if not is_excluded(f"{prefix}.{name}", excluded)}
 
 
 def calibrate(

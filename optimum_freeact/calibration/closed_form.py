@@ -11,8 +11,8 @@ from optimum_freeact.calibration.exclusive_fit import choose_exclusive
 from optimum_freeact.calibration.records import InputRecord
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.branch_rank import type_rank_of
 from optimum_freeact.modules.linear import FreeActLinear
-from optimum_freeact.modules.surgery import type_rank_of
 from optimum_freeact.moments import Moments, loudness_of_types
 from optimum_freeact.numerics.affine import fake_quantize
 from optimum_freeact.rounding.gptq import gptq

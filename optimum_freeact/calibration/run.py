@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_freeact.calibration.blockwise import calibrate, check_model
+from optimum_freeact.calibration.blockwise import calibrate
+from optimum_freeact.calibration.checks import check_model
 from optimum_freeact.calibration.data import load_samples
 from optimum_freeact.calibration.discover import add_discovered
 from optimum_freeact.calibration.masking import mask_if_needed

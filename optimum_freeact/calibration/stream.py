@@ -122,8 +122,9 @@ class Stream:
     ) -> Moments:
         """Moments of what a linear reads in the block as it is now, paired with full-precision rows of each batch if given."""
         seen = _Seen()
-        wanted = {"peaks": peaks, "paired": exact is not None, "limit": self.loudest}
-        found = Moments(linear.in_features, n_types, self.device, **wanted)
+        found = Moments(
+            linear.in_features, n_types, self.device, peaks=peaks, paired=exact is not None, limit=self.loudest
+        )
         hook = linear.register_forward_pre_hook(_keep(seen, "input"))
         for i, batch in enumerate(self.batches):
             self.run(block, index, i)

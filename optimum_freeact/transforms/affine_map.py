@@ -125,7 +125,7 @@ class InputMap:
         w = v @ self.dense.mT if self.dense is not None else v
         if self.left is not None and self.right is not None:
             w = kron_apply(v, self.left.mT, self.right.mT)
-        if self.basis is not None:
+        if self.basis is not None and low_rank is not None:
             own = slice(None) if self.uses is None else self.uses[kind].bool()
             basis = self.basis[:, own]
             w = w - w @ basis @ basis.mT + low_rank[:, own] @ basis.mT

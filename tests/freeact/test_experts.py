@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from optimum_freeact.calibration.experts import ExpertsFit, Routed
 from optimum_freeact.config import FreeActConfig
+from optimum_freeact.modules.branch_rank import rank_of
 from optimum_freeact.modules.experts import FreeActExperts, experts_obstacle, find_experts, plain_weights
-from optimum_freeact.modules.surgery import rank_of
 from optimum_freeact.report.sizes import quantized_size
 from optimum_freeact.type_state import TypeState
 from tests.helpers.quantized import distance, fresh_python, logits, quantized, reload, settings

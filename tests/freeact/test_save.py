@@ -12,6 +12,8 @@ import torch
 from transformers import modeling_utils
 
 from optimum_freeact import save
+from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.joined import STORED
 from tests.helpers.quantized import logits, quantized, reload
 from tests.helpers.tiny_models import tiny_tokenizer
 
@@ -31,6 +33,22 @@ def test_a_saved_model_loads_and_nothing_else_is_there(model, tmp_path):
     assert (tmp_path / "plain" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     os.mkdir(tmp_path / "usual")
     assert folder.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_linears_that_share_one_buffer_are_saved_each_for_itself(model, tmp_path):
+    """On a GPU what reads one input is one product (`modules.joined`), and each linear's weight a part of the whole."""
+    folder, changed = save(model, tmp_path / "apart"), copy.deepcopy(model)
+    sources = [m for m in changed.modules() if isinstance(m, FreeActInput) and len(m.readers) > 1]
+    for source in sources:
+        for name in STORED:
+            whole = torch.cat([getattr(reader, name).data for reader in source.readers])
+            parts = whole.split([len(getattr(reader, name)) for reader in source.readers])
+            for reader, part in zip(source.readers, parts, strict=True):
+                getattr(reader, name).data = part
+    assert sources
+    save(changed, tmp_path / "together")
+    weights = "model.safetensors"
+    assert (tmp_path / "together" / weights).read_bytes() == (folder / weights).read_bytes()
 
 
 def test_an_existing_folder_is_left_alone_unless_told(model, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.merge import adaptation, adaptation_claims, gifts, kit
+from benchmarks.merge import adaptation, adaptation_claims, adaptation_plan, gifts, kit
 from tests.merge.tiny import build, save, texts
 
 
@@ -112,14 +112,14 @@ def test_the_target_is_its_own_perfect_teacher(givers, options):
     batch = made.pick([0, 1])
     with torch.no_grad():
         logits = model(batch.ids.long()).logits[:, :-1]
-    own = adaptation.lesson_loss(model, batch, adaptation.Arm(), 0.0)
-    lessons = adaptation.lesson_loss(model, batch, adaptation.Arm(teacher="target"), 1.0)
+    own = adaptation.lesson_loss(model, batch, adaptation_plan.Arm(), 0.0)
+    lessons = adaptation.lesson_loss(model, batch, adaptation_plan.Arm(teacher="target"), 1.0)
     counted = torch.arange(logits.shape[1]) < batch.lengths[:, None] - 1
     picked = torch.log_softmax(logits, -1).gather(-1, batch.ids[:, 1:, None].long()).squeeze(-1)
     torch.testing.assert_close(own, -picked[counted].mean(), rtol=1e-5, atol=1e-5)
     entropy = -(torch.log_softmax(logits, -1) * torch.softmax(logits, -1)).sum(-1)[counted].mean()
     torch.testing.assert_close(lessons, entropy, rtol=1e-3, atol=1e-3)
-    half = adaptation.lesson_loss(model, batch, adaptation.Arm(teacher="target"), 0.5)
+    half = adaptation.lesson_loss(model, batch, adaptation_plan.Arm(teacher="target"), 0.5)
     torch.testing.assert_close(half, (own + lessons) / 2, rtol=1e-5, atol=1e-5)
 
 
