@@ -1,4 +1,4 @@
-"""Does a type's mean survive a few loud tokens? `benchmarks/results/token_types_loud.json`, minutes on a CPU.
+"""Does a type's mean survive a few loud tokens? `benchmarks/results/token_types_loud_0.json`, minutes on a CPU.
 
     python benchmarks/token_types/loud_tokens.py
 
@@ -42,11 +42,11 @@ CASES: dict[str, dict] = {
 }
 
 
-def assembled(source: str, n_blocks: int) -> nn.Module:
+def assembled(source: str, n_blocks: int, seed: int) -> nn.Module:
     """The model with so many blocks of its decoder, the same at each call."""
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = vision.assemble(
         AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), IMAGE_ID, None, vision.SIGHT
     )
@@ -67,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=5, help="of the decoder (default 5)")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the vision part: it decides whose tokens are loud (default 0)"
+    )
     parser.add_argument("--cases", default=",".join(CASES), help="which (default: all)")
     parser.add_argument("--out", type=Path, default=_results.RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
@@ -85,22 +88,22 @@ def main(arguments: list[str] | None = None) -> int:
     ids, told = test["input_ids"], test["attention_mask"].bool()
     told[:, 0] = False  # the sink
     kinds = {"image": (ids == IMAGE_ID) & told, "text": (ids != IMAGE_ID) & told}
-    model = assembled(source, options.blocks)
-    head = {"model": "assembled", "setting": "w4a4", "seed": 0}
+    model = assembled(source, options.blocks, options.seed)
+    head = {"model": "assembled", "setting": "w4a4", "seed": options.seed}
     rows = [{**head, "method": "fp", "group": "full", **row} for row in loudness(model, calibration)]
     wanted = outputs(model, test)
     command = _results.command_line().partition(" --out")[0]
     for name in options.cases.split(","):
         config = FreeActConfig(**CASES[name], dataset=calibration, n_samples=6, batch_size=1, progress=False)
-        found = outputs(quantize(assembled(source, options.blocks), config), test)
+        found = outputs(quantize(assembled(source, options.blocks, options.seed), config), test)
         errors = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
         for kind, chosen in kinds.items():
             told_row = {"metric": "relative_error", "type": kind, "value": float(errors[chosen].median())}
             rows.append({**head, "method": name, "group": "trial", **told_row})
             print(f"{name:50s} {kind:6s} {rows[-1]['value']:.4f}", flush=True)
-        path = _results.write(
-            "token_types_loud", rows, "benchmarks.token_types.no_claims", command, [0], folder=options.out
-        )
+        made = f"token_types_loud_{options.seed}"
+        source_of = "benchmarks.token_types.no_claims"
+        path = _results.write(made, rows, source_of, command, [options.seed], folder=options.out)
     print(f"Wrote {path.name}.")
     return 0
 
