@@ -61,13 +61,13 @@ def evaluate(model, folder, through: tuple[str, ...]) -> float:
 
 
 @torch.no_grad()
-def accuracy(folder) -> float:
-    """The same by hand: how often the likelier continuation is the right one."""
+def margins(folder) -> list[float]:
+    """By hand: by how much the right continuation of each row is likelier than the other."""
     import optimum_freeact  # noqa: F401 - makes transformers know quantized models
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    right = []
+    found = []
     for row in ROWS:
         scores = []
         start = len(tokenizer(row["question"])["input_ids"])
@@ -75,8 +75,22 @@ def accuracy(folder) -> float:
             ids = torch.tensor([tokenizer(row["question"] + choice)["input_ids"]])
             logps = model(ids).logits[0, :-1].log_softmax(-1)
             scores.append(float(logps.gather(1, ids[0, 1:, None])[start - 1 :].sum()))
-        right.append(scores[row["answer"]] > scores[1 - row["answer"]])
-    return sum(right) / len(right)
+        found.append(scores[row["answer"]] - scores[1 - row["answer"]])
+    return found
+
+
+# With another number of threads sums differ in their last bits, an activation at the edge of two codes takes the other one,
+# and scores of a tiny model move by hundredths of a nat: such a row may count either way
+TIE = 0.05
+
+
+def check(found: float, folder) -> None:
+    """The harness found what one finds by hand, and the task can tell models apart."""
+    by_hand = margins(folder)
+    assert sum(abs(margin) > TIE for margin in by_hand) >= 0.75 * len(ROWS)
+    least, most = (sum(margin > tie for margin in by_hand) / len(ROWS) for tie in (TIE, -TIE))
+    assert least - 1e-6 <= found <= most + 1e-6
+    assert 0 < found < 1  # else a task that always says the same would pass, too
 
 
 def test_on_a_quantized_model(tmp_path):
@@ -84,8 +98,7 @@ def test_on_a_quantized_model(tmp_path):
     quantized("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     found = evaluate(tmp_path / "model", tmp_path, ("optimum_freeact.run",))
-    assert found == pytest.approx(accuracy(tmp_path / "model"))
-    assert 0 < found < 1  # else a task that always says the same would pass, too
+    check(found, tmp_path / "model")
 
 
 def test_on_a_merged_model(tmp_path):
@@ -102,5 +115,4 @@ def test_on_a_merged_model(tmp_path):
     config = json.loads((out / "tokenizer_config.json").read_text())
     (out / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "!", "pad_token": "#"}))
     found = evaluate(out, tmp_path, ())
-    assert found == pytest.approx(accuracy(out))
-    assert 0 < found < 1
+    check(found, out)
