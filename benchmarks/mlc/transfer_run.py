@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from benchmarks.mlc.concepts import DECLINES, FAR, HELD_OUT, SEEN, VALIDATION, Split, split
+from benchmarks.mlc.concepts import DECLINES, READ, SCORED, Split, draw_languages, split
 from benchmarks.mlc.transfer_methods import BASE, methods, point
 from tools.assets import fetch
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
@@ -27,21 +27,26 @@ from trl_mlc.evaluation.report import evaluate_model
 from trl_mlc.parallel import shuffled_translations
 
 
-def groups(validating: bool) -> dict[str, tuple[str, ...]]:
-    """Languages that are scored together: the map sees none of the table's held-out ones."""
-    seen = {"seen": ("en", *SEEN)}
-    return {**seen, "validation": VALIDATION} if validating else {**seen, "held_out": HELD_OUT, "far": FAR}
+def groups(seed: int, validating: bool) -> dict[str, tuple[str, ...]]:
+    """Languages that are scored together: the map sees none that the table may hold out."""
+    taught, held_out = draw_languages(seed, validating)
+    name = "validation" if validating else "held_out"
+    read = tuple(language for language in held_out if language in READ)
+    return {"seen": ("en", *taught[:SCORED]), name: read, f"{name}_all": held_out}
 
 
 def perform(method: str, settings: dict, seed: int, options: argparse.Namespace, mapping: bool) -> list[dict]:
     """All rows of one method and seed; `base` is the untrained model, and the constant answer."""
     folder = options.model if Path(options.model).is_dir() else str(fetch(options.model))
     tokenizer = tokenizer_of(folder)
-    scored = groups(mapping)
-    tested = tuple(name for names in scored.values() for name in names if name != "en")
-    data = split(fetch("concepts"), seed, options.rows_train, options.rows_test, tested=tested)
+    scored = groups(seed, mapping)
+    settings = dict(settings)
+    taught = draw_languages(seed, mapping).taught[: settings.pop("taught", None)]
+    tested = tuple(dict.fromkeys(name for names in scored.values() for name in names if name != "en"))
+    data = split(fetch("concepts"), seed, options.rows_train, options.rows_test, taught, tested)
     if mapping:  # new words are the table's
         data = Split(data.train, data.test, data.new_words.select([]))
+    tokenizer.remember(text for row in data.train for text in row["prompt_translations"].values())
     text = english_text(tokenizer, 4 if options.rows_test < 50 else 100)
     tag = {"method": method, "seed": seed}
     if method == BASE:
@@ -71,6 +76,12 @@ def tokenizer_of(folder: str):
             if text not in known:
                 known[text] = super().__call__(text)["input_ids"]
             return {"input_ids": list(known[text]), "attention_mask": [1] * len(known[text])}
+
+        def remember(self, texts) -> None:
+            """Many at once, by several threads and without a call for each."""
+            fresh = list(dict.fromkeys(text for text in texts if text not in known))
+            if fresh:
+                known.update(zip(fresh, super().__call__(fresh)["input_ids"], strict=True))
 
     tokenizer.__class__ = Remembering
     return tokenizer
@@ -180,7 +191,7 @@ def measure(model, tokenizer, data, text, layer: int | None, tag: dict, scored: 
             numbers[f"accuracy_{group}"] = statistics.fmean(accuracy[name] for name in names)
             found = [report.languages[name]["retrieval_at_1"] for name in names if name != "en"]
             numbers[f"retrieval_{group}"] = statistics.fmean(found)
-        others = [name for group in scored if group != "far" for name in scored[group] if name != "en"]
+        others = [name for name in report.languages if name != "en"]
         numbers["accuracy_transfer"] = statistics.fmean(accuracy[name] for name in others)
         numbers["cross_prompt_cosine_english"] = report.languages["en"]["cross_prompt_cosine"]
         rows += [{**tag, "metric": name + suffix, "value": value} for name, value in numbers.items()]
