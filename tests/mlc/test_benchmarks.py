@@ -1,6 +1,7 @@
 """What the benchmarks claim follows from their rows; the task cannot be won by a constant answer."""
 
 import itertools
+import json
 import statistics
 
 import pytest
@@ -163,6 +164,17 @@ def test_the_rule_cannot_be_won_by_a_constant_answer_and_tests_are_new():
     assert set(data.test[0]["prompt_translations"]) == set(languages.held_out)
 
 
+def test_languages_count_as_read_by_what_the_untouched_model_retrieves():
+    from benchmarks._results import RESULTS
+    from benchmarks.mlc.concepts import POOL, READ
+    from benchmarks.mlc.languages import LEAST
+
+    rows = json.loads((RESULTS / "mlc_languages.json").read_text())["rows"]
+    found = {row["language"]: row["value"] for row in rows}
+    assert list(found) == list(POOL)
+    assert [name for name in POOL if found[name] > LEAST - 1e-9] == list(READ)
+
+
 def test_held_out_languages_are_neither_taught_nor_those_that_settings_are_chosen_by():
     from benchmarks.mlc.concepts import DRAWN, POOL, READ, SCORED, VALIDATION, draw_languages
     from benchmarks.mlc.transfer_run import groups
@@ -186,7 +198,6 @@ def test_held_out_languages_are_neither_taught_nor_those_that_settings_are_chose
 
 
 def test_regimes_then_the_table_then_the_rest_of_the_map(tmp_path, monkeypatch):
-    import json
     import sys
 
     from benchmarks.mlc import transfer
