@@ -51,13 +51,9 @@ REGIMES = {
         "steps": 150,
     },
     "words-3e-4-beta1-200": {**WORDS, "embedding_rate": 3e-4, "steps": 200},
-    "words-6e-4-body-5e-5-beta3-half": {
-        **WORDS,
-        "learning_rate": 5e-5,
-        "embedding_rate": 6e-4,
-        "beta": 3.0,
-        "kept": 0.5,
-    },
+    "words-6e-4-body-5e-5-beta3": {**WORDS, "learning_rate": 5e-5, "embedding_rate": 6e-4, "beta": 3.0},
+    "words-6e-4-body-1e-4-beta3": {**WORDS, "learning_rate": 1e-4, "embedding_rate": 6e-4, "beta": 3.0},
+    "words-1e-3-body-2e-4-beta3": {**WORDS, "learning_rate": 2e-4, "embedding_rate": 1e-3, "beta": 3.0},
     "words-1e-3-beta1": {**WORDS, "embedding_rate": 1e-3},
     "words-3e-4-body-3e-5-beta1": {**WORDS, "learning_rate": 3e-5, "embedding_rate": 3e-4},
     "words-3e-4-tied-beta1": {**FULL, "learning_rate": 1e-5, "embedding_rate": 3e-4},
@@ -70,6 +66,8 @@ REGIMES = {
     "lora32-5e-4-beta1-50": {**LORA, "steps": 50},
     "lora32-2e-4-beta.3": {**LORA, "learning_rate": 2e-4, "beta": 0.3},
 }
+
+SWEPT, SWEEP = "-sweep", (0.0, 0.25, 0.5, 0.75)  # one training, scored at several `kept`
 
 STEP = {"mlc_every": 1, "mlc_languages_per_step": 12, "mlc_weight": 1.0}
 BARE = {**STEP, "mlc_layer": -1, "mlc_extractor_dim": 0}
@@ -127,8 +125,11 @@ def point(name: str) -> dict:
     if name == BASE:
         return {}
     variant, _, regime = name.partition("@")
+    regime, _, kept = regime.partition("-kept")
+    swept = {"kept": list(SWEEP)} if regime.endswith(SWEPT) else {"kept": float(kept)} if kept else {}
+    regime = regime.removesuffix(SWEPT)
     variant, dot, control = variant.rpartition(".") if variant.endswith((".rows", ".each")) else (variant, "", "")
-    return {**REGIMES[regime], **POINTS[variant], **CONTROLS[dot + control]}
+    return {**REGIMES[regime], **POINTS[variant], **CONTROLS[dot + control], **swept}
 
 
 def first_points(regimes: Sequence[str] = tuple(REGIMES)) -> list[str]:

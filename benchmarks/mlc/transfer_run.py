@@ -18,13 +18,16 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from benchmarks.mlc.concepts import DECLINES, READ, SCORED, Split, draw_languages, split
-from benchmarks.mlc.transfer_methods import BASE, methods, point
+from benchmarks.mlc.transfer_methods import BASE, SWEPT, methods, point
 from tools.assets import fetch
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
 from trl_mlc.embedding import set_embedding_lr, untie_head
 from trl_mlc.evaluation.preferences import perplexity
 from trl_mlc.evaluation.report import evaluate_model
 from trl_mlc.parallel import shuffled_translations
+
+
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def groups(seed: int, validating: bool) -> dict[str, tuple[str, ...]]:
@@ -55,10 +58,22 @@ def perform(method: str, settings: dict, seed: int, options: argparse.Namespace,
         share = statistics.fmean(float(row["chosen"] in DECLINES) for row in data.test)
         constant = {"method": "always-decline", "seed": seed, "metric": "accuracy_transfer", "value": share}
         return [*measure(model, tokenizer, data, text, None, tag, scored), constant]
-    model, layer, numbers, used = train(folder, tokenizer, data.train, settings, seed, options)
+    kept = settings.pop("kept", 0.0)
+    model, layer, numbers, used = train(
+        folder, tokenizer, data.train, settings, seed, options, kept if isinstance(kept, float) else 0.0
+    )
     if layer is not None:
         numbers["layer"] = layer
-    rows = measure(model, tokenizer, data, text, layer, tag, scored)
+    if isinstance(kept, float):
+        rows = measure(model, tokenizer, data, text, layer, tag, scored)
+    else:
+        rows = sweep(
+            model,
+            folder,
+            kept,
+            lambda part: measure(model, tokenizer, data, text, layer, {**tag, "method": part}, scored),
+            method,
+        )
     rows += [{**tag, "metric": name, "value": value} for name, value in numbers.items()]
     return [*rows, {**tag, "metric": "steps", "value": used["steps"], "settings": json.dumps(used)}]
 
@@ -94,15 +109,37 @@ def english_text(tokenizer, count: int) -> list[list[int]]:
     return [tokenizer(text=line)["input_ids"] for line in kept]
 
 
-def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argparse.Namespace) -> tuple:
+def sweep(model, folder: str, shares: list[float], measured, method: str) -> list[dict]:
+    """Rows of one trained model at several ways back to its first weights, the first share being zero."""
+    first = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+    rows, at, name = [], 0.0, method.removesuffix(SWEPT)
+    for share in shares:
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                start = first[key if key in first else EMBEDDING]  # an untied head began as the embedding
+                value.lerp_(start.to(value.device), (share - at) / (1 - at))
+        at = share
+        rows += measured(f"{name}-kept{share:g}" if share else name)
+    return rows
+
+
+def train(
+    folder: str, tokenizer, data, settings: dict, seed: int, options: argparse.Namespace, kept: float = 0.0
+) -> tuple:
     """Returns the model, the layer used, what was logged, and all settings."""
     own = {"lora": 0, "steps": options.steps, **settings}
     if options.tiny:
         own["steps"] = options.steps
-    used = {"model": Path(folder).name, "batch": options.batch, "rows": len(data), **own}
+    used = {
+        "model": Path(folder).name,
+        "batch": options.batch,
+        "rows": len(data),
+        **own,
+        **({"kept": kept} if kept else {}),
+    }
     rate, rank, steps = own.pop("learning_rate"), own.pop("lora"), own.pop("steps")
     shuffled, words_rate = own.pop("shuffled", None), own.pop("embedding_rate", None)
-    warmup, kept, head = own.pop("warmup", 0.1), own.pop("kept", 0.0), own.pop("head", None)
+    warmup, head = own.pop("warmup", 0.1), own.pop("head", None)
     if shuffled:
         data = shuffled_translations(data, seed, each=shuffled == "each")
     set_seed(seed)

@@ -255,7 +255,7 @@ def test_regimes_keep_the_head_the_words_or_half_the_way(tied, tokenizer):
 
     def moved(settings: dict) -> dict[str, torch.Tensor]:
         own = {"learning_rate": 1e-2, "mlc_layer": 3, "mlc_extractor_dim": 0, "mlc_every": 1, **settings}
-        model, layer, numbers, _ = train(tied, tokenizer, data, own, 0, options)
+        model, layer, numbers, _ = train(tied, tokenizer, data, own, 0, options, own.pop("kept", 0.0))
         assert layer == 3
         assert numbers["train_seconds"] > 0
         parts = {
