@@ -162,7 +162,7 @@ def train(
             warmup_steps=round(steps * warmup),
             precompute_ref_log_probs=True,
             precompute_ref_batch_size=64,
-            gradient_checkpointing=True,
+            gradient_checkpointing=own["mlc_weight"] != 0,  # DPO's own rows are few and short
             gradient_checkpointing_kwargs={"use_reentrant": False},
             bf16=gpu,  # computing only: weights stay in float32
             tf32=True if gpu else None,
@@ -236,11 +236,24 @@ def measure(model, tokenizer, data, text, layer: int | None, tag: dict, scored: 
     return rows
 
 
+def one_kernel_norms() -> None:
+    """Gemma's norms as one kernel instead of seven: most of what a step of a model this small launches."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    def forward(self, x):
+        return torch.nn.functional.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(
+            x
+        )
+
+    Gemma3RMSNorm.forward = forward
+
+
 def serve(options: argparse.Namespace) -> None:
     """Perform runs named on standard input, one a line, until it ends: ours, or nothing for the map; method; seed; file."""
     import sys
 
     logging.disable(logging.WARNING)
+    one_kernel_norms()
     # `datasets` names what a map makes by hashing its arguments, Gemma's half a million merges among them: seconds each
     datasets.arrow_dataset.update_fingerprint = lambda *_: datasets.fingerprint.generate_random_fingerprint()
     for line in sys.stdin:
