@@ -246,13 +246,14 @@ def split(
     test: int = 150,
     taught: tuple[str, ...] = POOL,
     tested: tuple[str, ...] = POOL,
+    words: int = CONCEPTS,
 ) -> Split:
-    """`train` rows in the `taught` languages, `test` rows and a third as many of new words in the `tested` ones.
+    """`train` rows in the `taught` languages, `test` rows and a third as many of new words in the `tested` ones, all of `words` concepts.
 
     Which concepts and pairs are drawn depends on the seed and on nothing else.
     """
     short = [c for c in load_concepts(folder, POOL, seed) if " " not in c["texts"]["en"]["name"]]
-    concepts = by_turns(short)[:CONCEPTS]
+    concepts = by_turns(short)[:words]
     cut = round(len(concepts) * 0.8)
     draw = random.Random(seed + 1)
     parts = ((concepts[:cut], test), (concepts[cut:], max(test // 6, 1) * 2))

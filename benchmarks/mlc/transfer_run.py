@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from benchmarks.mlc.concepts import DECLINES, READ, SCORED, Split, draw_languages, split
+from benchmarks.mlc.concepts import CONCEPTS, DECLINES, READ, SCORED, Split, draw_languages, split
 from benchmarks.mlc.transfer_methods import BASE, SWEPT, methods, point
 from tools.assets import fetch
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
@@ -46,7 +46,8 @@ def perform(method: str, settings: dict, seed: int, options: argparse.Namespace,
     settings = dict(settings)
     taught = draw_languages(seed, mapping).taught[: settings.pop("taught", None)]
     tested = tuple(dict.fromkeys(name for names in scored.values() for name in names if name != "en"))
-    data = split(fetch("concepts"), seed, options.rows_train, options.rows_test, taught, tested)
+    counts = (options.rows_train, options.rows_test)
+    data = split(fetch("concepts"), seed, *counts, taught, tested, settings.pop("concepts", CONCEPTS))
     if mapping:  # new words are the table's
         data = Split(data.train, data.test, data.new_words.select([]))
     tokenizer.remember(text for row in data.train for text in row["prompt_translations"].values())
@@ -162,7 +163,7 @@ def train(
             warmup_steps=round(steps * warmup),
             precompute_ref_log_probs=True,
             precompute_ref_batch_size=64,
-            gradient_checkpointing=own["mlc_weight"] != 0,  # DPO's own rows are few and short
+            gradient_checkpointing=own.get("mlc_weight") != 0,  # DPO's own rows are few and short
             gradient_checkpointing_kwargs={"use_reentrant": False},
             bf16=gpu,  # computing only: weights stay in float32
             tf32=True if gpu else None,

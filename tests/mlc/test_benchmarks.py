@@ -134,7 +134,7 @@ def test_every_method_of_the_table_and_point_of_the_map_is_a_trainer_config(tmp_
     for settings in found:
         own = {k: v for k, v in settings.items() if k.startswith("mlc_") or k in ("learning_rate", "beta")}
         assert set(settings) - set(own) <= {
-            *("lora", "steps", "shuffled", "embedding_rate", "warmup", "kept", "head", "taught")
+            *("lora", "steps", "shuffled", "embedding_rate", "warmup", "kept", "head", "taught", "concepts")
         }
         MLCDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **own)
 
