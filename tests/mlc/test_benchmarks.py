@@ -237,6 +237,11 @@ def test_regimes_then_the_table_then_the_rest_of_the_map(tmp_path, monkeypatch):
     before = len(order)
     transfer.main()  # everything is there already
     assert len(order) == before
+    guard = "plain,repulsion@words-1e-3-beta1"
+    more = ["--ours", "tied@lora32-2e-4-beta1", "--then", guard]
+    monkeypatch.setattr(sys, "argv", [*line[:1], *line[3:], "--folder", str(tmp_path), "--gpus", "0", *more])
+    transfer.main()
+    assert order[before:] == [(True, guard, 100)]
 
 
 @pytest.mark.filterwarnings("ignore")
