@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=100)
     add("--batch", type=int, default=32)
     add("--rows-train", type=int, default=1600)
-    add("--rows-test", type=int, default=150)
+    add("--rows-test", type=int, default=200)
     add("--map", action="store_true", help="only the map")
     add(
         "--first",

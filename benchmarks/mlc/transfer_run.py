@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from benchmarks.mlc.concepts import CONCEPTS, DECLINES, READ, SCORED, Split, draw_languages, split
+from benchmarks.mlc.concepts import CONCEPTS, DECLINES, SCORED, Split, draw_languages, split
 from benchmarks.mlc.transfer_methods import BASE, SWEPT, methods, point
 from tools.assets import fetch
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
@@ -32,10 +32,10 @@ EMBEDDING = "model.embed_tokens.weight"
 
 def groups(seed: int, validating: bool) -> dict[str, tuple[str, ...]]:
     """Languages that are scored together: the map sees none that the table may hold out."""
-    taught, held_out = draw_languages(seed, validating)
+    taught, related, far = draw_languages(seed, validating)
     name = "validation" if validating else "held_out"
-    read = tuple(language for language in held_out if language in READ)
-    return {"seen": ("en", *taught[:SCORED]), name: read, f"{name}_all": held_out}
+    seen = ("en", *taught[:SCORED])
+    return {"seen": seen, name: related, f"{name}_far": far, f"{name}_all": (*related, *far)}
 
 
 def perform(method: str, settings: dict, seed: int, options: argparse.Namespace, mapping: bool) -> list[dict]:
