@@ -9,7 +9,7 @@ import sys
 import pytest
 
 
-SCRIPT = """
+BEFORE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -30,6 +30,10 @@ class Fake:
 driver.set_active(Fake())
 from triton.runtime.jit import JITFunction
 run = JITFunction.run
+"""
+SCRIPT = (
+    BEFORE
+    + """
 def compiled(self, *args, grid, warmup, **options):
     made = run(self, *args, grid=grid, warmup=True, **options)
     text = made.asm["ttgir"]
@@ -43,6 +47,7 @@ for d in (2048, 14336):
     tables = input_side(d, rank=24, channel=False).tables
     rounding_triton.round_rows(torch.empty(2048, d, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.int64), tables)
 """
+)
 
 
 def test_the_projection_waits_for_its_products():
