@@ -37,6 +37,11 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (16, {"BN": 16, "chunk": 512, "warps": 4, "pdl": True}),
         (None, {"BN": 16, "chunk": 256, "warps": 4, "pdl": True}),
     ],
+    "stream": [
+        (8, {"BM": 8, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "pdl": True}),
+        (16, {"BM": 16, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "pdl": True}),
+        (None, {"BM": 32, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 128, "pdl": True}),
+    ],
     "w4": [
         (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
         (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
@@ -102,6 +107,11 @@ def few_launch(n: int, half: int, changes: dict) -> dict:
     found = {"BM": max(8, 1 << (n - 1).bit_length()), **_find(_settings()["few"], n), **changes}
     shortest = 1 << max(6, (-(-half // found["warps"]) - 1).bit_length())
     return {**found, "chunk": min(found["chunk"], shortest)}
+
+
+def stream_launch(n: int, changes: dict) -> dict:
+    """Settings of a product whose weights come as a stream, for `n` rows; `changes` override."""
+    return {**_find(_settings()["stream"], n), **changes}
 
 
 def gemv_launch(n: int, wide: int) -> dict:

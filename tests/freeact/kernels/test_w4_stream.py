@@ -1,10 +1,4 @@
-"""The product of few rows in Gluon: against its specification on a GPU, what is compiled anywhere."""
-
-import importlib.util
-import os
-import re
-import subprocess
-import sys
+"""The product of few rows as a stream of weights, against its specification on a Hopper GPU, and when it is chosen."""
 
 import pytest
 import torch
@@ -16,15 +10,16 @@ from tests.freeact.kernels.test_w4_triton import random_rows
 
 
 def kernel():
-    from optimum_freeact.kernels import w4_few
+    from optimum_freeact.kernels import w4_stream
 
-    return w4_few.w4_linear
+    return w4_stream.w4_linear
 
 
 @needs_hopper
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
-    ("n", "d", "m"), [(1, 4096, 4104), (7, 14336, 512), (16, 4096, 1024), (16, 96, 40), (5, 4864, 33), (32, 2048, 64)]
+    ("n", "d", "m"),
+    [(1, 4096, 4104), (7, 14336, 512), (16, 4096, 14336), (16, 256, 40), (5, 2304, 33), (32, 2048, 64)],
 )
 def test_products_are_exact_integers(n, d, m, bits):
     """With unit scales and no offset the output is the integer product itself, worst cases included."""
@@ -52,7 +47,7 @@ def test_everything_that_follows(rank, n_bias, several, dtype):
     given = to(rows, "cuda"), None if types is None else types.cuda(), to(weight, "cuda"), dtype
     first = kernel()(*given)
     assert first.dtype == dtype
-    bar = 1e-5 if dtype == torch.float32 else 3e-3
+    bar = 2e-5 if dtype == torch.float32 else 3e-3
     assert float((first.double().cpu() - want).norm() / want.norm()) < bar
     for _ in range(5):
         assert torch.equal(kernel()(*given), first)
@@ -84,41 +79,3 @@ def test_the_same_bits_as_the_product_that_runs_elsewhere(n):
     types = torch.arange(n, device="cuda") % 2
     given = rows, types, weight, torch.float32
     assert float((kernel()(*given) - w4_triton.w4_linear(*given)).abs().max()) < 1e-4
-
-
-SCRIPT = """
-import re, torch
-from tests.freeact.kernels.test_waits import BEFORE
-exec(BEFORE)
-from optimum_freeact.kernels import w4_few
-from optimum_freeact.kernels.reference import Rows, Weight
-w4_few.launch_pdl = lambda wanted: {"launch_pdl": True}
-def compiled(self, *args, grid, warmup, **options):
-    made = run(self, *args, grid=grid, warmup=True, **options)
-    ptx = made.asm["ptx"]
-    wait = ptx.index("griddepcontrol.wait")
-    wide = [m.start() for m in re.finditer(r"ld\\.global\\.cg\\.v4", ptx)]
-    codes = [m.start() for m in re.finditer(r"ld\\.global\\.v4", ptx)]
-    print("KERNEL", len(wide), sum(at < wait for at in wide), len(codes), sum(at < wait for at in codes), ptx.count("mma.sync"))
-    return made
-JITFunction.run = compiled
-m, d = 512, 4096
-rows = Rows(torch.empty(16, d, dtype=torch.int8), torch.empty(3, 16), None)
-weight = Weight(torch.empty(m, d // 2, dtype=torch.uint8), torch.empty(m), torch.empty(m, dtype=torch.int32), None, None, torch.empty(2, m))
-w4_few.w4_linear(rows, torch.zeros(16, dtype=torch.int64), weight, torch.bfloat16)
-"""
-
-
-def test_weights_come_in_one_piece_before_the_wait():
-    """Compiled for Hopper without a GPU: sixteen bytes a load, all weights of a short row before the wait, no code before it."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed: pip install 'hf-concord[kernels]'")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, check=False)
-    found = re.search(r"KERNEL (\d+) (\d+) (\d+) (\d+) (\d+)", done.stdout)
-    assert found, done.stderr[-2000:]
-    weights, early, codes, too_early, products = map(int, found.groups())
-    assert weights == early == 16
-    assert codes == 32
-    assert too_early == 0
-    assert products == 64
