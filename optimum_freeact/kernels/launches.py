@@ -88,10 +88,9 @@ def round_launch(n: int, d: int, changes: dict) -> dict:
     return {**found, "steps": -(-d // (found["chunk"] * parts))}
 
 
-def pass_launch(n: int, d: int, changes: dict) -> dict:
-    """Settings to round `n` rows of `d` numbers in one pass; `changes` override."""
-    found = {**_find(_settings()["pass"], n), **changes}
-    return found
+def pass_launch(n: int, changes: dict) -> dict:
+    """Settings to round `n` rows in one pass; `changes` override."""
+    return {**_find(_settings()["pass"], n), **changes}
 
 
 def dp4a_launch(n: int, wide: int) -> dict:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from optimum_freeact.kernels.grids_triton import store_codes
 from optimum_freeact.kernels.launches import launch_pdl, pass_launch
-from optimum_freeact.kernels.reference import HEADROOM, Rows, n_marks
+from optimum_freeact.kernels.reference import HEADROOM, Rows
 from optimum_freeact.kernels.tables import InputTables, padded
 
 
@@ -121,7 +121,7 @@ def round_rows(
     if len(tables.clip) == 1 and n_means == 1:
         types = None
     qmax = (1 << (tables.bits - 1)) - 1
-    launch = pass_launch(n, d, options or {})
+    launch = pass_launch(n, options or {})
     tokens = launch["tokens"]
     pdl = launch_pdl(launch["pdl"])
     _round_tiles[(min(triton.cdiv(n, tokens), launch["programs"]),)](
