@@ -29,8 +29,8 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
                 "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False}),
     ],
     "pass": [
-        (16, {"tokens": 1, "programs": 1056, "warps": 8, "stages": 1, "registers": None, "pdl": True}),
-        (None, {"tokens": 1, "programs": 1056, "warps": 8, "stages": 1, "registers": None, "pdl": False}),
+        (16, {"programs": 1056, "warps": 8, "stages": 1, "ahead": False, "registers": None, "pdl": True}),
+        (None, {"programs": 1056, "warps": 8, "stages": 1, "ahead": False, "registers": None, "pdl": False}),
     ],
     "dp4a": [
         (1, {"words": 4096, "warps": 4, "pdl": True}),

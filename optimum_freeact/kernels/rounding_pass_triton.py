@@ -14,10 +14,22 @@ import torch
 import triton
 import triton.language as tl
 
-from optimum_freeact.kernels.grids_triton import store_codes
+from optimum_freeact.kernels.grids_triton import MAGIC_BITS, grid_of, stepped
 from optimum_freeact.kernels.launches import launch_pdl, pass_launch
 from optimum_freeact.kernels.reference import HEADROOM, Rows
 from optimum_freeact.kernels.tables import InputTables, padded
+from optimum_freeact.kernels.triton_state import INTERPRETED
+
+
+@triton.jit
+def _extremes(low, high, other_low, other_high):
+    return tl.minimum(low, other_low), tl.maximum(high, other_high)
+
+
+@triton.jit
+def _tile(pointer, place, inside, WHOLE: tl.constexpr):
+    """What lies at `place`, zeros outside the tile."""
+    return tl.load(pointer + place) if WHOLE else tl.load(pointer + place, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -25,65 +37,81 @@ def _round_tiles(
     x_ptr, types_ptr, mean_ptr, channel_ptr, reach_ptr, left_ptr, right_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr,
     branch_ptr, n, n_means, n_clips,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, MARKED: tl.constexpr, PR: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, TOKENS: tl.constexpr, QMIN: tl.constexpr,
-    QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    SYMMETRIC: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Whole tiles, of TOKENS rows at a time."""
+    """Whole rows, one after the other. All that concerns a row is a scalar, so that no layout has it twice."""
+    D: tl.constexpr = A * B
+    WHOLE: tl.constexpr = A == PA and B == PB
     i = tl.arange(0, PA)
     j = tl.arange(0, PB)
     left = tl.load(left_ptr + i[:, None] * PA + i[None, :])
     right = tl.load(right_ptr + j[:, None] * PB + j[None, :])
     factor = tl.load(factor_ptr)
-    place = i[:, None, None] * B + j[None, None, :]
-    WHOLE: tl.constexpr = A == PA and B == PB
-    inside = (i < A)[:, None, None] & (j < B)[None, None, :]
-    reach_channel = tl.load(reach_ptr + n_means) if HAS_CHANNEL else 1.0
+    place = i[:, None] * B + j[None, :]
+    inside = (i < A)[:, None] & (j < B)[None, :]
+    HALF: tl.constexpr = B // 2  # the columns of the right factor are split, so those of z are
+    column = i[:, None] * HALF + tl.where(j < HALF, j, j - HALF + A * HALF)[None, :]
     if HAS_CHANNEL:
-        channel = tl.load(channel_ptr + place, mask=inside, other=0.0)
+        reach_channel = tl.load(reach_ptr + n_means)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    for first in tl.range(tl.program_id(0) * TOKENS, n, tl.num_programs(0) * TOKENS, num_stages=STAGES):
-        rows = first + tl.arange(0, TOKENS)
-        alive = rows < n
-        safe = tl.minimum(rows, n - 1)
-        kind = safe * 0
-        clip_kind = kind
+    start = tl.program_id(0)
+    if AHEAD:
+        coming = _tile(x_ptr + tl.cast(start, tl.int64) * D, place, inside, WHOLE)
+    for row in tl.range(start, n, tl.num_programs(0), num_stages=STAGES):
+        if AHEAD:
+            x = coming
+            coming = _tile(
+                x_ptr + tl.cast(tl.minimum(row + tl.num_programs(0), n - 1), tl.int64) * D, place, inside, WHOLE
+            )
+        else:
+            x = _tile(x_ptr + tl.cast(row, tl.int64) * D, place, inside, WHOLE)
+        kind, clip_kind = 0, 0
         if HAS_TYPES:
-            given = tl.load(types_ptr + safe).to(tl.int32)
+            given = tl.load(types_ptr + row).to(tl.int32)
             kind, clip_kind = tl.minimum(given, n_means - 1), tl.minimum(given, n_clips - 1)
         clip = tl.load(clip_ptr + clip_kind)
-        at = safe.to(tl.int64)[None, :, None] * (A * B) + place
-        if WHOLE:
-            x = tl.load(x_ptr + at)
-        else:
-            x = tl.load(x_ptr + at, mask=inside, other=0.0)
         u = x.to(tl.float32)
-        bound = tl.max(tl.max(tl.abs(u), 2), 0)
+        bound = tl.max(tl.abs(u))
         if HAS_CHANNEL:
             bound *= reach_channel
         if HAS_MEAN:
-            at = kind[None, :, None] * (A * B) + place
-            if WHOLE:
-                mean = tl.load(mean_ptr + at, eviction_policy="evict_last")
-            else:
-                mean = tl.load(mean_ptr + at, mask=inside, other=0.0, eviction_policy="evict_last")
-            u -= mean.to(tl.float32)
+            u -= _tile(mean_ptr + kind * D, place, inside, WHOLE).to(tl.float32)
             bound += tl.load(reach_ptr + kind)
         if HAS_CHANNEL:
-            u *= channel
+            u *= _tile(channel_ptr, place, inside, WHOLE)
         undo = tl.maximum(bound, 1e-30) / LIMIT
-        u = (u * (1.0 / undo)[None, :, None]).to(tl.float16)
-        turned = tl.dot(left, tl.reshape(u, (PA, TOKENS * PB))).to(tl.float16)
-        z = tl.reshape(tl.dot(tl.reshape(turned, (PA * TOKENS, PB)), right), (PA, TOKENS, PB))
-        store_codes(
-            z, rows, alive, clip, undo * factor, codes_ptr, stats_ptr, n, i, j, A, B, PA, PB, QMIN, QMAX, SYMMETRIC
-        )  # fmt: skip
+        turned = tl.dot(left, (u * (1.0 / undo)).to(tl.float16)).to(tl.float16)
+        z = tl.dot(turned, right)
+        undo *= factor
+        lowest, highest = z, z  # rows that pad a tile repeat its first one
+        if B != PB:
+            lowest = tl.where((j < B)[None, :], z, float("inf"))
+            highest = tl.where((j < B)[None, :], z, float("-inf"))
+        if PLAIN:
+            low, high = tl.min(lowest), tl.max(highest)
+        else:  # one look at all warps for both
+            low, high = tl.reduce((lowest, highest), None, _extremes)
+        # what is not finite anywhere in a row was spread over all of it by the rotation, so the extremes tell
+        good = tl.abs(high - low) < float("inf")
+        scale, offset = grid_of(low, high, clip, 1.0 / undo, QMIN, QMAX, SYMMETRIC)
+        inverse = 1.0 / scale
+        bits = stepped(z, inverse, offset * inverse, QMIN, QMAX).to(tl.int32, bitcast=True)
+        bits = tl.where(good, bits, MAGIC_BITS)
+        tl.store(codes_ptr + tl.cast(row, tl.int64) * D + column, bits.to(tl.int8), mask=inside)
+        counted = bits - MAGIC_BITS
+        if B != PB:
+            counted = tl.where((j < B)[None, :], counted, 0)
+        total = tl.sum(tl.where(i < A, tl.sum(counted, 1), 0), 0)
+        nan = tl.where(good, 0.0, float("nan"))
+        tl.store(stats_ptr + row, scale * undo + nan)
+        tl.store(stats_ptr + n + row, offset * undo + nan)
+        tl.store(stats_ptr + 2 * n + row, total.to(tl.float32))
         if MARKED:  # the row's type, for the product (`reference.marked`)
             c = tl.arange(0, PR)
-            further = tl.where(kind > 0, kind - 1, PR)
-            mark = tl.where((c >> 1)[None, :] == further[:, None], 1.0, 0.0)
-            tl.store(branch_ptr + rows[:, None] * PR + c[None, :], mark, mask=alive[:, None])
+            tl.store(branch_ptr + row * PR + c, tl.where((kind > 0) & ((c >> 1) == kind - 1), 1.0, 0.0))
 
 
 def obstacle(tables: InputTables) -> str | None:
@@ -122,15 +150,14 @@ def round_rows(
         types = None
     qmax = (1 << (tables.bits - 1)) - 1
     launch = pass_launch(n, options or {})
-    tokens = launch["tokens"]
     pdl = launch_pdl(launch["pdl"])
-    _round_tiles[(min(triton.cdiv(n, tokens), launch["programs"]),)](
+    _round_tiles[(min(n, launch["programs"]),)](
         x, types, tables.mean, tables.channel_scale, tables.reach, tables.left, tables.right, tables.factor, tables.clip,
         rows.codes, rows.stats, rows.branch, n, n_means, len(tables.clip),
         HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None, HAS_CHANNEL=tables.channel_scale is not None,
         MARKED=rows.branch is not None, PR=tables.branch, A=tables.a, B=tables.b, PA=padded(tables.a),
-        PB=padded(tables.b), TOKENS=tokens, QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, LIMIT=HEADROOM,
-        STAGES=launch["stages"], PDL=bool(pdl), num_warps=launch["warps"],
+        PB=padded(tables.b), QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, LIMIT=HEADROOM,
+        STAGES=launch["stages"], AHEAD=launch["ahead"], PLAIN=INTERPRETED, PDL=bool(pdl), num_warps=launch["warps"],
         maxnreg=launch["registers"], **pdl,
     )  # fmt: skip
     return rows
