@@ -114,26 +114,11 @@ def _round_tiles(
             tl.store(branch_ptr + row * PR + c, tl.where((kind > 0) & ((c >> 1) == kind - 1), 1.0, 0.0))
 
 
-def obstacle(tables: InputTables) -> str | None:
-    """Why rows are not rounded in one pass, or `None`."""
-    if tables.rank:
-        return f"a branch of rank {tables.rank}: it is taken off before the rotation, from the whole row"
-    if tables.group:
-        return "groups"
-    a, b = padded(tables.a), padded(tables.b)
-    if 2 * (a * a + a * b + b * b) > MOST_BYTES:
-        return f"factors of {tables.a} x {tables.a} and {tables.b} x {tables.b} do not fit beside a tile"
-    return None
-
-
-MOST_BYTES = 128 * 1024  # of both factors and a tile in shared memory
-
-
 def round_rows(
     x: torch.Tensor, types: torch.Tensor | None, tables: InputTables, *, options: dict | None = None
 ) -> Rows:
-    """Rounded rows of `x` of shape `(n, d)`, contiguous, bfloat16 or float16; `types` `(n,)` int64; for tables without
-    [`obstacle`].
+    """Rounded rows of `x` of shape `(n, d)`, contiguous, bfloat16 or float16; `types` `(n,)` int64; for tables of
+    `one_pass`.
 
     `options` overrides launch settings (`launches.py`).
     """
