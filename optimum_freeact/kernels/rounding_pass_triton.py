@@ -38,7 +38,7 @@ def _round_tiles(
     branch_ptr, n, n_means, n_clips,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, MARKED: tl.constexpr, PR: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    SYMMETRIC: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
+    SYMMETRIC: tl.constexpr, LIMIT: tl.constexpr, TOO_MUCH: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Whole rows, one after the other. All that concerns a row is a scalar, so that no layout has it twice."""
     D: tl.constexpr = A * B
@@ -99,12 +99,15 @@ def _round_tiles(
         scale, offset = grid_of(low, high, clip, 1.0 / undo, QMIN, QMAX, SYMMETRIC)
         inverse = 1.0 / scale
         bits = stepped(z, inverse, offset * inverse, QMIN, QMAX).to(tl.int32, bitcast=True)
-        bits = tl.where(good, bits, MAGIC_BITS)
-        tl.store(codes_ptr + tl.cast(row, tl.int64) * D + column, bits.to(tl.int8), mask=inside)
-        counted = bits - MAGIC_BITS
+        codes = codes_ptr + tl.cast(row, tl.int64) * D + column
+        tl.store(codes, bits.to(tl.int8), mask=inside)
+        counted = bits - MAGIC_BITS if PLAIN else bits  # where sums are modulo 2^32, it is taken off at the end
         if B != PB:
             counted = tl.where((j < B)[None, :], counted, 0)
-        total = tl.sum(tl.where(i < A, tl.sum(counted, 1), 0), 0)
+        total = tl.sum(tl.where(i < A, tl.sum(counted, 1), 0), 0) - TOO_MUCH
+        if not good:
+            tl.store(codes, tl.zeros_like(bits).to(tl.int8), mask=inside)
+            total = 0
         nan = tl.where(good, 0.0, float("nan"))
         tl.store(stats_ptr + row, scale * undo + nan)
         tl.store(stats_ptr + n + row, offset * undo + nan)
@@ -141,7 +144,7 @@ def round_rows(
         rows.codes, rows.stats, rows.branch, n, n_means, len(tables.clip),
         HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None, HAS_CHANNEL=tables.channel_scale is not None,
         MARKED=rows.branch is not None, PR=tables.branch, A=tables.a, B=tables.b, PA=padded(tables.a),
-        PB=padded(tables.b), QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, LIMIT=HEADROOM,
+        PB=padded(tables.b), QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, LIMIT=HEADROOM, TOO_MUCH=0 if INTERPRETED else (d * MAGIC_BITS.value + 2**31) % 2**32 - 2**31,
         STAGES=launch["stages"], AHEAD=launch["ahead"], PLAIN=INTERPRETED, PDL=bool(pdl), num_warps=launch["warps"],
         maxnreg=launch["registers"], **pdl,
     )  # fmt: skip
