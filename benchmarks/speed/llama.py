@@ -1,4 +1,4 @@
-"""Random models of a Llama's shape: in bfloat16, quantized with all of the fast preset's parts, or quantized as
+"""Random models of a Llama's shape: in bfloat16, quantized with all of a preset's parts, or quantized as
 published methods do in their code (fake quantization: weights and activations rounded, products in bfloat16).
 """
 
@@ -83,8 +83,8 @@ def groups() -> list[list[str]]:
 
 @torch.no_grad()
 def quantized(config: PretrainedConfig, device: str, **changes) -> PreTrainedModel:
-    """The same quantized with the fast preset (`changes` to its settings) and random numbers for all it stores."""
-    settings = FreeActConfig(**{"preset": "freeact-fast", "token_types": ["text", "sink"], **changes})
+    """The same quantized with a preset (`changes` to its settings) and random numbers for all it stores."""
+    settings = FreeActConfig(**{"preset": "freeact-fastest", "token_types": ["text", "sink"], **changes})
     settings.input_groups, settings.weight_dtype = {"*": groups()}, "bfloat16"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

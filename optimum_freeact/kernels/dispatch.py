@@ -143,8 +143,8 @@ def layer_obstacle(
     return None
 
 
-def plan(device: torch.device | str, **layer) -> Plan:
-    """What runs a layer on a device; `layer` as in [`layer_obstacle`].
+def plan(device: torch.device | str, *, low_rank: int | None = None, **layer) -> Plan:
+    """What runs a layer on a device; `layer` as in [`layer_obstacle`], the rank of its branch only for the reason.
 
     Raises:
         `ValueError`: if `FREEACT_KERNELS` names a kernel that cannot run on this device.
@@ -187,7 +187,8 @@ def plan(device: torch.device | str, **layer) -> Plan:
             "triton",
             "4-bit Triton kernels",
             f"compute capability {major}.{minor}; one row to {DP4A_ROWS} on plain cores, more on int8 tensor cores"
-            + (", many by warps with roles of their own" if (major, minor) == (9, 0) else ""),
+            + (", many by warps with roles of their own" if (major, minor) == (9, 0) else "")
+            + ("; without a branch rows are rounded in one pass" if low_rank == 0 else ""),
         )
     from optimum_freeact.kernels.native import kind
 

@@ -28,6 +28,10 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (None, {"rows": 64, "chunk": 128, "parts": 4, "fill": 128, "project_warps": 4, "correct_rows": 64, "elements": 256,
                 "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False}),
     ],
+    "pass": [
+        (16, {"programs": 1056, "warps": 8, "stages": 1, "ahead": False, "registers": None, "pdl": True}),
+        (None, {"programs": 1056, "warps": 8, "stages": 1, "ahead": False, "registers": None, "pdl": False}),
+    ],
     "dp4a": [
         (1, {"words": 4096, "warps": 4, "pdl": True}),
         (None, {"words": 2048, "warps": 2, "pdl": True}),
@@ -92,6 +96,11 @@ def round_launch(n: int, d: int, changes: dict) -> dict:
     blocks = -(-n // found["rows"])  # of rows; each is cut into so many parts that the GPU is full
     parts = max(1, min(found["parts"], -(-d // found["chunk"]), -(-found["fill"] // blocks)))
     return {**found, "steps": -(-d // (found["chunk"] * parts))}
+
+
+def pass_launch(n: int, changes: dict) -> dict:
+    """Settings to round `n` rows in one pass; `changes` override."""
+    return {**_find(_settings()["pass"], n), **changes}
 
 
 def dp4a_launch(n: int, wide: int) -> dict:
