@@ -18,7 +18,8 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 # Per kernel: (rows at most, settings). Rounding: `rows` x `chunk` numbers at a time of a program of the projection, at most
 # `parts` programs for the same rows and about `fill` in all; `correct_rows` x `elements` of a program that corrects;
 # `programs` that finish, `finish_rows` at a time. Products: BM rows of codes, BN outputs, BK bytes, GROUP
-# blocks of outputs in a row; `chunk` bytes of an output that a warp brings at once. `pdl`: programmatic dependent launch.
+# blocks of outputs in a row. Stream: `room` bytes of shared memory for pieces of the weight, `depth` of them under way at a
+# time; outputs are not shared by programs where there is a block of them for at least `whole` of the multiprocessors. `pdl`: programmatic dependent launch.
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
         (4, {"rows": 16, "chunk": 512, "parts": 64, "fill": 264, "project_warps": 8, "correct_rows": 16, "elements": 1,
@@ -35,11 +36,6 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "dp4a": [
         (1, {"words": 4096, "warps": 4, "pdl": True}),
         (None, {"words": 2048, "warps": 2, "pdl": True}),
-    ],
-    "few": [
-        (8, {"BN": 16, "chunk": 512, "warps": 4, "pdl": True}),
-        (16, {"BN": 16, "chunk": 512, "warps": 4, "pdl": True}),
-        (None, {"BN": 16, "chunk": 256, "warps": 4, "pdl": True}),
     ],
     "stream": [
         (8, {"BM": 8, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "pdl": True}),
@@ -107,15 +103,6 @@ def dp4a_launch(n: int, wide: int) -> dict:
     """Settings of a product on plain cores; `wide` is the padded number of words of a row."""
     found = dict(_find(_settings()["dp4a"], n))
     return {"BN": max(1, min(16, found.pop("words") // wide)), **found}
-
-
-def few_launch(n: int, half: int, changes: dict) -> dict:
-    """Settings of a product from registers for `n` rows and rows of `half` bytes; `changes` override. A thread brings `chunk` / 4
-    bytes of an output at a time, sixteen at least; the warps' chunks together are no longer than a row.
-    """
-    found = {"BM": max(8, 1 << (n - 1).bit_length()), **_find(_settings()["few"], n), **changes}
-    shortest = 1 << max(6, (-(-half // found["warps"]) - 1).bit_length())
-    return {**found, "chunk": min(found["chunk"], shortest)}
 
 
 def stream_launch(n: int, changes: dict) -> dict:
