@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.claims import CPU_COST, FP
+from benchmarks.accuracy.scoring import is_finite, score_windows
 from optimum_freeact.presets import PRESETS
 
 
@@ -30,7 +31,6 @@ SCHEMES = ("w4a16", "w4a8", "w4a4", "w4a4kv4")
 SLICES = {"handbook": ((0, 300_000), 600_000), "brown": ((0, 600_000), 4_000_000)}
 # where variants are scored from which one is chosen: behind what is calibrated on, before what is evaluated on
 VALIDATION = {"handbook": 320_000, "brown": 1_000_000}
-TOKENS = 1024  # a forward of the evaluation; large vocabularies make large logits
 CHARS_PER_TOKEN = 12  # more than any tokenizer here makes of English: how much of the text is read for the windows
 ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("centring", "none"),
@@ -60,15 +60,24 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("activation_group_size", 32),
 )
 # of the default, decided on validation text (`run.py --variants`); each with the constants of the package that it changes, by name
+CORRECTED = {"error_correction": True}
+BRANCHLESS = {"preset": "freeact-fast", "low_rank": 0}
 VARIANTS: tuple[tuple[str, dict, dict], ...] = (
     ("freeact", {}, {}),
+    ("freeact error_correction=True", CORRECTED, {}),
     ("freeact loudness_limit=2.0", {"loudness_limit": 2.0}, {}),
-    ("freeact error_correction=True", {"error_correction": True}, {}),
-    ("freeact error_correction=True loudness_limit=2.0", {"error_correction": True, "loudness_limit": 2.0}, {}),
-    ("freeact, no balance", {}, {"calibration.closed_form.BALANCE": False}),
-    ("freeact rounding_refit=True", {"rounding_refit": True}, {}),
-    ("freeact rounding_passes=0", {"rounding_passes": 0}, {}),
-    ("freeact sequential=True", {"sequential": True}, {}),
+    ("branchless", BRANCHLESS, {}),
+    ("branchless transform=kronecker", {**BRANCHLESS, "transform": "kronecker"}, {}),
+    ("freeact error_correction=True loudness_limit=2.0", {**CORRECTED, "loudness_limit": 2.0}, {}),
+    ("branchless channel_scale=closed_form", {**BRANCHLESS, "channel_scale": "closed_form"}, {}),
+    (
+        "branchless transform=kronecker channel_scale=closed_form",
+        {**BRANCHLESS, "transform": "kronecker", "channel_scale": "closed_form"},
+        {},
+    ),
+    ("branchless error_correction=True", {**BRANCHLESS, **CORRECTED}, {}),
+    ("freeact-fast", {"preset": "freeact-fast"}, {}),
+    ("freeact-fast error_correction=True", {"preset": "freeact-fast", **CORRECTED}, {}),
 )
 # changes that may follow the default: measured with every seed, and on validation text too
 CANDIDATES: tuple[dict, ...] = (
@@ -497,42 +506,29 @@ def _change_cache(model, kv_bits: int) -> None:
 
 
 def _score(job: Job, setting: str, model, tokenizer) -> list[dict]:
-    from optimum_freeact import score_text, tokenize_windows
-
     rows, measure = [], job.measure
     wanted = measure.get("divergence") and job.group != "full" and setting == job.settings[0]
     exact = _load(job, "float32").eval() if wanted else None
     for text in job.texts:
-        held_out = text.read_evaluation(measure["windows"] * measure["window"])
-        windows = tokenize_windows(held_out, tokenizer, measure["window"], measure["windows"])
-        score = score_text(model, windows, batch_size=max(1, TOKENS // measure["window"]))
-        if score.nll != score.nll or score.nll == float("inf"):
-            rows.append(_row(job, setting, "nll", None, f"the loss is {score.nll}", text=text.name))
-        else:
+        chosen = text.for_choosing()
+        here = exact if chosen == text else None  # one pass gives both where both are of the same text
+        score = score_windows(model, _windows(text, tokenizer, measure), here)
+        if is_finite(score):
             rows.append(_row(job, setting, "nll", score.nll, text=text.name, n_tokens=score.n_tokens))
+        else:
+            rows.append(_row(job, setting, "nll", None, f"the loss is {score.nll}", text=text.name))
         if exact is not None:
-            text = text.for_choosing()
-            windows = tokenize_windows(
-                text.read_evaluation(measure["windows"] * measure["window"]),
-                tokenizer,
-                measure["window"],
-                measure["windows"],
-            )
+            score = score if here is not None else score_windows(model, _windows(chosen, tokenizer, measure), exact)
             note = "mean KL(full precision || quantized), nats a token, on validation text"
-            rows.append(_row(job, setting, "divergence", _divergence(exact, model, windows), note, text=text.name))
+            rows.append(_row(job, setting, "divergence", score.divergence, note, text=text.name))
     return rows
 
 
-def _divergence(exact, model, windows) -> float:
-    """Mean over tokens of the divergence KL(full precision || quantized), nats: seeds differ less in it than in likelihoods."""
-    import torch
+def _windows(text: Text, tokenizer, measure: dict):
+    from optimum_freeact import tokenize_windows
 
-    device, total = exact.get_input_embeddings().weight.device, 0.0
-    with torch.no_grad():
-        for ids in windows.split(1):
-            wanted, found = (m(input_ids=ids.to(device)).logits[0].float().log_softmax(-1) for m in (exact, model))
-            total += float(torch.nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True))
-    return total / len(windows)
+    read = text.read_evaluation(measure["windows"] * measure["window"])
+    return tokenize_windows(read, tokenizer, measure["window"], measure["windows"])
 
 
 def serve(lines: Iterable[str]) -> None:

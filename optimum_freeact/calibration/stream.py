@@ -52,14 +52,15 @@ class Stream:
         seen = _Seen()
         hooks = [linear.register_forward_pre_hook(_keep(seen, name)) for name, linear in inputs.items()]
         outputs = []
-        self.exact_rows = {name: [] for name in inputs}
+        self.exact_rows = {name: [] for name in list(inputs)[1:]}  # the first is fitted before anything has changed
         for i, batch in enumerate(self.batches):
             self.state.types = None if batch.types is None else batch.types.to(self.device)
             if self.exact is not None:
                 self.exact[i] = run_block(block, self.exact[i], batch.calls[index], self.device)
                 paired = dict(seen)
-                for name, rows in seen.items():
-                    self.exact_rows[name].append(rows)
+                for name, kept in self.exact_rows.items():
+                    if name in seen:
+                        kept.append(seen[name])
                 seen.clear()
             else:
                 paired = {}
@@ -127,7 +128,8 @@ class Stream:
         )
         hook = linear.register_forward_pre_hook(_keep(seen, "input"))
         for i, batch in enumerate(self.batches):
-            self.run(block, index, i)
+            self.state.types = None if batch.types is None else batch.types.to(self.device)
+            self._run_observed(block, index, i, seen, 1)  # what comes behind the input is not needed
             x, types = seen["input"].flatten(0, -2), self._types(batch, seen["input"])
             real = types != NO_TYPE
             y = None if exact is None else exact[i].flatten(0, -2)[real]
