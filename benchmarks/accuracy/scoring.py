@@ -29,7 +29,7 @@ class Score(NamedTuple):
 def hidden_states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """What the head reads, `(B, T, H)`; the model runs whole and with its cache, so that a quantized cache counts."""
     kept: list[torch.Tensor] = []
-    hook = model.get_decoder().register_forward_hook(lambda module, args, output: kept.append(output[0]))
+    hook = model.get_decoder().register_forward_hook(lambda *called: kept.append(called[-1][0]))
     try:
         model(input_ids=ids, use_cache=True, logits_to_keep=1)
     finally:
