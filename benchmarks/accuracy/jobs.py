@@ -59,23 +59,23 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("activation_group_size", 64),
     ("activation_group_size", 32),
 )
-# of the default, decided on validation text (`run.py --variants`); each with the constants of the package that it changes, by name
 CORRECTED = {"error_correction": True}
-BRANCHLESS = {"preset": "freeact-fast", "low_rank": 0}
+FASTEST = {"preset": "freeact-fastest"}
+# of the presets, decided on validation text (`run.py --variants`); each with the constants of the package that it changes, by name
 VARIANTS: tuple[tuple[str, dict, dict], ...] = (
     ("freeact", {}, {}),
     ("freeact error_correction=True", CORRECTED, {}),
     ("freeact loudness_limit=2.0", {"loudness_limit": 2.0}, {}),
-    ("branchless", BRANCHLESS, {}),
-    ("branchless transform=kronecker", {**BRANCHLESS, "transform": "kronecker"}, {}),
+    ("freeact-fastest", FASTEST, {}),
+    ("freeact-fastest transform=kronecker", {**FASTEST, "transform": "kronecker"}, {}),
     ("freeact error_correction=True loudness_limit=2.0", {**CORRECTED, "loudness_limit": 2.0}, {}),
-    ("branchless channel_scale=closed_form", {**BRANCHLESS, "channel_scale": "closed_form"}, {}),
+    ("freeact-fastest channel_scale=closed_form", {**FASTEST, "channel_scale": "closed_form"}, {}),
     (
-        "branchless transform=kronecker channel_scale=closed_form",
-        {**BRANCHLESS, "transform": "kronecker", "channel_scale": "closed_form"},
+        "freeact-fastest transform=kronecker channel_scale=closed_form",
+        {**FASTEST, "transform": "kronecker", "channel_scale": "closed_form"},
         {},
     ),
-    ("branchless error_correction=True", {**BRANCHLESS, **CORRECTED}, {}),
+    ("freeact-fastest error_correction=True", {**FASTEST, **CORRECTED}, {}),
     ("freeact-fast", {"preset": "freeact-fast"}, {}),
     ("freeact-fast error_correction=True", {"preset": "freeact-fast", **CORRECTED}, {}),
 )

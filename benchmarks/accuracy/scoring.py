@@ -52,7 +52,7 @@ def score_windows(model: nn.Module, windows: torch.Tensor, exact: nn.Module | No
         ids = some.to(device)
         found = hidden_states(model, ids).flatten(0, 1).split(HEAD_TOKENS)
         wanted = [None] * len(found) if exact is None else hidden_states(exact, ids).flatten(0, 1).split(HEAD_TOKENS)
-        following = torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -100)), 1)  # the last token predicts nothing here
+        following = torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -100)), 1)  # a window's last predicts nothing
         for part, other, targets in zip(found, wanted, following.flatten().split(HEAD_TOKENS), strict=True):
             told = _log_probabilities(model, part)
             lost += float(nn.functional.nll_loss(told, targets, ignore_index=-100, reduction="sum"))
