@@ -247,6 +247,24 @@ def test_learned_methods_may_be_left_to_some_schemes():
     assert {job.method for job in plan.jobs if job.is_learned} == {"flatquant", "freeact-paper", "freeact-learned"}
 
 
+def test_learned_methods_may_take_fewer_samples_where_nothing_is_claimed():
+    plan = a_plan(learned={"quantize": {}, "measure": {"n_samples": 32}, "elsewhere": {"n_samples": 16}})
+    plan.presets()
+    taken = {(job.settings[-1], job.measure["n_samples"], job.note) for job in plan.jobs if job.is_learned}
+    few = "learned on 16 samples"
+    assert taken == {("w4a4", 32, "learned on 32 samples"), ("w4a16", 16, few), ("w4a8", 16, few)}
+
+
+def test_more_seeds_of_the_default_and_of_quarot_come_after_what_claims_need():
+    plan = a_plan(later_seeds=(3, 4))
+    plan.presets()
+    plan.quarots([64])
+    later = [job for job in plan.jobs if job.seed > 1]
+    assert {job.method for job in later} == {"freeact", "quarot", *QUAROTS}
+    assert len(later) == 2 * (2 + len(QUAROTS))
+    assert min(job.rank for job in later) > max(job.rank for job in plan.jobs if job.seed <= 1)
+
+
 @pytest.mark.parametrize("name", SLICES)
 def test_variants_are_scored_between_what_is_calibrated_on_and_what_is_evaluated(name, tmp_path):
     calibration, evaluation = SLICES[name]

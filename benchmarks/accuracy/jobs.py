@@ -200,6 +200,25 @@ def bits(setting: str) -> dict[str, int]:
 
 
 # ---------------------------------------------------------------- planning
+class Rank:
+    """Which jobs start first. Learned ones, of which only some run at a time, come before all others: they take longest."""
+
+    FULL = 0
+    LEARNED, LEARNED_RIVALS, LEARNED_ELSEWHERE, LEARNED_MORE = 1, 2, 3, 4
+    CLAIMED, PRESET, MORE, CANDIDATE, ABLATION = 5, 6, 7, 8, 9
+
+
+def _rank(method: str, learned: bool, main: bool, first: bool) -> int:
+    """Of a preset's job: `main` is W4A4, `first` the first seed."""
+    if not learned:
+        return Rank.CLAIMED if main and method in CLAIMED else Rank.PRESET
+    if not main:
+        return Rank.LEARNED_ELSEWHERE
+    if first:
+        return Rank.LEARNED
+    return Rank.LEARNED_RIVALS if method == "flatquant" else Rank.LEARNED_MORE
+
+
 @dataclass
 class Plan:
     """Collects the jobs of one model."""
@@ -208,9 +227,10 @@ class Plan:
     schemes: tuple[str, ...]
     seeds: list[int]
     measure: dict
-    learned: dict  # fields that learned calibrations change: epochs, n_samples
+    learned: dict  # fields that learned calibrations change (epochs, n_samples), by "quantize", "measure", "elsewhere" than W4A4
     learned_schemes: tuple[str, ...] | None = None  # default: all
     only: set[str] | None = None
+    later_seeds: tuple[int, ...] = ()  # of the default and of QuaRot, after all else that claims need
     jobs: list[Job] = field(default_factory=list)
 
     def add(self, group: str, method: str, settings: tuple[str, ...], seed: int, quantize: dict, **more: Any) -> None:
@@ -231,16 +251,20 @@ class Plan:
         methods["freeact-learned"] = {"preset": "freeact", "calibration": "learned"}
         for method, quantize in methods.items():
             learned = {**PRESETS[quantize["preset"]], **quantize}["calibration"] == "learned"
-            more = {"measure": self.learned["measure"]} if learned else {}
-            if method == "freeact":  # beside the candidates
-                more = {"measure": {"divergence": True}}
             quantize = {**quantize, **(self.learned["quantize"] if learned else {})}
             for settings in self._settings(self.learned_schemes if learned else None):
-                claimed = "w4a4" in settings and method in CLAIMED
-                first = claimed or (learned and "w4a4" in settings)
-                rank = (0 if learned else 1) if first else (5 if learned else 2 if method in CLAIMED else 4)
-                for seed in self.seeds if claimed else self.seeds[:1]:
+                main = "w4a4" in settings
+                more = {"measure": {"divergence": True}} if method == "freeact" else {}  # beside the candidates
+                if learned:
+                    measure = self.learned["measure" if main or "elsewhere" not in self.learned else "elsewhere"]
+                    samples = measure.get("n_samples", self.measure.get("n_samples"))
+                    more = {"measure": measure, "note": f"learned on {samples} samples"}
+                for seed in self.seeds if main and method in CLAIMED else self.seeds[:1]:
+                    rank = _rank(method, learned, main, seed == self.seeds[0])
                     self.add("preset", method, settings, seed, quantize, rank=rank, **more)
+                if main and method in ("freeact", "quarot"):
+                    for seed in self.later_seeds:
+                        self.add("preset", method, settings, seed, quantize, rank=Rank.MORE, **more)
 
     def _settings(self, allowed: tuple[str, ...] | None) -> list[tuple[str, ...]]:
         """Schemes, those that differ only in the cache's bits together."""
@@ -252,10 +276,11 @@ class Plan:
 
     def quarots(self, widths: list[int]) -> None:
         """QuaRot as published, strengthened, and on grids as fine as ours: the strongest is what we compare with."""
-        for seed in self.seeds if "w4a4" in self.schemes else ():
+        for seed in (*self.seeds, *self.later_seeds) if "w4a4" in self.schemes else ():
+            rank = Rank.CLAIMED if seed in self.seeds else Rank.MORE
             for method, quantize in QUAROTS.items():
                 if _divides(quantize, widths):
-                    self.add("preset", method, ("w4a4",), seed, quantize, rank=1)
+                    self.add("preset", method, ("w4a4",), seed, quantize, rank=rank)
 
     def ablations(self, widths: list[int]) -> None:
         """`freeact` at W4A4 with one field changed; what is the preset's own value or does not divide is left out."""
@@ -265,20 +290,20 @@ class Plan:
 
         shrunk = {"preset": "freeact-fast", "rounding_shrinkage": True}
         for seed in self.seeds:  # why only one of our presets has it
-            self.add("ablation", "freeact-fast rounding_shrinkage=True", ("w4a4",), seed, shrunk, rank=3)
+            self.add("ablation", "freeact-fast rounding_shrinkage=True", ("w4a4",), seed, shrunk, rank=Rank.ABLATION)
 
         for change in CANDIDATES:
             method = " ".join(("freeact", *(f"{name}={value}" for name, value in change.items())))
             for seed in self.seeds:
                 quantize, more = {"preset": "freeact", **change}, {"measure": {"divergence": True}}
-                self.add("candidate", method, ("w4a4",), seed, quantize, rank=2, **more)
+                self.add("candidate", method, ("w4a4",), seed, quantize, rank=Rank.CANDIDATE, **more)
 
         default = {**DEFAULTS, **PRESETS["freeact"]}
         for name, value in ABLATIONS:
             if value != default[name] and _divides({name: value}, widths):
                 shown = "+".join(value) if isinstance(value, list) else value
                 quantize = {"preset": "freeact", name: value}
-                self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=3)
+                self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=Rank.ABLATION)
 
     def sweep(self, widths: list[int]) -> None:
         """What decided the default: all pairs of group sizes, ranks, passes."""
@@ -287,7 +312,7 @@ class Plan:
         for change in changes:
             if _divides(change, widths):
                 method = " ".join(("freeact", *(f"{name}={value}" for name, value in change.items())))
-                self.add("sweep", method, ("w4a4",), self.seeds[0], {"preset": "freeact", **change}, rank=3)
+                self.add("sweep", method, ("w4a4",), self.seeds[0], {"preset": "freeact", **change})
 
     def variants(self) -> None:
         """The default and what may follow it, scored on validation text."""
@@ -298,7 +323,7 @@ class Plan:
             for place, (method, change, constants) in enumerate(VARIANTS):
                 measure = {"constants": constants} if constants else {}
                 quantize = {"preset": "freeact", **change}
-                rank = 3 if place < FIRST_VARIANTS else 4
+                rank = int(place >= FIRST_VARIANTS)
                 self.add("variant", method, ("w4a4",), seed, quantize, measure=measure, rank=rank)
 
     def default_samples(self) -> None:
@@ -308,7 +333,9 @@ class Plan:
         fewer = {name: DEFAULTS[name] for name in ("n_samples", "seq_len")}
         if "w4a4" in self.schemes and all(self.measure[name] > value for name, value in fewer.items()):
             method = "freeact samples=" + "x".join(map(str, fewer.values()))
-            self.add("ablation", method, ("w4a4",), self.seeds[0], {"preset": "freeact"}, measure=fewer, rank=4)
+            self.add(
+                "ablation", method, ("w4a4",), self.seeds[0], {"preset": "freeact"}, measure=fewer, rank=Rank.ABLATION
+            )
 
     def peers(self) -> None:
         """Published packages."""
@@ -317,7 +344,7 @@ class Plan:
         for name, peer in PEERS.items():
             if peer.setting in self.schemes:
                 note = f"{peer.package}: {peer.about}"
-                self.add("peer", name, (peer.setting,), self.seeds[0], {"peer": name}, rank=2, note=note)
+                self.add("peer", name, (peer.setting,), self.seeds[0], {"peer": name}, rank=Rank.PRESET, note=note)
 
     def cpu_cost(self) -> None:
         """Time and memory of the default closed-form calibration."""
