@@ -76,7 +76,8 @@ VARIANTS: tuple[tuple[str, dict, dict], ...] = (
     ("freeact-fastest loudness_limit=2.0", {**FASTEST, **LIMITED}, {}),
     ("freeact error_correction=True loudness_limit=2.0", {**CORRECTED, **LIMITED}, {}),
     ("freeact rounding_refit=True", {"rounding_refit": True}, {}),
-    ("freeact loudness_limit=4.0", {"loudness_limit": 4.0}, {}),
+    ("freeact rounding_passes=4", {"rounding_passes": 4}, {}),
+    ("freeact damping=0.002", {"damping": 0.002}, {}),
     ("freeact-fastest error_correction=True", {**FASTEST, **CORRECTED}, {}),
 )
 # changes that may follow the default: measured with every seed, and on validation text too
