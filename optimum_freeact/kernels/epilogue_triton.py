@@ -45,21 +45,34 @@ def scales_of(low_rank_scale_ptr, first, RANK: tl.constexpr, UNIT: tl.constexpr)
 def biases_of(
     bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr
 ):  # fmt: skip
-    """Biases of the first type and of up to three more, and the tokens' types. None of it depends on what a kernel waits for."""
+    """Biases of the first type and of up to three more, and the tokens' types. None of it depends on what a kernel waits for, and
+    no load on another; nothing is done with them here, which would wait for them.
+    """
     is_out = outs < m
     first = outs * 0.0
     if HAS_BIAS:
         first = tl.load(bias_ptr + outs, mask=is_out, other=0.0)
     one, two, three = first, first, first
     kind = tokens * 0
-    if KINDS > 0:  # no load waits for another
-        kind = tl.load(types_ptr + tokens, mask=tokens < n, other=0).to(tl.int32)
+    if KINDS > 0:
+        kind = tl.load(types_ptr + tokens, mask=tokens < n, other=0)
         one = tl.load(bias_ptr + m + outs, mask=is_out, other=0.0)
     if KINDS > 1:
         two = tl.load(bias_ptr + 2 * m + outs, mask=is_out, other=0.0)
     if KINDS > 2:
         three = tl.load(bias_ptr + 3 * m + outs, mask=is_out, other=0.0)
     return first, one, two, three, kind
+
+
+@triton.jit
+def bias_of_one(bias_ptr, types_ptr, outs, m, n_bias, HAS_BIAS: tl.constexpr, TYPED: tl.constexpr):
+    """Biases of the only token's type: as many bytes as with one type."""
+    bias = outs * 0.0
+    if HAS_BIAS:
+        if TYPED:
+            bias_ptr += tl.minimum(tl.load(types_ptr), n_bias - 1) * m
+        bias = tl.load(bias_ptr + outs, mask=outs < m, other=0.0)
+    return bias
 
 
 @triton.jit

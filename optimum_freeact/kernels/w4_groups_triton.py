@@ -94,7 +94,8 @@ def _w4_groups(
     acc = tl.zeros((BN, BM), tl.float32)
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     PER_PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    if BM <= FEW_ROWS:  # on their way while the rows are still being made
+    EARLY: tl.constexpr = BM <= FEW_ROWS and SPLIT == 1  # on their way while the rows are still being made
+    if EARLY:
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -131,7 +132,7 @@ def _w4_groups(
     is_token, is_out = tokens < n, outs < m
     y = acc * tl.load(scale_ptr + tokens, mask=is_token, other=0.0)[None, :]
     y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
-    if BM > FEW_ROWS:
+    if not EARLY:  # of several programs the last one needs them
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
     y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
     scales = low_rank_scale_ptr

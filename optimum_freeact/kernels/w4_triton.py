@@ -73,7 +73,8 @@ def _w4_linear(
     acc = tl.zeros((BN, BM), tl.int32)
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     PER_PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    if BM <= FEW_ROWS:  # on their way while the rows are still being made
+    EARLY: tl.constexpr = BM <= FEW_ROWS and SPLIT == 1  # on their way while the rows are still being made
+    if EARLY:
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -107,7 +108,7 @@ def _w4_linear(
     row_sum = tl.load(row_sum_ptr + outs, mask=is_out, other=0).to(tl.float32)
     y = (acc - 8 * total[None, :]).to(tl.float32) * scale[None, :] + offset[None, :] * row_sum[:, None]
     y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
-    if BM > FEW_ROWS:
+    if not EARLY:  # of several programs the last one needs them
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
     y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
     scales = low_rank_scale_ptr
