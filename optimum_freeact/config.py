@@ -23,7 +23,7 @@ class FreeActConfig(QuantizationConfigMixin):
 
     Args:
         preset (`str`, *optional*, defaults to `"freeact"`):
-            `"rtn"`, `"smoothquant"`, `"quarot"`, `"flatquant"`, `"freeact-paper"`, `"freeact-fast"` or
+            `"rtn"`, `"smoothquant"`, `"quarot"`, `"flatquant"`, `"freeact-paper"`, `"freeact-fastest"`, `"freeact-fast"` or
             `"freeact"`.
         weight_bits, activation_bits (`int`, *optional*, defaults to 4): 4, 8 or 16 (16: not rounded).
         kv_bits (`int`, *optional*, defaults to 16): 4, 8 or 16, for the KV cache of every forward that uses one.

@@ -87,4 +87,10 @@ PRESETS: dict[str, dict] = {
         "low_rank": 24,
         **OURS,
     },
+    # The same without a branch. A branch needs a projection of the whole row before the row may be rotated; without one a
+    # GPU rounds a row in one pass. What a branch gains is lost (an ablation).
+    "freeact-fastest": {
+        "low_rank": 0,
+        **OURS,
+    },
 }

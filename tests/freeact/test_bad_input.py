@@ -206,5 +206,7 @@ def test_text_that_is_long_in_bytes_but_short_in_tokens():
 def test_unknown_arguments_and_presets_at_once():
     with pytest.raises(TypeError, match="weights"):
         FreeActConfig(weights=4)
-    with pytest.raises(ValueError, match="'freeact', 'freeact-fast', 'freeact-paper'.*'quarot'.*got 'best'"):
+    with pytest.raises(
+        ValueError, match="'freeact', 'freeact-fast', 'freeact-fastest', 'freeact-paper'.*'quarot'.*got 'best'"
+    ):
         FreeActConfig("best")
