@@ -127,8 +127,8 @@ def _inputs(shape: str, n: int, device: str) -> tuple[torch.Tensor, torch.Tensor
 def _seconds(made: list, shape: str, n: int, device: str, most: int) -> tuple[list[tuple[int, int, float]], str]:
     """Of each copy its types, number and median seconds; and how they were run."""
     calls, mode = [], ""
+    x, wide, types = _inputs(shape, n, device)  # one for all, and kept: a recorded graph reads them where they lie
     for kind, layers, state in made:
-        x, wide, types = _inputs(shape, n, device)
         state.types = types if kind > 1 else None
         call, mode = _call(layers, state, x, wide)
         calls.append(call)
