@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 
@@ -69,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = _results.command_line().partition(" --out")[0]
     source = "cost_claims" if device == "cuda" else "no_claims"  # the claim is about a GPU
     rows: list[dict] = []
+    begun = time.perf_counter()
 
     def write() -> Path:
         return _results.write(name, rows, f"benchmarks.token_types.{source}", command, [0], folder=options.out)

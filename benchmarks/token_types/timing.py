@@ -21,7 +21,7 @@ from optimum_freeact.type_state import TypeState
 SHAPES = {"135m": (576, 192, 1536), "1b": (2048, 512, 8192), "8b": (4096, 1024, 14336)}
 COPIES = 6  # of layers with one type, and as many with three
 ROUNDS, FEWEST = 2000, 9  # of all copies, at most and at least
-SECONDS, WARM = 0.8, 0.15  # about as long for each size
+SECONDS, WARM = 0.6, 0.1  # about as long for each size
 NAMES = {1: ["text"], 3: ["text", "sink", "mask"]}
 
 
