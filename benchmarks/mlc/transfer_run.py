@@ -60,21 +60,15 @@ def perform(method: str, settings: dict, seed: int, options: argparse.Namespace,
         constant = {"method": "always-decline", "seed": seed, "metric": "accuracy_transfer", "value": share}
         return [*measure(model, tokenizer, data, text, None, tag, scored), constant]
     kept = settings.pop("kept", 0.0)
-    model, layer, numbers, used = train(
-        folder, tokenizer, data.train, settings, seed, options, kept if isinstance(kept, float) else 0.0
-    )
+    swept = isinstance(kept, list)
+    model, layer, numbers, used = train(folder, tokenizer, data.train, settings, seed, options, 0.0 if swept else kept)
     if layer is not None:
         numbers["layer"] = layer
-    if isinstance(kept, float):
-        rows = measure(model, tokenizer, data, text, layer, tag, scored)
-    else:
-        rows = sweep(
-            model,
-            folder,
-            kept,
-            lambda part: measure(model, tokenizer, data, text, layer, {**tag, "method": part}, scored),
-            method,
-        )
+
+    def measured(name: str) -> list[dict]:
+        return measure(model, tokenizer, data, text, layer, {**tag, "method": name}, scored)
+
+    rows = sweep(model, folder, kept, measured, method.removesuffix(SWEPT)) if swept else measured(method)
     rows += [{**tag, "metric": name, "value": value} for name, value in numbers.items()]
     return [*rows, {**tag, "metric": "steps", "value": used["steps"], "settings": json.dumps(used)}]
 
@@ -110,10 +104,10 @@ def english_text(tokenizer, count: int) -> list[list[int]]:
     return [tokenizer(text=line)["input_ids"] for line in kept]
 
 
-def sweep(model, folder: str, shares: list[float], measured, method: str) -> list[dict]:
-    """Rows of one trained model at several ways back to its first weights, the first share being zero."""
+def sweep(model, folder: str, shares: list[float], measured, name: str) -> list[dict]:
+    """Rows of one trained model at several shares of the way back to its first weights, in ascending order."""
     first = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
-    rows, at, name = [], 0.0, method.removesuffix(SWEPT)
+    rows, at = [], 0.0
     for share in shares:
         with torch.no_grad():
             for key, value in model.named_parameters():

@@ -275,3 +275,33 @@ def test_regimes_keep_the_head_the_words_or_half_the_way(tied, tokenizer):
         whole, half = (moved({"lora": adapters, "kept": kept})["body"] for kept in (0.0, 0.5))
         assert whole.any()
         assert torch.allclose(half, whole / 2, atol=1e-6)
+
+
+def test_one_training_is_scored_at_several_ways_back(tied):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from benchmarks.mlc.transfer_run import sweep
+    from trl_mlc.embedding import untie_head
+
+    first = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    trained = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    untie_head(trained)
+    with torch.no_grad():
+        for value in trained.parameters():
+            value += 1.0
+    parts = {
+        "words": lambda m: m.get_input_embeddings().weight,
+        "head": lambda m: m.get_output_embeddings().weight,
+        "body": lambda m: m.model.layers[0].mlp.up_proj.weight,
+    }
+    found = {}
+
+    def measured(name: str) -> list[dict]:
+        found[name] = [(part(trained) - part(first)).mean().item() for part in parts.values()]
+        return [{"method": name}]
+
+    rows = sweep(trained, tied, [0.0, 0.25, 0.75], measured, "ours")
+    assert [row["method"] for row in rows] == ["ours", "ours-kept0.25", "ours-kept0.75"]
+    for name, left in zip(found, (1.0, 0.75, 0.25), strict=True):
+        assert found[name] == pytest.approx([left] * 3, abs=1e-5)
