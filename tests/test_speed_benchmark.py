@@ -114,11 +114,11 @@ def test_tuning_takes_the_settings_that_are_best_over_all_shapes():
             assert settings == {**change, "pdl": wanted and few}
 
 
-def test_grouped_attention_is_attention():
+def test_attention_on_shared_heads_is_attention():
     from transformers import StaticCache
 
     logits = []
-    for attention in ("sdpa", "sdpa_grouped"):
+    for attention in ("sdpa", "sdpa_gqa"):
         torch.manual_seed(0)
         config = shape_config("tiny", 2, attention)
         model, cache = plain(config, "cpu").float(), StaticCache(config=config, max_cache_len=24)

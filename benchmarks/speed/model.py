@@ -21,7 +21,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama import modeling_llama
 
-from benchmarks.speed.llama import ATTENTIONS, plain, quantized, shape_config
+from benchmarks.speed.llama import plain, quantized, shape_config
 from benchmarks.speed.timing import quiet
 
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--run", choices=RUNS, default="graph")
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--attention", choices=("sdpa", *ATTENTIONS), default="sdpa_gqa")
+    parser.add_argument("--attention", choices=("sdpa", "sdpa_gqa"), default="sdpa_gqa")
     parser.add_argument(
         "--preset", default="freeact-fastest", help="of `--provider freeact`, whose rows bear its name"
     )

@@ -186,8 +186,12 @@ def plan(device: torch.device | str, *, low_rank: int | None = None, **layer) ->
         return Plan(
             "triton",
             "4-bit Triton kernels",
-            f"compute capability {major}.{minor}; one row to {DP4A_ROWS} on plain cores, more on int8 tensor cores"
-            + (", many by warps with roles of their own" if (major, minor) == (9, 0) else "")
+            f"compute capability {major}.{minor}; "
+            + (
+                "one row on plain cores, more on int8 tensor cores, two to sixteen and many by warps with roles of their own"
+                if (major, minor) == (9, 0)
+                else f"one row to {DP4A_ROWS} on plain cores, more on int8 tensor cores"
+            )
             + ("; without a branch rows are rounded in one pass" if low_rank == 0 else ""),
         )
     from optimum_freeact.kernels.native import kind
@@ -214,7 +218,7 @@ def hopper_kernel(rows: Rows, weight: Weight, out_dtype: torch.dtype) -> str | N
     if not rows.codes.is_cuda or not is_hopper(rows.codes.device.index):
         return None
     if rows.codes.dtype == torch.int8 and stream_choice(len(rows.codes), weight):
-        return "w4_stream"
+        return STREAM
     if weight.type_bias is not None and len(weight.type_bias) > MOST_MARKED:
         return None
     group = 0 if weight.group_scale is None else weight.packed.shape[1] // weight.group_scale.shape[1]
@@ -223,6 +227,7 @@ def hopper_kernel(rows: Rows, weight: Weight, out_dtype: torch.dtype) -> str | N
     return hopper_choice(len(rows.codes), m, half, branch, out_dtype, group)
 
 
+STREAM = "w4_stream"
 STREAM_ROWS = (2, 16)  # from and to which rows meet the weight as a stream; one row is as fast on plain cores
 
 

@@ -29,6 +29,10 @@ from optimum_freeact.kernels.nibbles_gluon import high_codes, low_codes
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.w4_hopper import described, processors
 
+barrier = (
+    gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+)  # of a role's warps; Triton 3.6 has the second name
+
 
 @gluon.jit
 def _bring_weights(
@@ -144,7 +148,7 @@ def _multiply(
         if (begin > block * STEPS) | (end < (block + 1) * STEPS):  # other programs have the rest
             mine = (gl.program_id(0) * 2 + (begin == block * STEPS).to(gl.int32)) * 2 + WHICH
             gl.store(partial_ptr + mine * (OWN * BM) + part, acc)
-            gl.thread_barrier()
+            barrier()
             low_program = (block * STEPS) // per
             high_program = gl.minimum(((block + 1) * STEPS - 1) // per, gl.num_programs(0) - 1)
             arrived = gl.atomic_add(count_ptr + 2 * block + WHICH, 1, sem="acq_rel")
