@@ -17,21 +17,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from optimum_freeact.kernels.epilogue_triton import COUNTERS, counters, scale_outputs
+from optimum_freeact.kernels.feed_hopper import barrier, bring
 from optimum_freeact.kernels.launches import launch_pdl, stream_launch
 from optimum_freeact.kernels.nibbles_gluon import high_codes, low_codes
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.w4_hopper import described, processors
-
-barrier = (
-    gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-)  # of a role's warps; Triton 3.6 has the second name
 
 
 @gluon.jit
@@ -48,7 +44,7 @@ def _bring_weights(
         ready = full.index(slot)
         mbarrier.expect(ready, BN * BK)
         at = [(unit // STEPS) * BN, (unit % STEPS) * BK]
-        tma.async_copy_global_to_shared(w_desc, at, ready, w_ring.index(slot))
+        bring(w_desc, at, ready, w_ring.index(slot))
 
 
 @gluon.jit
@@ -66,8 +62,8 @@ def _bring_codes(
         ready = full.index(slot)
         mbarrier.expect(ready, 2 * BM * BK)
         at = (unit % STEPS) * BK
-        tma.async_copy_global_to_shared(codes_desc, [0, at], ready, even_ring.index(slot))
-        tma.async_copy_global_to_shared(codes_desc, [0, HALF + at], ready, odd_ring.index(slot))
+        bring(codes_desc, [0, at], ready, even_ring.index(slot))
+        bring(codes_desc, [0, HALF + at], ready, odd_ring.index(slot))
 
 
 @gluon.jit
