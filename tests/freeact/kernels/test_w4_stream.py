@@ -84,10 +84,14 @@ def test_the_same_bits_as_the_product_that_runs_elsewhere(n):
 @pytest.mark.parametrize(
     ("n", "m", "d", "n_bias", "chosen"),
     [
-        (2, 4096, 4096, 2, True),
-        (16, 2048, 4096, 0, True),
-        (1, 14336, 4096, 2, False),  # plain cores
-        (17, 14336, 4096, 2, False),
+        (3, 4096, 4096, 2, True),
+        (32, 2048, 4096, 0, True),
+        (2, 14336, 4096, 2, True),
+        (2, 4096, 4096, 2, False),  # plain cores
+        (1, 14336, 4096, 2, False),
+        (1, 4096, 14336, 2, True),  # long rows
+        (33, 14336, 4096, 2, False),
+        (0, 14336, 4096, 2, False),
         (16, 1024, 4096, 2, False),  # too little work
         (16, 14336, 4096, 5, False),  # more types than it selects
         (16, 14336, 4864 - 128, 2, False),  # no whole pieces
