@@ -55,7 +55,7 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (None, {"BM": 64, "BN": 64, "BK": 128, "warps": 4, "stages": 3}),
     ],
     "w8_row": [
-        (None, {"words": 4096, "warps": 4, "pdl": True}),
+        (None, {"words": 8192, "warps": 8, "pdl": True}),
     ],
     "groups": [
         (16, {"BM": 16, "BN": 64, "BK": 256, "GROUP": 1, "warps": 4, "stages": 3, "pdl": True}),

@@ -46,6 +46,12 @@ def _w8_linear(
 
 
 @triton.jit
+def _plain_byte(w):
+    """The last byte of words, signed, in float32: without its sign it is the last bits of 2^23, and 128 of it were the sign."""
+    return ((w & 0xFF) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
+
+
+@triton.jit
 def _w8_row(
     x_ptr, w_ptr, scale_ptr, y_ptr, m,
     WORDS: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, PDL: tl.constexpr,
@@ -59,12 +65,14 @@ def _w8_row(
     if PDL:  # the weights are on their way while the row is still being made
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    acc = tl.zeros((BN, BW), tl.float32)
-    for s in tl.static_range(4):
-        x = tl.load(x_ptr + 4 * k + s, mask=k < WORDS, other=0.0).to(tl.float32)
-        # a byte without its sign is the last bits of 2^23; 128 of it were the sign
-        value = (((w >> (8 * s)) & 0xFF) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
-        acc += value * x[None, :]
+    x = tl.load(x_ptr + tl.arange(0, 4 * BW), mask=tl.arange(0, 4 * BW) < 4 * WORDS, other=0.0).to(tl.float32)
+    evens, odds = tl.split(tl.reshape(x, (BW, 2, 2)))  # in one piece, then apart: columns of a word lie side by side
+    x_0, x_2 = tl.split(evens)
+    x_1, x_3 = tl.split(odds)
+    acc = _plain_byte(w) * x_0[None, :]
+    acc += _plain_byte(w >> 8) * x_1[None, :]
+    acc += _plain_byte(w >> 16) * x_2[None, :]
+    acc += _plain_byte(w >> 24) * x_3[None, :]
     tl.store(y_ptr + outs, (tl.sum(acc, 1) * scale).to(y_ptr.dtype.element_ty), mask=is_out)
 
 
