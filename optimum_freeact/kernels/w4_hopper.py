@@ -10,8 +10,6 @@ The integer product is exact; what follows is that of `epilogue_triton`.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -28,7 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from optimum_freeact.kernels.epilogue_triton import columns_of, scale_outputs
 from optimum_freeact.kernels.feed_hopper import prepare, produce, tile_order
-from optimum_freeact.kernels.launches import launch_pdl
+from optimum_freeact.kernels.launches import launch_pdl, processors
 from optimum_freeact.kernels.nibbles_gluon import half_codes, high_codes, low_codes, scaled_codes
 from optimum_freeact.kernels.reference import Rows, Weight
 
@@ -173,11 +171,6 @@ def _w4_hopper(
     )  # fmt: skip
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _described(tensor: torch.Tensor, rows: int, columns: int, swizzle: int) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout(swizzle, 8 * tensor.element_size())
     return TensorDescriptor.from_tensor(tensor, [rows, columns], layout)
@@ -211,7 +204,7 @@ def w4_linear(
     pdl = launch_pdl(launch.pop("pdl"))
     bm, bn, bk = launch["BM"], launch["BN"], launch["BK"]
     tiles = triton.cdiv(n, bm) * triton.cdiv(m, bn)
-    _w4_hopper[(min(tiles, _processors(y.device)),)](
+    _w4_hopper[(min(tiles, processors(y.device)),)](
         _described(weight.packed, bn, bk, bk), _described(rows.codes, bm, bk, bk * rows.codes.element_size()), _described(y, bm, bn // 2, 128),
         rows.stats, rows.branch, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, columns,
         groups, n, m, HALF=half, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
