@@ -18,7 +18,8 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 # Per kernel: (rows at most, settings). Rounding: `rows` x `chunk` numbers at a time of a program of the projection, at most
 # `parts` programs for the same rows and about `fill` in all; `correct_rows` x `elements` of a program that corrects;
 # `programs` that finish, `finish_rows` at a time. Products: BM rows of codes, BN outputs, BK bytes, GROUP
-# blocks of outputs in a row. `pdl`: programmatic dependent launch.
+# blocks of outputs in a row. Stream: `room` bytes of shared memory for pieces of the weight, `depth` of them under way at a
+# time; outputs are not shared by programs where there is a block of them for at least `whole` of the multiprocessors. `pdl`: programmatic dependent launch.
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
         (4, {"rows": 16, "chunk": 512, "parts": 64, "fill": 264, "project_warps": 8, "correct_rows": 16, "elements": 1,
@@ -39,6 +40,11 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "dp4a": [
         (1, {"words": 4096, "warps": 4, "pdl": True}),
         (None, {"words": 2048, "warps": 2, "pdl": True}),
+    ],
+    "stream": [
+        (8, {"BM": 8, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "pdl": True}),
+        (16, {"BM": 16, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "pdl": True}),
+        (None, {"BM": 32, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 128, "pdl": True}),
     ],
     "w4": [
         (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
@@ -112,6 +118,11 @@ def dp4a_launch(n: int, wide: int) -> dict:
     return {"BN": max(1, min(16, found.pop("words") // wide)), **found}
 
 
+def stream_launch(n: int, changes: dict) -> dict:
+    """Settings of a product whose weights come as a stream, for `n` rows; `changes` override."""
+    return {**_find(_settings()["stream"], n), **changes}
+
+
 def gemv_launch(n: int, wide: int) -> dict:
     """Settings of a product with groups on plain cores; `wide` is the padded number of bytes of a row."""
     found = dict(_find(_settings()["gemv"], n))
@@ -137,12 +148,6 @@ def groups_launch(n: int, m: int, half: int) -> dict:
 def w8_launch(n: int) -> dict:
     """Settings of a product with a weight of bytes for `n` rows."""
     return _find(_settings()["w8"], n)
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -23,9 +23,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from optimum_freeact.kernels.grids_triton import MAGIC, MAGIC_BITS
-from optimum_freeact.kernels.launches import launch_pdl, pass_hopper_launch, processors
+from optimum_freeact.kernels.launches import launch_pdl, pass_hopper_launch
 from optimum_freeact.kernels.reference import HEADROOM, Rows
 from optimum_freeact.kernels.tables import InputTables, padded
+from optimum_freeact.kernels.w4_hopper import processors
 
 
 # names since Triton 3.7, and until then

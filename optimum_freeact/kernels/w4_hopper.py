@@ -10,6 +10,8 @@ The integer product is exact; what follows is that of `epilogue_triton`.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -26,7 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from optimum_freeact.kernels.epilogue_triton import columns_of, scale_outputs
 from optimum_freeact.kernels.feed_hopper import prepare, produce, tile_order
-from optimum_freeact.kernels.launches import launch_pdl, processors
+from optimum_freeact.kernels.launches import launch_pdl
 from optimum_freeact.kernels.nibbles_gluon import half_codes, high_codes, low_codes, scaled_codes
 from optimum_freeact.kernels.reference import Rows, Weight
 
@@ -171,7 +173,14 @@ def _w4_hopper(
     )  # fmt: skip
 
 
-def _described(tensor: torch.Tensor, rows: int, columns: int, swizzle: int) -> TensorDescriptor:
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def described(tensor: torch.Tensor, rows: int, columns: int, swizzle: int) -> TensorDescriptor:
+    """A matrix of which the copy engine brings pieces of `rows` by `columns`."""
     layout = gl.NVMMASharedLayout(swizzle, 8 * tensor.element_size())
     return TensorDescriptor.from_tensor(tensor, [rows, columns], layout)
 
@@ -205,7 +214,7 @@ def w4_linear(
     bm, bn, bk = launch["BM"], launch["BN"], launch["BK"]
     tiles = triton.cdiv(n, bm) * triton.cdiv(m, bn)
     _w4_hopper[(min(tiles, processors(y.device)),)](
-        _described(weight.packed, bn, bk, bk), _described(rows.codes, bm, bk, bk * rows.codes.element_size()), _described(y, bm, bn // 2, 128),
+        described(weight.packed, bn, bk, bk), described(rows.codes, bm, bk, bk * rows.codes.element_size()), described(y, bm, bn // 2, 128),
         rows.stats, rows.branch, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, columns,
         groups, n, m, HALF=half, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
         MARKS=0 if columns is None else columns.shape[1], PR=width,

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 
-SCRIPT = """
+BEFORE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -30,6 +30,10 @@ class Fake:
 driver.set_active(Fake())
 from triton.runtime.jit import JITFunction
 run = JITFunction.run
+"""
+SCRIPT = (
+    BEFORE
+    + """
 def compiled(self, *args, grid, warmup, **options):
     made = run(self, *args, grid=grid, warmup=True, **options)
     text = made.asm["ttgir"]
@@ -51,6 +55,7 @@ for d in (4096, 14336):
     one = torch.empty(2048, d, dtype=torch.bfloat16)
     rounding_pass_hopper.round_rows(one, types, input_side(d, rank=0, channel=False).tables)
 """
+)
 
 
 def test_kernels_wait_for_their_products():
