@@ -115,17 +115,17 @@ def _round_tiles(
     at = gl.where(out_column < HALF, out_column, out_column - HALF + A * HALF)
     target = gl.expand_dims(out_line, 1) * HALF + gl.expand_dims(at, 0)
     written = gl.expand_dims(out_line < A, 1) & (gl.expand_dims(out_column, 0) >= 0)
+    first = gl.program_id(0)
+    given = 0
+    if HAS_TYPES:  # there since the model's own hook ran, long before
+        given = gl.load(types_ptr + first).to(gl.int32)
     if PDL:
         gdc_wait()
         if not EARLY:
             gdc_launch_dependents()
-    first = gl.program_id(0)
     mbarrier.expect(ready, PA * B * 2)
     bring(x_desc, [first * A, 0], ready, tile)
     phase = 0
-    given = 0
-    if HAS_TYPES:
-        given = gl.load(types_ptr + first).to(gl.int32)
     for row in range(first, n, gl.num_programs(0)):
         following = row + gl.num_programs(0)
         kind = gl.minimum(given, n_means - 1)
