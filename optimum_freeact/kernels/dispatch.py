@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from optimum_freeact.kernels.reference import MOST_MARKED, Rows, Weight
+from optimum_freeact.kernels.tables import InputTables
 from optimum_freeact.numerics.kronecker import factor_pair
 
 
@@ -201,6 +202,18 @@ def plan(device: torch.device | str, *, low_rank: int | None = None, **layer) ->
 
 def _has_groups(layer: dict) -> bool:
     return layer.get("group_size") is not None or layer.get("activation_group_size") is not None
+
+
+def hopper_rounding(x: torch.Tensor, tables: InputTables) -> bool:
+    """Whether the kernel for Hopper rounds these rows in one pass; other sizes and GPUs have Triton's."""
+    if not x.is_cuda or not is_hopper(x.device.index) or x.data_ptr() % 16:
+        return False
+    return tables.one_pass and tables.channel_scale is None and fits_hopper(tables.a, tables.b)
+
+
+def fits_hopper(a: int, b: int) -> bool:
+    """Whether tiles of these factors are whole warps' lines, and powers of two across."""
+    return b in (64, 128) and a % 16 == 0 and 32 < a <= 128
 
 
 HOPPER_TILES = 96  # tiles of 128 rows by 256 outputs from which keeping programs on their multiprocessors pays

@@ -30,8 +30,12 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
                 "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False}),
     ],
     "pass": [
-        (16, {"programs": 1056, "warps": 8, "stages": 1, "ahead": False, "registers": None, "pdl": True}),
-        (None, {"programs": 1056, "warps": 8, "stages": 1, "ahead": False, "registers": None, "pdl": False}),
+        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": True}),
+        (None, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": False}),
+    ],
+    "pass_hopper": [
+        (64, {"registers_128": 128, "registers_64": 80, "early": False, "pdl": True}),
+        (None, {"registers_128": 128, "registers_64": 80, "early": False, "pdl": False}),
     ],
     "dp4a": [
         (1, {"words": 2048, "warps": 4, "pdl": True}),
@@ -100,6 +104,15 @@ def round_launch(n: int, d: int, changes: dict) -> dict:
 def pass_launch(n: int, changes: dict) -> dict:
     """Settings to round `n` rows in one pass; `changes` override."""
     return {**_find(_settings()["pass"], n), **changes}
+
+
+def pass_hopper_launch(n: int, threads: int, columns: int, changes: dict) -> dict:
+    """The same for Hopper's kernel, by the columns of its tiles; as many programs of so many threads on a multiprocessor as its
+    registers allow.
+    """
+    found = {**_find(_settings()["pass_hopper"], n), **changes}
+    registers = found[f"registers_{columns}"]
+    return {"registers": registers, "per_processor": max(1, 65536 // (registers * threads)), **found}
 
 
 def dp4a_launch(n: int, wide: int) -> dict:

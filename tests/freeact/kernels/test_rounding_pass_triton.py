@@ -156,9 +156,13 @@ def test_a_gpu_that_rounds_wrongly_is_remembered(monkeypatch, caplog):
     from optimum_freeact.kernels import self_check
 
     monkeypatch.setattr(ops, "_failed", {})
-    monkeypatch.setattr(self_check, "pass_obstacle", lambda index: "codes of 1 rows: relative error 1")
+    monkeypatch.setattr(self_check, "pass_obstacle", lambda index, module: f"codes of {module}")
+    monkeypatch.setattr(ops, "is_hopper", lambda index: True)
     ops.check_pass(torch.device("cpu"))
     assert ops.failures() == {}
     ops.check_pass(torch.device("cuda", 0))
-    assert ops.failures() == {"round_pass": "codes of 1 rows: relative error 1"}
-    assert "round_pass failed (codes of 1 rows" in caplog.text
+    assert ops.failures() == {
+        "round_pass": "codes of rounding_pass_triton",
+        "round_pass_hopper": "codes of rounding_pass_hopper",
+    }
+    assert "round_pass failed (codes of" in caplog.text

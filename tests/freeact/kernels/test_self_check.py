@@ -85,12 +85,13 @@ def test_the_kernel_of_this_gpu_alone_is_compared_too(device):
 def test_rounding_in_one_pass_is_compared(device, monkeypatch):
     from optimum_freeact.kernels import rounding_pass_triton
 
-    assert self_check.pass_disagreement(torch.device(device), (1, 5)) is None
+    assert self_check.pass_disagreement(torch.device(device), "rounding_pass_triton", (1, 5)) is None
     right = rounding_pass_triton.round_rows
     monkeypatch.setattr(
         rounding_pass_triton, "round_rows", lambda x, types, tables: right(x, types.roll(1), tables)
     )  # the next row's mean
-    assert self_check.pass_disagreement(torch.device(device), (5,)).startswith("codes of 5 rows: relative error")
+    said = self_check.pass_disagreement(torch.device(device), "rounding_pass_triton", (5,))
+    assert said.startswith("codes of 5 rows: error")
 
 
 @pytest.mark.parametrize(
