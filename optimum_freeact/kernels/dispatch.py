@@ -245,12 +245,13 @@ STREAM_ROWS = 32  # rows up to which the weight's way to the multiprocessors is 
 
 
 def stream_choice(n: int, weight: Weight) -> bool:
-    """Whether `w4_stream` serves this number of rows: pieces of 128 bytes of a row, biases of four types at most, and a weight that
-    is worth the start. Few rows of no great length are multiplied on plain cores as fast as memory brings the weight.
+    """Whether `w4_stream` serves this number of rows: pieces of 128 bytes of a row, biases of four types and a rank of 48 at most, and a
+    weight that is worth the start. Few rows of no great length are multiplied on plain cores as fast as memory brings the weight.
     """
     biases = 0 if weight.type_bias is None else len(weight.type_bias)
+    rank = 0 if weight.low_rank is None else weight.low_rank.shape[1]
     m, half = weight.packed.shape
-    if not 0 < n <= STREAM_ROWS or half % 128 or biases > 4:
+    if not 0 < n <= STREAM_ROWS or half % 128 or biases > 4 or rank > 48:
         return False
     long = half > 4096  # plain cores would have few outputs at a time
     return m * half >= (STREAM_BYTES if n > 2 or long else 4 * STREAM_BYTES) and (n > 1 or long)
