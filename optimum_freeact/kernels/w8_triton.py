@@ -90,18 +90,23 @@ def _one_row(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, options
     return y
 
 
-def w8_linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *, options: dict | None = None
-) -> torch.Tensor:
-    """Output `(n, m)` of rows `(n, d)`, contiguous, for an `int8` weight `(m, d)` with scales `(m,)`; `n` at most MOST_ROWS."""
+def several_rows(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, options: dict) -> torch.Tensor:
+    """[`w8_linear`] of up to MOST_ROWS rows."""
     n, d = x.shape
     m = len(weight)
-    if n == 1 and d % 16 == 0 and d <= MOST_WIDTH and weight.storage_offset() % 16 == 0:
-        return _one_row(x, weight, scale, options or {})
     y = torch.empty(n, m, dtype=x.dtype, device=x.device)
-    launch = {**w8_launch(n), **(options or {})}
+    launch = {**w8_launch(n), **options}
     _w8_linear[(triton.cdiv(m, launch["BN"]),)](
         x, weight, scale, y, n, m, D=d, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"], PLAIN=INTERPRETED,
         num_warps=launch["warps"], num_stages=launch["stages"],
     )  # fmt: skip
     return y
+
+
+def w8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *, options: dict | None = None
+) -> torch.Tensor:
+    """Output `(n, m)` of rows `(n, d)`, contiguous, for an `int8` weight `(m, d)` with scales `(m,)`; `n` at most MOST_ROWS."""
+    n, d = x.shape
+    one = n == 1 and d % 16 == 0 and d <= MOST_WIDTH and weight.storage_offset() % 16 == 0
+    return (_one_row if one else several_rows)(x, weight, scale, options or {})
