@@ -64,6 +64,11 @@ def print_kernels(name: str, call, device: str) -> None:
     with torch.profiler.profile(activities=kinds) as profile:
         call()
         synchronize(device)
+    spans = sorted((e.time_range.start, e.time_range.end) for e in profile.events() if e.self_device_time_total)
+    idle, end = 0.0, spans[0][0] if spans else 0.0
+    for start, stop in spans:
+        idle, end = idle + max(0.0, start - end), max(end, stop)
+    print(f"{name}: {end - spans[0][0] if spans else 0.0:9.1f} us, of which nothing ran in {idle:.1f}", flush=True)
     for event in sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:24]:
         print(f"{name}: {event.self_device_time_total:9.1f} us in {event.count:4d} of {event.key[:90]}", flush=True)
 
