@@ -68,12 +68,12 @@ def _rows_of_worker(
     HAS_TYPES: gl.constexpr, HAS_MEAN: gl.constexpr, MARKED: gl.constexpr, PR: gl.constexpr, A: gl.constexpr, B: gl.constexpr,
     PA: gl.constexpr, QMIN: gl.constexpr, QMAX: gl.constexpr, SYMMETRIC: gl.constexpr, LIMIT: gl.constexpr, KIND: gl.constexpr,
     WARPS: gl.constexpr, WORKERS: gl.constexpr, DEEP: gl.constexpr, SOON: gl.constexpr, AHEAD: gl.constexpr,
-    WRITTEN: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
+    WRITTEN: gl.constexpr,
 ):  # fmt: skip
     """Every WORKERS-th of a program's rows, one after the other, DEEP of them on their way at a time."""
     (
         x_desc, types_ptr, mean_ptr, reach_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr, branch_ptr, n, n_means, n_clips,
-        ring, left, right, peaks, lows, highs, sums, ready,
+        ring, left, right, peaks, lows, highs, sums, ready, kinds,
     ) = given  # fmt: skip
     D: gl.constexpr = A * B
     HALF: gl.constexpr = B // 2
@@ -97,19 +97,9 @@ def _rows_of_worker(
     factor = gl.load(factor_ptr)
     first = gl.program_id(0) * WORKERS + WHICH
     step = gl.num_programs(0) * WORKERS
-    coming = 0
-    if HAS_TYPES:  # there since the model's own hook ran, long before
-        coming = gl.load(types_ptr + gl.minimum(first, n - 1)).to(gl.int32)
+    coming = kinds[WHICH]
     if HAS_MEAN and AHEAD:
         mean = gl.load(mean_ptr + gl.minimum(coming, n_means - 1) * D + place, mask=inside, other=0.0)
-    if PDL:
-        gdc_wait()
-        if not EARLY:
-            gdc_launch_dependents()
-    for s in gl.static_range(DEEP):
-        if first + s * step < n:
-            mbarrier.expect(ready.index(WHICH * DEEP + s), PA * B * 2)
-            bring(x_desc, [(first + s * step) * A, 0], ready.index(WHICH * DEEP + s), ring.index(WHICH * DEEP + s))
     count = 0
     for row in range(first, n, step):
         slot = WHICH * DEEP + count % DEEP
@@ -209,22 +199,39 @@ def _round_tiles(
     of_left: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PA, PA // 8], [WARPS, 1], [1, 0])
     i = gl.arange(0, PA, gl.SliceLayout(1, of_left))
     k = gl.arange(0, PA, gl.SliceLayout(0, of_left))
-    left.store(gl.load(left_ptr + gl.expand_dims(i, 1) * PA + gl.expand_dims(k, 0)))
+    left_values = gl.load(left_ptr + gl.expand_dims(i, 1) * PA + gl.expand_dims(k, 0))
     of_right: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [WARPS, 1], [1, 0])
     k = gl.arange(0, B, gl.SliceLayout(1, of_right))
     c = gl.arange(0, B, gl.SliceLayout(0, of_right))
     dealt = (c // 2 % 4) * (B // 4) + c // 8 * 2 + c % 2
-    right.store(gl.load(right_ptr + gl.expand_dims(k, 1) * B + gl.expand_dims(dealt, 0)))
+    right_values = gl.load(right_ptr + gl.expand_dims(k, 1) * B + gl.expand_dims(dealt, 0))
+    first = gl.program_id(0) * WORKERS
+    kind_0, kind_1 = 0, 0
+    if HAS_TYPES:  # there since the model's own hook ran, long before
+        kind_0 = gl.load(types_ptr + first).to(gl.int32)
+        kind_1 = gl.load(types_ptr + gl.minimum(first + 1, n - 1)).to(gl.int32)
+    if PDL:
+        gdc_wait()
+        if not EARLY:
+            gdc_launch_dependents()
+    meet()
+    for s in gl.static_range(WORKERS * DEEP):  # rows are on their way while the factors are
+        row = first + s // DEEP + (s % DEEP) * gl.num_programs(0) * WORKERS
+        if row < n:
+            mbarrier.expect(ready.index(s), PA * B * 2)
+            bring(x_desc, [row * A, 0], ready.index(s), ring.index(s))
+    left.store(left_values)
+    right.store(right_values)
     fence_async_shared()
     meet()
     given = (
         x_desc, types_ptr, mean_ptr, reach_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr, branch_ptr, n, n_means, n_clips,
-        ring, left, right, peaks, lows, highs, sums, ready,
+        ring, left, right, peaks, lows, highs, sums, ready, (kind_0, kind_1),
     )  # fmt: skip
     if WORKERS == 1:
         _rows_of_worker(
             given, 0, HAS_TYPES, HAS_MEAN, MARKED, PR, A, B, PA, QMIN, QMAX, SYMMETRIC, LIMIT, KIND, WARPS, WORKERS, DEEP,
-            SOON, AHEAD, WRITTEN, PDL, EARLY,
+            SOON, AHEAD, WRITTEN,
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -233,14 +240,14 @@ def _round_tiles(
                     _rows_of_worker,
                     (
                         given, 0, HAS_TYPES, HAS_MEAN, MARKED, PR, A, B, PA, QMIN, QMAX, SYMMETRIC, LIMIT, KIND, WARPS,
-                        WORKERS, DEEP, SOON, AHEAD, WRITTEN, PDL, EARLY,
+                        WORKERS, DEEP, SOON, AHEAD, WRITTEN,
                     ),
                 ),
                 (
                     _rows_of_worker,
                     (
                         given, 1, HAS_TYPES, HAS_MEAN, MARKED, PR, A, B, PA, QMIN, QMAX, SYMMETRIC, LIMIT, KIND, WARPS,
-                        WORKERS, DEEP, SOON, AHEAD, WRITTEN, PDL, EARLY,
+                        WORKERS, DEEP, SOON, AHEAD, WRITTEN,
                     ),
                 ),
             ],
