@@ -34,8 +34,10 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (None, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": False}),
     ],
     "pass_hopper": [
-        (64, {"registers_128": 128, "registers_64": 80, "early": False, "pdl": True}),
-        (None, {"registers_128": 128, "registers_64": 80, "early": False, "pdl": False}),
+        (64, {"registers_128": 128, "registers_64": 80, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False,
+              "pdl": True}),
+        (None, {"registers_128": 128, "registers_64": 80, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False,
+                "pdl": False}),
     ],
     "dp4a": [
         (1, {"words": 2048, "warps": 4, "pdl": True}),
@@ -112,7 +114,11 @@ def pass_hopper_launch(n: int, threads: int, columns: int, changes: dict) -> dic
     """
     found = {**_find(_settings()["pass_hopper"], n), **changes}
     registers = found[f"registers_{columns}"]
-    return {"registers": registers, "per_processor": max(1, 65536 // (registers * threads)), **found}
+    return {
+        "registers": registers,
+        "per_processor": max(1, 65536 // (registers * threads * found["workers"])),
+        **found,
+    }
 
 
 def dp4a_launch(n: int, wide: int) -> dict:

@@ -63,13 +63,18 @@ def _saturated(z, factor, shift):
 
 
 @gluon.jit
-def _round_tiles(
-    x_desc, types_ptr, mean_ptr, reach_ptr, left_ptr, right_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr, branch_ptr,
-    n, n_means, n_clips,
+def _rows_of_worker(
+    given, WHICH: gl.constexpr,
     HAS_TYPES: gl.constexpr, HAS_MEAN: gl.constexpr, MARKED: gl.constexpr, PR: gl.constexpr, A: gl.constexpr, B: gl.constexpr,
     PA: gl.constexpr, QMIN: gl.constexpr, QMAX: gl.constexpr, SYMMETRIC: gl.constexpr, LIMIT: gl.constexpr, KIND: gl.constexpr,
-    WARPS: gl.constexpr, WRITTEN: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
+    WARPS: gl.constexpr, WORKERS: gl.constexpr, DEEP: gl.constexpr, SOON: gl.constexpr, AHEAD: gl.constexpr,
+    WRITTEN: gl.constexpr,
 ):  # fmt: skip
+    """Every WORKERS-th of a program's rows, one after the other, DEEP of them on their way at a time."""
+    (
+        x_desc, types_ptr, mean_ptr, reach_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr, branch_ptr, n, n_means, n_clips,
+        ring, left, right, peaks, lows, highs, sums, ready, kinds,
+    ) = given  # fmt: skip
     D: gl.constexpr = A * B
     HALF: gl.constexpr = B // 2
     LINE: gl.constexpr = 256 // B  # lines of a tile that a warp reads at a time, eight numbers a thread
@@ -77,34 +82,8 @@ def _round_tiles(
     read: gl.constexpr = gl.BlockedLayout([1, 8], [LINE, B // 8], [WARPS, 1], [1, 0])
     acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, B, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, acc, 2)
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     everywhere: gl.constexpr = gl.BlockedLayout([WARPS], [32], [WARPS], [0])
-    tile = gl.allocate_shared_memory(gl.float16, [PA, B], swizzled)  # bits of the row as it comes, then its float16
-    left = gl.allocate_shared_memory(gl.float16, [PA, PA], swizzled)
-    right = gl.allocate_shared_memory(gl.float16, [B, B], swizzled)
-    peaks = gl.allocate_shared_memory(gl.float32, [WARPS], flat)
-    lows = gl.allocate_shared_memory(gl.float32, [WARPS], flat)
-    highs = gl.allocate_shared_memory(gl.float32, [WARPS], flat)
-    sums = gl.allocate_shared_memory(gl.int32, [WARPS], flat)
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready, count=1)
-    if PDL and EARLY:
-        gdc_launch_dependents()
-
-    # the factors; column 8 k + 2 q + e of the right one is column q B / 4 + 2 k + e of a row of codes
-    of_left: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PA, PA // 8], [WARPS, 1], [1, 0])
-    i = gl.arange(0, PA, gl.SliceLayout(1, of_left))
-    k = gl.arange(0, PA, gl.SliceLayout(0, of_left))
-    left.store(gl.load(left_ptr + gl.expand_dims(i, 1) * PA + gl.expand_dims(k, 0)))
-    of_right: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [WARPS, 1], [1, 0])
-    k = gl.arange(0, B, gl.SliceLayout(1, of_right))
-    c = gl.arange(0, B, gl.SliceLayout(0, of_right))
-    dealt = (c // 2 % 4) * (B // 4) + c // 8 * 2 + c % 2
-    right.store(gl.load(right_ptr + gl.expand_dims(k, 1) * B + gl.expand_dims(dealt, 0)))
-    factor = gl.load(factor_ptr)
-    fence_async_shared()
-
+    peaks, lows, highs, sums = peaks.index(WHICH), lows.index(WHICH), highs.index(WHICH), sums.index(WHICH)
     line = gl.arange(0, PA, gl.SliceLayout(1, read))
     column = gl.arange(0, B, gl.SliceLayout(0, read))
     place = gl.expand_dims(line, 1) * B + gl.expand_dims(column, 0)
@@ -115,29 +94,28 @@ def _round_tiles(
     at = gl.where(out_column < HALF, out_column, out_column - HALF + A * HALF)
     target = gl.expand_dims(out_line, 1) * HALF + gl.expand_dims(at, 0)
     written = gl.expand_dims(out_line < A, 1) & (gl.expand_dims(out_column, 0) >= 0)
-    first = gl.program_id(0)
-    given = 0
-    if HAS_TYPES:  # there since the model's own hook ran, long before
-        given = gl.load(types_ptr + first).to(gl.int32)
-    if PDL:
-        gdc_wait()
-        if not EARLY:
-            gdc_launch_dependents()
-    mbarrier.expect(ready, PA * B * 2)
-    bring(x_desc, [first * A, 0], ready, tile)
-    phase = 0
-    for row in range(first, n, gl.num_programs(0)):
-        following = row + gl.num_programs(0)
-        kind = gl.minimum(given, n_means - 1)
-        clip = gl.load(clip_ptr + gl.minimum(given, n_clips - 1))
+    factor = gl.load(factor_ptr)
+    first = gl.program_id(0) * WORKERS + WHICH
+    step = gl.num_programs(0) * WORKERS
+    coming = kinds[WHICH]
+    if HAS_MEAN and AHEAD:
+        mean = gl.load(mean_ptr + gl.minimum(coming, n_means - 1) * D + place, mask=inside, other=0.0)
+    count = 0
+    for row in range(first, n, step):
+        slot = WHICH * DEEP + count % DEEP
+        tile, full = ring.index(slot), ready.index(slot)
+        later = row + DEEP * step
+        kind = gl.minimum(coming, n_means - 1)
+        clip = gl.load(clip_ptr + gl.minimum(coming, n_clips - 1))
         bound = 0.0
         if HAS_MEAN:
-            mean = gl.load(mean_ptr + kind * D + place, mask=inside, other=0.0).to(gl.float32)
             bound = gl.load(reach_ptr + kind)
+            if not AHEAD:
+                mean = gl.load(mean_ptr + kind * D + place, mask=inside, other=0.0)
         if HAS_TYPES:
-            given = gl.load(types_ptr + gl.minimum(following, n - 1)).to(gl.int32)
-        mbarrier.wait(ready, phase)
-        phase ^= 1
+            coming = gl.load(types_ptr + gl.minimum(row + step, n - 1)).to(gl.int32)
+        mbarrier.wait(full, (count // DEEP) & 1)
+        count += 1
         u = tile.load(read).to(KIND, bitcast=True).to(gl.float32)
         if A != PA:
             u = gl.where(inside, u, 0.0)
@@ -145,13 +123,18 @@ def _round_tiles(
         peaks.store(gl.max(peak, 1))
         bound += gl.max(peaks.load(everywhere), 0)
         if HAS_MEAN:
-            u -= mean
+            u -= mean.to(gl.float32)
         undo = gl.maximum(bound, 1e-30) / LIMIT
         tile.store((u * (1.0 / undo)).to(gl.float16))
         fence_async_shared()
         meet()
         y = warpgroup_mma(left, tile, gl.zeros((PA, B), gl.float32, acc), use_acc=False, is_async=True)
         y = warpgroup_mma_wait(0, [y])
+        if SOON:
+            meet()
+            if later < n:
+                mbarrier.expect(full, PA * B * 2)
+                bring(x_desc, [later * A, 0], full, tile)
         y = gl.convert_layout(y.to(gl.float16), operand)
         z = warpgroup_mma(y, right, gl.zeros((PA, B), gl.float32, acc), use_acc=False, is_async=True)
         z = warpgroup_mma_wait(0, [z])
@@ -160,10 +143,12 @@ def _round_tiles(
         highs.store(gl.max(of_warps, 1))
         low = gl.min(lows.load(everywhere), 0)
         high = gl.max(highs.load(everywhere), 0)
-        # all warps have met since the first product, so the row's memory is free
-        if following < n:
-            mbarrier.expect(ready, PA * B * 2)
-            bring(x_desc, [following * A, 0], ready, tile)
+        if not SOON:
+            if later < n:  # all warps have met since the first product, so the row's memory is free
+                mbarrier.expect(full, PA * B * 2)
+                bring(x_desc, [later * A, 0], full, tile)
+        if HAS_MEAN and AHEAD:
+            mean = gl.load(mean_ptr + gl.minimum(coming, n_means - 1) * D + place, mask=inside, other=0.0)
         undo *= factor
         good = gl.abs(high - low) < float("inf")
         scale, offset = _grid(low, high, clip, 1.0 / undo, QMIN, QMAX, SYMMETRIC)
@@ -185,6 +170,90 @@ def _round_tiles(
         if MARKED:  # the row's type, for the product (`reference.marked`)
             mark = gl.arange(0, PR, gl.BlockedLayout([1], [32], [WARPS], [0]))
             gl.store(branch_ptr + row * PR + mark, gl.where((kind > 0) & (mark // 2 == kind - 1), 1.0, 0.0))
+
+
+@gluon.jit
+def _round_tiles(
+    x_desc, types_ptr, mean_ptr, reach_ptr, left_ptr, right_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr, branch_ptr,
+    n, n_means, n_clips,
+    HAS_TYPES: gl.constexpr, HAS_MEAN: gl.constexpr, MARKED: gl.constexpr, PR: gl.constexpr, A: gl.constexpr, B: gl.constexpr,
+    PA: gl.constexpr, QMIN: gl.constexpr, QMAX: gl.constexpr, SYMMETRIC: gl.constexpr, LIMIT: gl.constexpr, KIND: gl.constexpr,
+    WARPS: gl.constexpr, WORKERS: gl.constexpr, DEEP: gl.constexpr, SOON: gl.constexpr, AHEAD: gl.constexpr,
+    WRITTEN: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ring = gl.allocate_shared_memory(gl.float16, [WORKERS * DEEP, PA, B], swizzled)  # bits of rows, then their float16
+    left = gl.allocate_shared_memory(gl.float16, [PA, PA], swizzled)
+    right = gl.allocate_shared_memory(gl.float16, [B, B], swizzled)
+    peaks = gl.allocate_shared_memory(gl.float32, [WORKERS, WARPS], flat)
+    lows = gl.allocate_shared_memory(gl.float32, [WORKERS, WARPS], flat)
+    highs = gl.allocate_shared_memory(gl.float32, [WORKERS, WARPS], flat)
+    sums = gl.allocate_shared_memory(gl.int32, [WORKERS, WARPS], flat)
+    ready = gl.allocate_shared_memory(gl.int64, [WORKERS * DEEP, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(WORKERS * DEEP):
+        mbarrier.init(ready.index(s), count=1)
+    if PDL and EARLY:
+        gdc_launch_dependents()
+    # the factors; column 8 k + 2 q + e of the right one is column q B / 4 + 2 k + e of a row of codes
+    of_left: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PA, PA // 8], [WARPS, 1], [1, 0])
+    i = gl.arange(0, PA, gl.SliceLayout(1, of_left))
+    k = gl.arange(0, PA, gl.SliceLayout(0, of_left))
+    left_values = gl.load(left_ptr + gl.expand_dims(i, 1) * PA + gl.expand_dims(k, 0))
+    of_right: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [WARPS, 1], [1, 0])
+    k = gl.arange(0, B, gl.SliceLayout(1, of_right))
+    c = gl.arange(0, B, gl.SliceLayout(0, of_right))
+    dealt = (c // 2 % 4) * (B // 4) + c // 8 * 2 + c % 2
+    right_values = gl.load(right_ptr + gl.expand_dims(k, 1) * B + gl.expand_dims(dealt, 0))
+    first = gl.program_id(0) * WORKERS
+    kind_0, kind_1 = 0, 0
+    if HAS_TYPES:  # there since the model's own hook ran, long before
+        kind_0 = gl.load(types_ptr + first).to(gl.int32)
+        kind_1 = gl.load(types_ptr + gl.minimum(first + 1, n - 1)).to(gl.int32)
+    if PDL:
+        gdc_wait()
+        if not EARLY:
+            gdc_launch_dependents()
+    meet()
+    for s in gl.static_range(WORKERS * DEEP):  # rows are on their way while the factors are
+        row = first + s // DEEP + (s % DEEP) * gl.num_programs(0) * WORKERS
+        if row < n:
+            mbarrier.expect(ready.index(s), PA * B * 2)
+            bring(x_desc, [row * A, 0], ready.index(s), ring.index(s))
+    left.store(left_values)
+    right.store(right_values)
+    fence_async_shared()
+    meet()
+    given = (
+        x_desc, types_ptr, mean_ptr, reach_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr, branch_ptr, n, n_means, n_clips,
+        ring, left, right, peaks, lows, highs, sums, ready, (kind_0, kind_1),
+    )  # fmt: skip
+    if WORKERS == 1:
+        _rows_of_worker(
+            given, 0, HAS_TYPES, HAS_MEAN, MARKED, PR, A, B, PA, QMIN, QMAX, SYMMETRIC, LIMIT, KIND, WARPS, WORKERS, DEEP,
+            SOON, AHEAD, WRITTEN,
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _rows_of_worker,
+                    (
+                        given, 0, HAS_TYPES, HAS_MEAN, MARKED, PR, A, B, PA, QMIN, QMAX, SYMMETRIC, LIMIT, KIND, WARPS,
+                        WORKERS, DEEP, SOON, AHEAD, WRITTEN,
+                    ),
+                ),
+                (
+                    _rows_of_worker,
+                    (
+                        given, 1, HAS_TYPES, HAS_MEAN, MARKED, PR, A, B, PA, QMIN, QMAX, SYMMETRIC, LIMIT, KIND, WARPS,
+                        WORKERS, DEEP, SOON, AHEAD, WRITTEN,
+                    ),
+                ),
+            ],
+            [WARPS],
+            [REGISTERS],
+        )  # fmt: skip
 
 
 def _written(pa: int, b: int) -> gl.DistributedLinearLayout:
@@ -220,11 +289,12 @@ def round_rows(
     pdl = launch_pdl(launch["pdl"])
     layout = gl.NVMMASharedLayout(128, 16)
     lines = TensorDescriptor.from_tensor(x.view(torch.float16).view(n * tables.a, tables.b), [pa, tables.b], layout)
-    _round_tiles[(min(n, launch["per_processor"] * processors(x.device)),)](
+    _round_tiles[(min(-(-n // launch["workers"]), launch["per_processor"] * processors(x.device)),)](
         lines, types, tables.mean, tables.reach, tables.left, tables.right, tables.factor, tables.clip,
         rows.codes, rows.stats, rows.branch, n, n_means, len(tables.clip),
         HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None, MARKED=rows.branch is not None, PR=tables.branch,
         A=tables.a, B=tables.b, PA=pa, QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, LIMIT=HEADROOM, KIND=gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16,
-        WARPS=pa // 16, WRITTEN=_written(pa, tables.b), PDL=bool(pdl), EARLY=launch["early"], num_warps=pa // 16, maxnreg=launch["registers"], **pdl,
+        WARPS=pa // 16, WRITTEN=_written(pa, tables.b), PDL=bool(pdl), EARLY=launch["early"], WORKERS=launch["workers"], DEEP=launch["deep"],
+        SOON=launch["soon"], AHEAD=launch["ahead"], REGISTERS=launch["registers"], num_warps=pa // 16, maxnreg=launch["registers"], **pdl,
     )  # fmt: skip
     return rows

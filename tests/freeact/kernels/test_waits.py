@@ -58,7 +58,8 @@ from optimum_freeact.kernels import launches, rounding_pass_hopper
 rounding_pass_hopper.processors = lambda device: 132
 for d in (4096, 14336):
     one = torch.empty(2048, d, dtype=torch.bfloat16)
-    rounding_pass_hopper.round_rows(one, types, input_side(d, rank=0, channel=False).tables)
+    for changes in ({}, {"workers": 2, "deep": 2, "soon": True, "ahead": True}):
+        rounding_pass_hopper.round_rows(one, types, input_side(d, rank=0, channel=False).tables, options=changes)
 """
 )
 
@@ -73,7 +74,7 @@ def test_kernels_wait_for_their_products():
         ("_w4_hopper", 1, 8),
         ("_w4_stream", 3, 4),
         ("_project", 2, 1),
-        ("_round_tiles", 6 + 2, 2),
+        ("_round_tiles", 6 + 4, 2),
     ):
         found = re.findall(rf"KERNEL {kernel} products (\d+) left(.*)", done.stdout)
         assert len(found) == launches, done.stderr[-2000:]
