@@ -55,6 +55,7 @@ def _bring_codes(
 ):  # fmt: skip
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     for unit in range(first, last):
         count = unit - first
         slot = count % STAGES
@@ -199,8 +200,6 @@ def _w4_stream(
         mbarrier.init(w_full.index(s), count=1)
         mbarrier.init(codes_full.index(s), count=1)
         mbarrier.init(empty.index(s), count=2)
-    if PDL:
-        gdc_launch_dependents()
     first = gl.program_id(0) * per
     last = gl.minimum(first + per, gl.cdiv(m, BN) * STEPS)
     given = (
