@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from optimum_freeact.cache_name import cache_in
-from optimum_freeact.type_rules import SINK, TEXT, check_names
+from optimum_freeact.type_rules import MODULES, SINK, TEXT, check_names
 from optimum_freeact.type_state import Seen, TypeState
 
 
@@ -33,6 +33,15 @@ def _past_length(arguments: dict[str, Any]) -> int | torch.Tensor:
         return cache.get_seq_length()
     except ValueError:  # recurrent states alone: there is a past, or there is none
         return int(bool(cache.has_previous_state()))
+
+
+def _seen_by_the_last(masks: dict, length: int, arguments: dict[str, Any]) -> torch.Tensor | None:
+    """Which tokens so far are real, `(batch, tokens)`, from masks made for attention: what the last token sees of all."""
+    full, past = masks.get("full_attention"), _past_length(arguments)
+    if not isinstance(full, torch.Tensor) or full.ndim != 4 or not isinstance(past, int):
+        return None
+    last = full[:, 0, -1, : past + length]
+    return last if last.dtype == torch.bool else last == 0
 
 
 def sink_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
@@ -54,6 +63,7 @@ def sink_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
         return None
     batch, length = given.shape[:2]
     mask = arguments.get("attention_mask")
+    mask = _seen_by_the_last(mask, length, arguments) if isinstance(mask, dict) else mask
     mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[-1] >= length else None
     positions = arguments.get("position_ids")
     positions = positions if isinstance(positions, torch.Tensor) and positions.ndim == 2 else None
@@ -132,7 +142,7 @@ class TokenTyper:
     @property
     def asks(self) -> bool:
         """Whether ids, columns or a callable decide about any type."""
-        return self.call is not None or bool(self.rules)
+        return self.call is not None or any("module" not in rule for rule in self.rules.values())
 
     def marks(self, arguments: dict[str, Any]) -> torch.Tensor | None:
         """Types by rules, without the sink, `int64` of shape `(batch, sequence)`; `None` if the arguments say nothing."""
@@ -242,6 +252,18 @@ class _OuterHook:
             self.state.note(seen)
 
 
+class _PartHook:
+    """The pre-hook on a module whose tokens are all of one type, whatever their ids."""
+
+    def __init__(self, kind: int, state: TypeState):
+        self.kind, self.state = kind, state
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        arguments = _bind(module, args, kwargs)
+        tokens = next(v for v in arguments.values() if isinstance(v, torch.Tensor))
+        self.state.types = torch.full_like(tokens, self.kind) if self.kind else None
+
+
 def install_typer(decoder: nn.Module, typer: TokenTyper, state: TypeState) -> torch.utils.hooks.RemovableHandle:
     """Make every forward of `decoder` write its tokens' types to `state`; returns the hook's handle."""
     return decoder.register_forward_pre_hook(_TyperHook(typer, state), with_kwargs=True)
@@ -255,6 +277,10 @@ def install_typing(
     A language model hands its arguments on to its decoder as they are; only around others there are hooks.
     """
     handles = [install_typer(decoder, typer, state)]
+    base = getattr(model, "base_model", model)
+    for name, module in MODULES.get(getattr(base.config, "model_type", ""), {}).items():
+        kind = typer.names.index(name) if name in typer.names else 0
+        handles.append(base.get_submodule(module).register_forward_pre_hook(_PartHook(kind, state), with_kwargs=True))
     if decoder in (model, getattr(model, "base_model", None)):
         return handles
     around = [

@@ -6,6 +6,7 @@ A rule says by which ids, or by which values of another argument of the model's 
     {"ids": [151655], "field": "image_token_id", "column": "mm_token_type_ids", "values": [1]}
     {"cluster": 3}                  discovered: the ids of one cluster of the table in the config
     {"call": "package.function"}    a callable of the user's, given again when the model is loaded
+    {"module": "decoder"}           all tokens of a module inside the base model
 
 `field` names the configuration field that the ids were read from, so that a checkpoint whose configuration says
 something else is noticed.
@@ -19,6 +20,9 @@ from typing import Any
 
 
 TEXT, SINK, AUTO = "text", "sink", "auto"
+CANVAS = "canvas"
+# model_type -> the module whose tokens are all of one type: a canvas has no token of its own by which to know it
+MODULES = {"diffusion_gemma": {CANVAS: "decoder"}}
 # type -> configuration fields that hold its placeholder's id, in transformers' own models and in published remote code
 ID_FIELDS = {
     "mask": ("mask_token_id",),
@@ -29,7 +33,7 @@ ID_FIELDS = {
 # values of transformers' `mm_token_type_ids` (0 is text); Gemma 3 calls the same thing `token_type_ids`
 COLUMNS = ("mm_token_type_ids", "token_type_ids")
 COLUMN_VALUES = {"image": 1, "video": 2, "audio": 3}
-RULE_FIELDS = ("ids", "field", "column", "values", "call", "cluster")
+RULE_FIELDS = ("ids", "field", "column", "values", "call", "cluster", "module")
 
 
 def sub_configs(config: Any) -> Iterable[Any]:
@@ -66,6 +70,8 @@ def known_rules(model: Any) -> dict[str, dict]:
         found[name] = {"ids": [field_value(model.config, field)], "field": field}
         if name in COLUMN_VALUES and column is not None:
             found[name] |= {"column": column, "values": [COLUMN_VALUES[name]]}
+    for name, module in MODULES.get(getattr(model.config, "model_type", ""), {}).items():
+        found[name] = {"module": module}
     return found
 
 
@@ -79,7 +85,7 @@ def check_rule(name: str, rule: Any) -> dict:
         rule = {"ids": list(rule)}
     forms = "a list of token ids, or {'column': argument, 'values': [integers]}"
     known = isinstance(rule, dict) and set(rule) <= set(RULE_FIELDS)
-    if not known or not ({"ids", "call", "cluster"} & set(rule) or {"column", "values"} <= set(rule)):
+    if not known or not ({"ids", "call", "cluster", "module"} & set(rule) or {"column", "values"} <= set(rule)):
         raise ValueError(f"type_rules[{name!r}] must be {forms}, got {rule!r}.")
     for key in ("ids", "values"):
         value = rule.get(key, [0])
@@ -106,6 +112,7 @@ def check_names(names: Any, rules: dict | None, has_call: bool) -> list[str]:
         SINK,
         AUTO,
         *ID_FIELDS,
+        CANVAS,
         *(rules or {}),
     }
     unknown = [] if has_call else [name for name in names if name not in known]

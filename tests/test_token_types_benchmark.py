@@ -69,13 +69,35 @@ def test_a_seed_that_was_not_measured_does_not_count():
 
 def test_time_and_share_of_the_types():
     head = {"model": "diffusion", "method": "freeact", "setting": "w4a4", "seed": 0}
-    rows = [{**head, "metric": "three_types_time_ratio", "value": v} for v in (1.01, 1.03)]
+    copies = {
+        ("1b", 1): [1.0, 1.1, 1.0, 1.3],
+        ("1b", 3): [1.0, 1.1, 1.0, 9.0],
+        ("8b", 1): [2.0, 2.0],
+        ("8b", 3): [2.0, 2.2],
+    }
+    rows = [
+        {**head, "metric": "seconds", "shape": shape, "tokens": 1, "types": kind, "placement": i, "value": v}
+        for (shape, kind), values in copies.items()
+        for i, v in enumerate(values)
+    ]
     rows.append({**head, "metric": "per_type_parameter_share", "value": 0.004})
     (slowest,) = cost_claims.claims(rows)
-    assert (slowest["value"], slowest["holds"]) == (1.03, False)
+    assert (slowest["value"], slowest["holds"]) == (
+        pytest.approx(1.05),
+        False,
+    )  # not the one slow copy of the other size
+    assert "freeact, 8b, 1 tokens" in slowest["how"]
     found = by_id(rows)
     assert "token_types.three_types_time_ratio" not in found
     assert found["token_types.per_type_parameter_share"]["holds"]
+
+
+def test_copies_with_one_type_are_their_own_control():
+    assert cost_claims.halves([1.0, 1.0, 1.0, 1.0]) == (1.0, 1.0)
+    middle, most = cost_claims.halves([1.0, 1.0, 1.0, 1.2, 1.2, 1.2])
+    assert 1.0 < middle <= most == pytest.approx(1.2)
+    assert cost_claims.noise([1.0] * 4, [1.01] * 4) == 0.0
+    assert cost_claims.noise([1.0, 1.1, 1.2], [1.0, 1.1, 1.3]) > 0.02
 
 
 def test_settings_are_read():
@@ -186,7 +208,7 @@ def test_a_job_that_never_finds_memory_is_given_up(tmp_path, monkeypatch):
 def test_the_cost_of_types_is_measured_alone(tmp_path):
     from benchmarks.token_types import cost
 
-    small = ["--shapes", "135m", "--tokens", "3", "--repeats", "2", "--threads", "1"]
+    small = ["--shapes", "135m", "--tokens", "3", "--repeats", "2", "--copies", "2", "--threads", "1"]
     assert cost.main(["--device", "cpu", *small, "--out", str(tmp_path)]) == 0
     document = read(tmp_path / "token_types_cost_cpu.json")
     assert problems(document) == []

@@ -25,13 +25,15 @@ def timing(options: argparse.Namespace) -> list[Job]:
         return []
     measure = {"tokens": [1, 16, 2048], "shapes": ["135m", "1b", "8b"], "presets": list(OURS)}
     if options.tiny:
-        measure |= {"tokens": [4], "shapes": ["135m"], "repeats": 2}
+        measure |= {"tokens": [4], "shapes": ["135m"], "repeats": 2, "copies": 2}
     seed = int(options.seeds.split(",")[0])
     common = {"folder": "", "device": options.device, "threads": options.threads}
     real = Job("layers", "freeact-fast", ("w4a4",), seed, {}, measure, **common, group="time")
     if options.device == "cpu":
         return [real]
-    warm = Job("layers", "freeact-fast", ("w4a4",), seed, {}, {**measure, "repeats": 1}, **common, group="warm")
+    warm = Job(
+        "layers", "freeact-fast", ("w4a4",), seed, {}, {**measure, "repeats": 1, "copies": 1}, **common, group="warm"
+    )
     return [warm, real]
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import random
 import time
 from collections.abc import Iterator
-from statistics import fmean, median, pstdev
+from statistics import median
 
 import torch
 from torch import nn
 
+from benchmarks.token_types.cost_claims import halves, noise, ratio
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.surgery import replace_group
 from optimum_freeact.type_state import TypeState
@@ -17,10 +19,10 @@ from optimum_freeact.type_state import TypeState
 
 # name -> (d, key/value width, intermediate): SmolLM2-135M, Llama-3.2-1B, Llama-3-8B
 SHAPES = {"135m": (576, 192, 1536), "1b": (2048, 512, 8192), "8b": (4096, 1024, 14336)}
-SECONDS = 0.35  # about as long for each size and build
-BUILDS = 3
+COPIES = 6  # of layers with one type, and as many with three
+ROUNDS, FEWEST = 2000, 9  # of all copies, at most and at least
+SECONDS, WARM = 0.6, 0.1  # about as long for each size
 NAMES = {1: ["text"], 3: ["text", "sink", "mask"]}
-COPIES = {"one": 1, "three": 3, "again": 1}
 
 
 class _Linears(nn.Module):
@@ -47,7 +49,9 @@ def build(shape: tuple[int, int, int], n_types: int, device: str, preset: str) -
     """Random quantized layers, ready to run."""
     rules = {"mask": [0]} if n_types == 3 else None
     config = FreeActConfig(preset=preset, token_types=NAMES[n_types], type_rules=rules)
-    state, layers = TypeState(), _Linears(*shape)
+    with torch.device("meta"):  # only their sizes count
+        layers = _Linears(*shape)
+    state = TypeState()
     generator, d = torch.Generator(device=device).manual_seed(0), shape[0]
     for group in (["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]):
         source, targets = replace_group(layers, group, config, state, device)
@@ -75,67 +79,89 @@ def build(shape: tuple[int, int, int], n_types: int, device: str, preset: str) -
 
 @torch.no_grad()
 def measure(
-    device: str, tokens: list[int], shapes: list[str], presets: list[str], repeats: int = 100, builds: int = BUILDS
+    device: str, tokens: list[int], shapes: list[str], presets: list[str], repeats: int = ROUNDS, copies: int = COPIES
 ) -> Iterator[dict]:
-    """Rows with the median seconds for one and for three types, their ratio, and that of two copies with one type, which
-    says what of a ratio is noise.
+    """Rows with the seconds of every copy, their ratio and its noise (`cost_claims.ratio` and what stands beside it).
 
-    Layers are made several times, because where tensors lie in memory is part of their time. Each time the two copies and the
-    layers with three types are run in turn, there and back, and the ratios of single turns are what medians are made of; the
-    row has the mean over builds.
+    Why copies, and why in this order, is said in `cost.py`.
     """
     for preset, shape in itertools.product(presets, shapes):
-        found: dict[int, list[dict]] = {n: [] for n in tokens}
-        for build_number in range(builds):
-            made = {name: build(SHAPES[shape], n, device, preset) for name, n in COPIES.items()}
-            kept = torch.empty(1 + 4321 * build_number, device=device)  # the next ones lie elsewhere
-            for n in tokens:
-                found[n].append(_compare(made, shape, n, device, max(repeats // builds, 1)))
-                if build_number == 0 and n > 1:
-                    inputs = _inputs(shape, n, device)
-                    found[n][0]["differences"] = differences(*made["three"], *inputs)
-            del made, kept
-        for n, parts in found.items():
-            head = {"method": preset, "shape": shape, "tokens": n, "mode": parts[0]["mode"], "builds": builds}
-            for metric in ("seconds_1_types", "seconds_3_types", "three_types_time_ratio", "one_type_time_ratio"):
-                values = [part[metric] for part in parts]
-                row = {"metric": metric, "value": fmean(values), **head}
-                yield {**row, "spread": pstdev(values)} if "ratio" in metric else row
-            yield from ({**row, **head} for row in parts[0].get("differences", []))
+        made = _copies(shape, device, preset, copies)
+        for n in tokens:
+            head: dict = {"method": preset, "shape": shape, "tokens": n}
+            spent, head["mode"] = _seconds(made, shape, n, device, repeats)
+            yield from ({"metric": "seconds", **head, "types": k, "placement": i, "value": v} for k, i, v in spent)
+            ones, threes = ([v for k, _, v in spent if k == kind] for kind in (1, 3))
+            head["placements"] = copies
+            yield {
+                "metric": "three_types_time_ratio",
+                **head,
+                "value": ratio(ones, threes),
+                "spread": noise(ones, threes),
+            }
+            yield {"metric": "one_type_time_ratio", **head, **dict(zip(("value", "worst"), halves(ones), strict=True))}
+            if n > 1:
+                chosen = next((layers, state) for kind, layers, state in made if kind == 3)
+                yield from ({**row, **head} for row in differences(*chosen, *_inputs(shape, n, device)))
+        del made
+
+
+def _copies(shape: str, device: str, preset: str, copies: int) -> list[tuple[int, nn.Module, TypeState]]:
+    """Copies with one type and with three, made in a random order so that neither kind has the better places."""
+    draw, kept, made = random.Random(0), [], []
+    for kind in draw.sample([1, 3] * copies, 2 * copies):
+        made.append((kind, *build(SHAPES[shape], kind, device, preset)))
+        kept.append(torch.empty(draw.randrange(1, 1 << 20), device=device, dtype=torch.uint8))
+    return made
 
 
 def _inputs(shape: str, n: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows for most layers, wide ones for the last, and their types, which alternate."""
+    """Rows for most layers, wide ones for the last, and their types, which take turns."""
     d, _, inner = SHAPES[shape]
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     x, wide = (torch.randn(1, n, width, device=device, dtype=dtype) for width in (d, inner))
-    return x, wide, torch.arange(n, device=device).remainder(2).mul(2).unsqueeze(0)
+    return x, wide, (torch.arange(n, device=device) + 2).remainder(3).unsqueeze(0)
 
 
-def _compare(made: dict, shape: str, n: int, device: str, most: int) -> dict:
-    """Medians of one build at one number of tokens."""
-    x, wide, types = _inputs(shape, n, device)
-    calls, mode = {}, ""
-    for name, (layers, state) in made.items():
-        state.types = types if COPIES[name] > 1 else None
-        calls[name], mode = _call(layers, state, x, wide)
-    for call in calls.values():  # a GPU's first turns are slow
-        _once(call, device)
-    one = max(_once(call, device) for call in calls.values())
-    turns = max(min(most, 5), min(most, int(SECONDS / (30 * one))))
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns):
-        for name in list(calls) if turn % 2 else reversed(calls):
-            spent[name].append(_once(calls[name], device))
-    ones = [(a + b) / 2 for a, b in zip(spent["one"], spent["again"], strict=True)]
-    return {
-        "mode": mode,
-        "seconds_1_types": median(ones),
-        "seconds_3_types": median(spent["three"]),
-        "three_types_time_ratio": median(c / a for a, c in zip(ones, spent["three"], strict=True)),
-        "one_type_time_ratio": median(b / a for a, b in zip(spent["one"], spent["again"], strict=True)),
-    }
+def _seconds(made: list, shape: str, n: int, device: str, most: int) -> tuple[list[tuple[int, int, float]], str]:
+    """Of each copy its types, number and median seconds; and how they were run."""
+    calls, mode = [], ""
+    x, wide, types = _inputs(shape, n, device)  # one for all, and kept: a recorded graph reads them where they lie
+    for kind, layers, state in made:
+        state.types = types if kind > 1 else None
+        call, mode = _call(layers, state, x, wide)
+        calls.append(call)
+    draw, order = random.Random(0), list(range(len(calls)))
+    for _ in range(2):
+        one = max(_round(calls, order, device))
+    warm, turns = (max(1, int(seconds / (len(calls) * one))) for seconds in (WARM, SECONDS))
+    for _ in range(min(most, warm)):  # a GPU's first turns are slow
+        _round(calls, order, device)
+    spent: list[list[float]] = [[] for _ in calls]
+    for _ in range(min(most, max(turns, FEWEST))):
+        draw.shuffle(order)
+        for i, seconds in zip(order, _round(calls, order, device), strict=True):
+            spent[i].append(seconds)
+    return [(kind, i, median(spent[i])) for i, (kind, *_) in enumerate(made)], mode
+
+
+def _round(calls: list, order: list[int], device: str) -> list[float]:
+    """Seconds of each call, one directly after the other."""
+    if device == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(order) + 1)]
+        marks[0].record()
+        for i, mark in zip(order, marks[1:], strict=True):
+            calls[i]()
+            mark.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
+    found = []
+    for i in order:
+        begun = time.perf_counter()
+        calls[i]()
+        found.append(time.perf_counter() - begun)
+    return found
 
 
 def differences(
@@ -179,18 +205,3 @@ def _call(layers: nn.Module, state: TypeState, x: torch.Tensor, wide: torch.Tens
     with torch.cuda.graph(graph):
         forward()
     return graph.replay, "graph"
-
-
-def _once(call, device: str) -> float:
-    """Seconds of one forward; on a GPU the mean of ten in a row."""
-    if device == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(10):
-            call()
-        stop.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop) / 1e4
-    begun = time.perf_counter()
-    call()
-    return time.perf_counter() - begun

@@ -11,14 +11,6 @@ from optimum_freeact.modules.layout import block_linears, find_blocks, is_exclud
 from optimum_freeact.modules.surgery import check_linear, resolve_group_sizes
 
 
-# model_type -> why its blocks cannot be calibrated one by one
-UNSUPPORTED = {
-    "diffusion_gemma": "its encoder's and decoder's blocks are two trees of modules tied to the same tensors, and each of the "
-    "decoder's reads the keys and values that the encoder's has just written: they would have to be calibrated in pairs (types: "
-    "prompt and canvas) and to stay tied when saved, which is not built.",
-}
-
-
 def check_model(model: nn.Module, config: FreeActConfig) -> None:
     """Everything that can be known before the long work: shapes fit, weights are finite, something to quantize.
 
@@ -27,9 +19,6 @@ def check_model(model: nn.Module, config: FreeActConfig) -> None:
     Raises:
         `ValueError`: naming the module.
     """
-    reason = UNSUPPORTED.get(getattr(model.config, "model_type", ""))
-    if reason is not None:
-        raise ValueError(f"{type(model).__name__} cannot be quantized: {reason}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder model; calibration follows one chain of blocks: quantize a "

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from optimum_freeact.calibration.blockwise import calibrate
+from optimum_freeact.calibration.canvas import check_canvas, one_chain, with_noise
 from optimum_freeact.calibration.checks import check_model
 from optimum_freeact.calibration.data import load_samples
 from optimum_freeact.calibration.discover import add_discovered
@@ -22,6 +23,7 @@ from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.kv_means import cache_means
 from optimum_freeact.modules.layout import find_blocks, find_decoder, is_plain_linear, unquantized_parameters
+from optimum_freeact.modules.twins import find_encoder, find_reader, tie_quantized
 from optimum_freeact.token_types import TokenTyper, install_typing
 from optimum_freeact.type_rules import resolve
 from optimum_freeact.type_state import attach_state
@@ -84,7 +86,10 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
         config.seed,
         vocab_size,
     )
-    if isinstance(samples, torch.Tensor):
+    if find_encoder(model) is not None:
+        check_canvas(model, config, samples)
+        samples = with_noise(model, samples, config.seed)
+    elif isinstance(samples, torch.Tensor):
         samples = mask_if_needed(samples, config.type_rules, config.seed)
     if config.discovered_types:
         add_discovered(model, samples, config)
@@ -100,18 +105,20 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.embedding_bits == 8:
         replace_embeddings(model)  # first: blocks are calibrated on what reaches them
-    state, decoder = attach_state(model), find_decoder(model)
+    state = attach_state(model)
     typer = TokenTyper(config.token_types, config.type_rules, config.typer, config.cluster_table)
-    handles = install_typing(model, decoder, typer, state)
+    handles = install_typing(model, find_reader(model), typer, state)
     start = time.perf_counter()
     if config.kv_bits < 16 and config.centring != "none":
         measure_cache(model, config, samples)
     try:
-        records = list(calibrate(model, config, samples, state, device))
+        with one_chain(model, samples, typer, state):
+            records = list(calibrate(model, config, samples, state, device))
     finally:
         for handle in handles:
             handle.remove()
         state.types = None
+    tie_quantized(model)
     n_samples, seq_len = size_of(samples)
     config.calibration_record = {
         "n_samples": n_samples,

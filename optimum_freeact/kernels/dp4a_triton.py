@@ -11,7 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from optimum_freeact.kernels.epilogue_triton import MOST_KINDS, biases_of, chosen_bias, scale_outputs, scales_of
+from optimum_freeact.kernels.epilogue_triton import (
+    MOST_KINDS,
+    bias_of_one,
+    biases_of,
+    chosen_bias,
+    scale_outputs,
+    scales_of,
+)
 from optimum_freeact.kernels.launches import dp4a_launch, launch_pdl
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.triton_state import INTERPRETED
@@ -53,8 +60,11 @@ def _dp4a_linear(
         ).to(tl.float32)
         scales = scales_of(low_rank_scale_ptr, tl.program_id(0) * BN, RANK, UNIT)
         low_rank_scale = tl.load(scales + c, mask=c < RANK, other=0.0)
-    FEW_KINDS: tl.constexpr = KINDS if KINDS <= MOST_KINDS else 0
-    first, one, two, three, kind = biases_of(bias_ptr, types_ptr, tl.arange(0, 1), outs, N, m, HAS_BIAS, FEW_KINDS)
+    if N == 1:
+        bias = bias_of_one(bias_ptr, types_ptr, outs, m, n_bias, HAS_BIAS, KINDS > 0)
+    else:
+        FEW_KINDS: tl.constexpr = KINDS if KINDS <= MOST_KINDS else 0
+        first, one, two, three, kind = biases_of(bias_ptr, types_ptr, tl.arange(0, 1), outs, N, m, HAS_BIAS, FEW_KINDS)
     if PDL:  # the weights are on their way while the codes are still being made
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -70,12 +80,14 @@ def _dp4a_linear(
         if RANK > 0:
             p = tl.load(branch_ptr + t * PR + c) * low_rank_scale
             y += tl.sum(low_rank * p[None, :], 1)
-        if KINDS > MOST_KINDS:
+        if N == 1:
+            y += bias
+        elif KINDS > MOST_KINDS:
             kind = tl.minimum(tl.load(types_ptr + t), n_bias - 1)
             y += tl.load(bias_ptr + kind * m + outs, mask=is_out, other=0.0)
         elif HAS_BIAS:
-            if KINDS > 0 and N > 1:
-                kind = tl.load(types_ptr + t + tl.arange(0, 1)).to(tl.int32)
+            if KINDS > 0:
+                kind = tl.load(types_ptr + t + tl.arange(0, 1))
             y += chosen_bias(first, one, two, three, kind, KINDS)
         tl.store(y_ptr + t * m + outs, y.to(y_ptr.dtype.element_ty), mask=is_out)
 

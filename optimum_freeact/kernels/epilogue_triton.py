@@ -45,21 +45,34 @@ def scales_of(low_rank_scale_ptr, first, RANK: tl.constexpr, UNIT: tl.constexpr)
 def biases_of(
     bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr
 ):  # fmt: skip
-    """Biases of the first type and of up to three more, and the tokens' types. None of it depends on what a kernel waits for."""
+    """Biases of the first type and of up to three more, and the tokens' types. None of it depends on what a kernel waits for, and
+    no load on another; nothing is done with them here, which would wait for them.
+    """
     is_out = outs < m
     first = outs * 0.0
     if HAS_BIAS:
         first = tl.load(bias_ptr + outs, mask=is_out, other=0.0)
     one, two, three = first, first, first
     kind = tokens * 0
-    if KINDS > 0:  # no load waits for another
-        kind = tl.load(types_ptr + tokens, mask=tokens < n, other=0).to(tl.int32)
+    if KINDS > 0:
+        kind = tl.load(types_ptr + tokens, mask=tokens < n, other=0)
         one = tl.load(bias_ptr + m + outs, mask=is_out, other=0.0)
     if KINDS > 1:
         two = tl.load(bias_ptr + 2 * m + outs, mask=is_out, other=0.0)
     if KINDS > 2:
         three = tl.load(bias_ptr + 3 * m + outs, mask=is_out, other=0.0)
     return first, one, two, three, kind
+
+
+@triton.jit
+def bias_of_one(bias_ptr, types_ptr, outs, m, n_bias, HAS_BIAS: tl.constexpr, TYPED: tl.constexpr):
+    """Biases of the only token's type: as many bytes as with one type."""
+    bias = outs * 0.0
+    if HAS_BIAS:
+        if TYPED:
+            bias_ptr += tl.minimum(tl.load(types_ptr), n_bias - 1) * m
+        bias = tl.load(bias_ptr + outs, mask=outs < m, other=0.0)
+    return bias
 
 
 @triton.jit
@@ -76,31 +89,52 @@ def chosen_bias(first, one, two, three, kind, KINDS: tl.constexpr):
 
 
 @triton.jit
+def branch_of_weight(
+    low_rank_ptr, low_rank_scale_ptr, columns_ptr, outs, m, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr
+):  # fmt: skip
+    """What the weight has of the branch as it lies in memory: codes, their scales, columns of types. Nothing is done with it yet,
+    which would wait for it.
+    """
+    is_out = (outs < m)[:, None]
+    c = tl.arange(0, PR)
+    codes, scales, columns = outs[:, None], c * 1.0, outs[:, None]
+    if RANK > 0:
+        codes = tl.load(low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out & (c < RANK)[None, :], other=0)
+        scales = tl.load(low_rank_scale_ptr + c, mask=c < RANK, other=1.0)
+    if MARKS > 0:
+        mark = c - RANK
+        is_mark = ((mark >= 0) & (mark < MARKS))[None, :]
+        columns = tl.load(columns_ptr + outs[:, None] * MARKS + mark[None, :], mask=is_out & is_mark, other=0.0)
+    return codes, scales, columns
+
+
+@triton.jit
+def branch_of_rows(branch_ptr, tokens, n, USED: tl.constexpr, PR: tl.constexpr):
+    """The rows' coordinates and marks, (PR, tokens)."""
+    found = tokens[None, :] * 1.0
+    if USED:
+        c = tl.arange(0, PR)
+        found = tl.load(branch_ptr + tokens[None, :] * PR + c[:, None], mask=(tokens < n)[None, :], other=0.0)
+    return found
+
+
+@triton.jit
 def add_branch(
-    y, branch_ptr, low_rank_ptr, low_rank_scale_ptr, columns_ptr, tokens, outs, n, m,
-    RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr,
+    y, of_weight, right, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """Y (outs, tokens) plus the low-rank branch, and how much the biases of further types differ from the first's.
 
     The latter are columns beside the branch's, each met by the mark that the rounding left where a token is of that type
     (`reference.marked`): what types add is in a product that is made in any case.
     """
-    is_out, is_token = outs < m, tokens < n
     if RANK + MARKS > 0:
-        c = tl.arange(0, PR)
-        right = tl.load(branch_ptr + tokens[None, :] * PR + c[:, None], mask=is_token[None, :], other=0.0)
+        codes, scales, columns = of_weight
         left = tl.zeros((y.shape[0], PR), tl.float32)
         if RANK > 0:
-            right *= tl.load(low_rank_scale_ptr + c, mask=c < RANK, other=1.0)[:, None]
-            left = tl.load(
-                low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out[:, None] & (c < RANK)[None, :], other=0
-            ).to(tl.float32)
+            right *= scales[:, None]
+            left = codes.to(tl.float32)
         if MARKS > 0:
-            mark = c - RANK
-            is_mark = (mark >= 0) & (mark < MARKS)
-            left += tl.load(
-                columns_ptr + outs[:, None] * MARKS + mark[None, :], mask=is_out[:, None] & is_mark[None, :], other=0.0
-            ).to(tl.float32)
+            left += columns.to(tl.float32)
         left = left.to(tl.bfloat16)
         upper = right.to(tl.bfloat16)
         lower = (right - upper.to(tl.float32)).to(tl.bfloat16)

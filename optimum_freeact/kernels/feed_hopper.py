@@ -96,12 +96,16 @@ def prepare(
                 rows = block_m * BN + k * PART + part
                 inside = gl.expand_dims(rows < m, 1)
                 numbers = gl.zeros((PART, PR), gl.bfloat16, rows_layout)
+                if MARKS > 0:  # asked for before the codes are looked at
+                    at = columns_ptr + gl.expand_dims(rows * MARKS, 1) + mark
+                    numbers = gl.load(at, mask=inside & is_mark, other=0.0)
                 if RANK > 0:
                     at = low_rank_ptr + gl.expand_dims(rows * RANK, 1) + gl.expand_dims(c, 0)
-                    numbers = gl.load(at, mask=inside & in_rank, other=0).to(gl.bfloat16)
-                if MARKS > 0:
-                    at = columns_ptr + gl.expand_dims(rows * MARKS, 1) + mark
-                    numbers += gl.load(at, mask=inside & is_mark, other=0.0)
+                    codes = gl.load(at, mask=inside & in_rank, other=0)
+                    if MARKS > 0:
+                        numbers += codes.to(gl.bfloat16)
+                    else:
+                        numbers = codes.to(gl.bfloat16)
                 left.slice(k * PART, PART, 0).store(numbers)
         fence_async_shared()
         mbarrier.arrive(ready)

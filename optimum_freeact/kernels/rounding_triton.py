@@ -84,12 +84,9 @@ def _project(
     r = tl.arange(0, PR)
     p = tl.zeros((ROWS, PR), tl.float32)
     peak = tl.zeros((ROWS, CHUNK), tl.float32)
-    kind = tl.zeros((ROWS,), tl.int32)
-    clip_kind = kind
-    if HAS_TYPES:  # there since the model's own hook ran, long before
-        given = tl.load(types_ptr + tl.minimum(rows, n - 1)).to(tl.int32)
-        kind, clip_kind = tl.minimum(given, n_means - 1), tl.minimum(given, n_clips - 1)
-    clip = tl.load(clip_ptr + clip_kind)
+    given = rows * 0
+    if HAS_TYPES:  # there since the model's own hook ran, long before; not looked at yet, which would wait for it
+        given = tl.load(types_ptr + tl.minimum(rows, n - 1))
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -130,6 +127,8 @@ def _project(
     else:
         tl.debug_barrier()
     safe = tl.minimum(rows, n - 1)
+    kind = tl.minimum(given, n_means - 1).to(tl.int32)
+    clip = tl.load(clip_ptr + tl.minimum(given, n_clips - 1))
     p, upper, lower, bound = _taken_off(
         part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means, HAS_MEAN, HAS_CHANNEL,
         RANK, PR, ROWS, PARTS,

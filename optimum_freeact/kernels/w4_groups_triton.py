@@ -18,6 +18,8 @@ from optimum_freeact.kernels.epilogue_triton import (
     add_branch,
     arrived_last,
     biases_of,
+    branch_of_rows,
+    branch_of_weight,
     further_types,
     room_for_parts,
     scale_outputs,
@@ -94,8 +96,15 @@ def _w4_groups(
     acc = tl.zeros((BN, BM), tl.float32)
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     PER_PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    if BM <= FEW_ROWS:  # on their way while the rows are still being made
+    # what the weight brings to the end is on its way while the rows are still being made; of several programs the last needs it
+    EARLY: tl.constexpr = BM <= FEW_ROWS and SPLIT == 1
+    scales = low_rank_scale_ptr
+    if RANK > 0:
+        scales = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
+    if EARLY:
+        qscale = tl.load(qscale_ptr + outs, mask=outs < m, other=0.0)
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
+        of_weight = branch_of_weight(low_rank_ptr, scales, columns_ptr, outs, m, RANK, MARKS, PR)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -125,19 +134,20 @@ def _w4_groups(
         tl.store(own, acc)
         if not arrived_last(count_ptr + pid, SPLIT):
             return
+    # all that is still missing is asked for at once, before any of it is looked at
+    if not EARLY:
+        qscale = tl.load(qscale_ptr + outs, mask=outs < m, other=0.0)
+        biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
+        of_weight = branch_of_weight(low_rank_ptr, scales, columns_ptr, outs, m, RANK, MARKS, PR)
+    scale = tl.load(scale_ptr + tokens, mask=tokens < n, other=0.0)
+    right = branch_of_rows(branch_ptr, tokens, n, RANK + MARKS > 0, PR)
+    if SPLIT > 1:
         acc = tl.zeros((BN, BM), tl.float32)
         for other in range(SPLIT):  # in their order, so that the sum does not depend on who came last
             acc += tl.load(partial_ptr + (other * m_blocks * BN * BM + here), cache_modifier=".cg")
-    is_token, is_out = tokens < n, outs < m
-    y = acc * tl.load(scale_ptr + tokens, mask=is_token, other=0.0)[None, :]
-    y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
-    if BM > FEW_ROWS:
-        biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
+    y = acc * scale[None, :] * qscale[:, None]
     y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
-    scales = low_rank_scale_ptr
-    if RANK > 0:
-        scales = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
-    y = add_branch(y, branch_ptr, low_rank_ptr, scales, columns_ptr, tokens, outs, n, m, RANK, MARKS, PR, DOT)
+    y = add_branch(y, of_weight, right, RANK, MARKS, PR, DOT)
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 

@@ -20,6 +20,8 @@ from optimum_freeact.kernels.epilogue_triton import (
     add_branch,
     arrived_last,
     biases_of,
+    branch_of_rows,
+    branch_of_weight,
     further_types,
     room_for_parts,
     scale_outputs,
@@ -52,6 +54,13 @@ def nibbles(w, PLAIN: tl.constexpr):
 
 
 @triton.jit
+def of_outputs(qscale_ptr, row_sum_ptr, outs, m):
+    """Scales of the outputs and sums of their codes."""
+    is_out = outs < m
+    return tl.load(qscale_ptr + outs, mask=is_out, other=0.0), tl.load(row_sum_ptr + outs, mask=is_out, other=0)
+
+
+@triton.jit
 def _w4_linear(
     codes_ptr, stats_ptr, branch_ptr, types_ptr, w_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr,
     bias_ptr, columns_ptr, y_ptr, n, m, n_bias, partial_ptr, count_ptr,
@@ -73,8 +82,15 @@ def _w4_linear(
     acc = tl.zeros((BN, BM), tl.int32)
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     PER_PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    if BM <= FEW_ROWS:  # on their way while the rows are still being made
+    # what the weight brings to the end is on its way while the rows are still being made; of several programs the last needs it
+    EARLY: tl.constexpr = BM <= FEW_ROWS and SPLIT == 1
+    scales = low_rank_scale_ptr
+    if RANK > 0:
+        scales = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
+    if EARLY:
+        qscale, row_sum = of_outputs(qscale_ptr, row_sum_ptr, outs, m)
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
+        of_weight = branch_of_weight(low_rank_ptr, scales, columns_ptr, outs, m, RANK, MARKS, PR)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -97,23 +113,25 @@ def _w4_linear(
         tl.store(own, acc)
         if not arrived_last(count_ptr + pid, SPLIT):
             return
+    # all that is still missing is asked for at once, before any of it is looked at
+    if not EARLY:
+        qscale, row_sum = of_outputs(qscale_ptr, row_sum_ptr, outs, m)
+        biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
+        of_weight = branch_of_weight(low_rank_ptr, scales, columns_ptr, outs, m, RANK, MARKS, PR)
+    is_token = tokens < n
+    scale = tl.load(stats_ptr + tokens, mask=is_token, other=0.0)
+    offset = tl.load(stats_ptr + n + tokens, mask=is_token, other=0.0)
+    total = tl.load(stats_ptr + 2 * n + tokens, mask=is_token, other=0.0)
+    right = branch_of_rows(branch_ptr, tokens, n, RANK + MARKS > 0, PR)
+    if SPLIT > 1:
         acc = tl.zeros((BN, BM), tl.int32)
         for other in range(SPLIT):
             acc += tl.load(partial_ptr + (other * m_blocks * BN * BM + here), cache_modifier=".cg")
-    is_token, is_out = tokens < n, outs < m
-    scale = tl.load(stats_ptr + tokens, mask=is_token, other=0.0)
-    offset = tl.load(stats_ptr + n + tokens, mask=is_token, other=0.0)
-    total = tl.load(stats_ptr + 2 * n + tokens, mask=is_token, other=0.0).to(tl.int32)
-    row_sum = tl.load(row_sum_ptr + outs, mask=is_out, other=0).to(tl.float32)
-    y = (acc - 8 * total[None, :]).to(tl.float32) * scale[None, :] + offset[None, :] * row_sum[:, None]
-    y *= tl.load(qscale_ptr + outs, mask=is_out, other=0.0)[:, None]
-    if BM > FEW_ROWS:
-        biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
+    y = (acc - 8 * total.to(tl.int32)[None, :]).to(tl.float32) * scale[None, :]
+    y += offset[None, :] * row_sum.to(tl.float32)[:, None]
+    y *= qscale[:, None]
     y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
-    scales = low_rank_scale_ptr
-    if RANK > 0:
-        scales = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
-    y = add_branch(y, branch_ptr, low_rank_ptr, scales, columns_ptr, tokens, outs, n, m, RANK, MARKS, PR, DOT)
+    y = add_branch(y, of_weight, right, RANK, MARKS, PR, DOT)
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 

@@ -16,9 +16,15 @@ from optimum_freeact.modules.kv_store import CacheSpec
 from optimum_freeact.modules.layout import find_decoder
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.surgery import input_name, quantized_linears
+from optimum_freeact.modules.twins import find_reader, untie_quantized
 from optimum_freeact.token_types import TokenTyper, install_typing
 from optimum_freeact.type_rules import check_against
 from optimum_freeact.type_state import attach_state
+
+
+ROUNDED = (
+    0.02  # how much of the largest difference of means is more than their rounding (and that of the biases) can be
+)
 
 
 def activate(model: nn.Module, config: FreeActConfig) -> None:
@@ -27,7 +33,7 @@ def activate(model: nn.Module, config: FreeActConfig) -> None:
         old.remove()
     check_against(model, config.type_rules, config.typer)
     typer = TokenTyper(config.token_types, config.type_rules, config.typer, config.cluster_table)
-    hooks = install_typing(model, find_decoder(model), typer, attach_state(model))
+    hooks = install_typing(model, find_reader(model), typer, attach_state(model))
     if config.kv_bits < 16:
         hooks.append(install_kv_cache(model, cache_spec(model, config)))
     model.__dict__["_freeact_hooks"] = hooks
@@ -77,6 +83,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         model.get_submodule(parent)._modules.pop(leaf, None)
     for name, module in experts.items():
         model.set_submodule(name, module.restored(plain_weight, dtype).train(module.training))
+    untie_quantized(model)
     restore_embeddings(model, dtype)
     find_decoder(model)._modules.pop(CACHE_NAME, None)
     for hook in model.__dict__.pop("_freeact_hooks", []):
@@ -115,7 +122,8 @@ def plain_weight(module: FreeActLinear) -> tuple[torch.Tensor, torch.Tensor | No
         wanted = (answers - answers[0])[1:]
     else:
         change, wanted, bias = means, answers, None
-    weight = weight + torch.linalg.pinv(change).matmul(wanted - change @ weight.mT).mT if len(change) else weight
+    if len(change):  # nothing along what rounding alone tells apart: a type without tokens has the mean of the others
+        weight = weight + torch.linalg.pinv(change, rtol=ROUNDED).matmul(wanted - change @ weight.mT).mT
     if bias is not None:
         bias = answers[0] - weight @ means[0]
     return weight.float(), None if bias is None else bias.float()

@@ -19,6 +19,7 @@ from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.layout import find_blocks, find_decoder
 from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.modules.twins import tie_quantized
 from optimum_freeact.transforms.exclusive import share_of
 from optimum_freeact.type_rules import SINK
 from optimum_freeact.type_state import TypeState
@@ -202,6 +203,7 @@ def build_empty(model: nn.Module, config: FreeActConfig, state: TypeState) -> No
             replace_group(block, group, config, state, "meta", n_left_out)
         for name in experts_of(config, index):
             replace_experts(block, name, config, state, "meta")
+    tie_quantized(model)
 
 
 def experts_of(config: FreeActConfig, index: int) -> list[str]:

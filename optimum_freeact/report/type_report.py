@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimum_freeact.calibration.canvas import one_chain
 from optimum_freeact.calibration.exclusive_fit import exclusive_directions
 from optimum_freeact.calibration.prepared import batches
 from optimum_freeact.config import FreeActConfig
-from optimum_freeact.modules.layout import block_linears, find_blocks, find_decoder, table_groups
+from optimum_freeact.modules.layout import block_linears, find_blocks, table_groups
+from optimum_freeact.modules.twins import find_reader
 from optimum_freeact.moments import Moments
 from optimum_freeact.numerics.affine import fake_quantize
 from optimum_freeact.numerics.hadamard import flat_rotation
@@ -82,7 +84,8 @@ def measure_types(
     chosen = sorted({round(i) for i in torch.linspace(0, len(blocks) - 1, min(n_blocks, len(blocks))).tolist()})
     state, device = attach_state(model), next(model.parameters()).device
     places: dict[tuple[int, str], tuple[Moments, list[nn.Linear]]] = {}
-    handles = install_typing(model, find_decoder(model), TokenTyper(names, rules, config.typer), state)
+    typer = TokenTyper(names, rules, config.typer)
+    handles = install_typing(model, find_reader(model), typer, state)
     for index in chosen:
         linears = block_linears(blocks[index], f"{prefix}.{index}", None)
         text_config = getattr(model.config, "text_config", model.config)
@@ -94,9 +97,10 @@ def measure_types(
             places[index, shown] = moments, readers
             handles.append(readers[0].register_forward_pre_hook(_note(moments, state)))
     try:
-        for inputs in batches(samples, batch_size):
-            on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-            model(**on_device, use_cache=False)
+        with one_chain(model, samples, typer, state):
+            for inputs in batches(samples, batch_size):
+                on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+                model(**on_device, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -233,19 +233,6 @@ def test_a_layout_that_no_table_knows_is_recognised_by_structure():
     assert distance(logits(model, ids), expected) < 0.3
 
 
-def test_diffusion_gemma_is_refused_before_anything_is_changed():
-    """Prompt and canvas share all weights through two stacks of blocks: half of it would be quantized, the rest not."""
-
-    class Lookalike(RemoteModel):
-        pass
-
-    model = Lookalike(RemoteConfig(mask_token_id=MASK))
-    model.config.model_type = "diffusion_gemma"
-    with pytest.raises(ValueError, match="tied to the same tensors"):
-        quantize(model, settings())
-    assert type(model.model.transformer["blocks"][0].q_proj) is nn.Linear
-
-
 # --- calibration and text --------------------------------------------------------------------------------------------
 
 

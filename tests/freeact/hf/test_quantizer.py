@@ -16,6 +16,7 @@ from optimum_freeact import FreeActConfig, quantize
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.kv_layer import FreeActCacheLayer
 from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.modules.runtime import plain_weight
 from optimum_freeact.modules.surgery import quantized_linears
 from tests.helpers.quantized import distance, logits, quantized, reload, settings
 from tests.helpers.tiny_models import BOS, PAD, sample_ids, tiny, tiny_tokenizer
@@ -304,6 +305,18 @@ def test_dequantized_is_near_and_plain(family, share, tmp_path):
     again = reload(tmp_path / "plain")
     assert type(again) is type(plain)
     assert torch.equal(logits(again), dense)
+
+
+def test_dequantized_is_near_though_a_type_was_never_seen():
+    """Its mean is that of all tokens, in the span of the others': what it answers differs from theirs by rounding alone."""
+    unseen = {"token_types": ["text", "sink", "rare", "often"], "type_rules": {"rare": [96], "often": list(range(30))}}
+    ids = sample_ids(6, 24, seed=7).clamp(max=95)
+    model = quantized("llama", dataset=ids, **unseen)
+    linears = [m for m in model.modules() if isinstance(m, FreeActLinear)]
+    assert len(linears) == 14
+    for linear in linears:
+        rounded, _ = linear.dequantized()
+        assert distance(plain_weight(linear)[0], rounded) < 0.05
 
 
 def test_dequantized_takes_the_models_dtype(folder):
