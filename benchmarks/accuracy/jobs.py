@@ -62,6 +62,11 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("activation_group_size", 64),
     ("activation_group_size", 32),
 )
+OF_OTHERS = (  # presets, each with one field changed
+    ("freeact-fast", "rounding_shrinkage", True),
+    ("freeact-fastest", "transform", "kronecker"),
+    ("freeact-fastest", "channel_scale", "closed_form"),
+)
 CORRECTED, LIMITED = {"error_correction": True}, {"loudness_limit": 2.0}
 FASTEST = {"preset": "freeact-fastest"}
 KRONECKER, SCALED = {"transform": "kronecker"}, {"channel_scale": "closed_form"}
@@ -289,12 +294,11 @@ class Plan:
         shrunk = {"preset": "freeact-fast", "rounding_shrinkage": True}
         name = "freeact-fast rounding_shrinkage=True"
         self.add("ablation", name, ("w4a4",), self.seeds[0], shrunk, rank=Rank.ABLATION)
-        default = {**DEFAULTS, **PRESETS["freeact"]}
-        for name, value in ABLATIONS:
-            if value != default[name] and _divides({name: value}, widths):
-                shown = "+".join(value) if isinstance(value, list) else value
-                quantize = {"preset": "freeact", name: value}
-                self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=Rank.ABLATION)
+        for preset, name, value in (*(("freeact", *change) for change in ABLATIONS), *OF_OTHERS):
+            if value != {**DEFAULTS, **PRESETS[preset]}[name] and _divides({name: value}, widths):
+                shown = f"{preset} {name}={'+'.join(value) if isinstance(value, list) else value}"
+                quantize = {"preset": preset, name: value}
+                self.add("ablation", shown, ("w4a4",), self.seeds[0], quantize, rank=Rank.ABLATION)
 
     def sweep(self, widths: list[int]) -> None:
         """What decided the default: all pairs of group sizes, ranks, passes."""
