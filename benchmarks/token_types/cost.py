@@ -80,10 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
         if told["metric"].endswith("_time_ratio"):
             kind = told["metric"].removesuffix("_time_ratio")
             place = f"{told['method']:13s} {told['shape']:5s} {told['tokens']:5d} tokens"
-            print(
-                f"{place} {kind:12s} {told['value']:.4f} ± {told.get('spread', told.get('worst', 1) - 1):.4f}",
-                flush=True,
-            )
+            noise = told.get("spread", told.get("worst", 1) - 1)
+            after = time.perf_counter() - begun
+            print(f"{after:4.0f} s {place} {kind:12s} {told['value']:.4f} ± {noise:.4f}", flush=True)
         if told["metric"] == "one_type_time_ratio":  # the last number of a size: what is there by now
             write()
     print(f"Wrote {write().name}.")
