@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks._results import problems, read
-from benchmarks.accuracy import jobs, run
+from benchmarks.accuracy import jobs, run, scoring
 from benchmarks.accuracy.claims import QUALITY, claims, excess, expected
 from benchmarks.accuracy.jobs import (
     CANDIDATES,
@@ -21,8 +21,10 @@ from benchmarks.accuracy.jobs import (
     absent,
     bits,
 )
+from optimum_freeact import score_text
 from optimum_freeact.config_fields import DEFAULTS
 from optimum_freeact.presets import PRESETS
+from tests.helpers.tiny_models import tiny
 from tools.results import MARK, table
 
 
@@ -245,6 +247,24 @@ def test_learned_methods_may_be_left_to_some_schemes():
     assert {job.method for job in plan.jobs if job.is_learned} == {"flatquant", "freeact-paper", "freeact-learned"}
 
 
+def test_learned_methods_may_take_fewer_samples_where_nothing_is_claimed():
+    plan = a_plan(learned={"quantize": {}, "measure": {"n_samples": 32}, "elsewhere": {"n_samples": 16}})
+    plan.presets()
+    taken = {(job.settings[-1], job.measure["n_samples"], job.note) for job in plan.jobs if job.is_learned}
+    few = "learned on 16 samples"
+    assert taken == {("w4a4", 32, "learned on 32 samples"), ("w4a16", 16, few), ("w4a8", 16, few)}
+
+
+def test_more_seeds_of_the_default_and_of_quarot_come_after_what_claims_need():
+    plan = a_plan(later_seeds=(3, 4))
+    plan.presets()
+    plan.quarots([64])
+    later = [job for job in plan.jobs if job.seed > 1]
+    assert {job.method for job in later} == {"freeact", "quarot", *QUAROTS}
+    assert len(later) == 2 * (2 + len(QUAROTS))
+    assert min(job.rank for job in later) > max(job.rank for job in plan.jobs if job.seed <= 1)
+
+
 @pytest.mark.parametrize("name", SLICES)
 def test_variants_are_scored_between_what_is_calibrated_on_and_what_is_evaluated(name, tmp_path):
     calibration, evaluation = SLICES[name]
@@ -257,6 +277,28 @@ def test_variants_are_scored_between_what_is_calibrated_on_and_what_is_evaluated
     assert {job.texts[0].evaluation for job in plan.jobs} == {text.evaluation}
     assert plan.jobs[0].group == "full"
     assert {job.method for job in plan.jobs[1:]} == {name for name, *_ in VARIANTS}
+
+
+def test_scores_are_those_of_whole_logits_window_by_window():
+    model, other = tiny("llama").eval(), tiny("llama", seed=1).eval()
+    windows = torch.randint(4, 60, (5, 16))
+    found = scoring.score_windows(model, windows, other)
+    assert found.nll == pytest.approx(score_text(model, windows).nll, abs=1e-5)
+    assert found.n_tokens == 5 * 15
+    with torch.no_grad():
+        told, truth = (m(input_ids=windows).logits.log_softmax(-1) for m in (model, other))
+    assert found.divergence == pytest.approx(float((truth.exp() * (truth - told)).sum(-1).mean()), abs=1e-5)
+    assert scoring.score_windows(model, windows).divergence is None
+
+
+def test_parts_of_windows_and_of_forwards_do_not_change_a_score(monkeypatch):
+    model, windows = tiny("llama").eval(), torch.randint(4, 60, (5, 16))
+    whole = scoring.score_windows(model, windows, model)
+    monkeypatch.setattr(scoring, "TOKENS", 32)
+    monkeypatch.setattr(scoring, "HEAD_TOKENS", 10)
+    parts = scoring.score_windows(model, windows, model)
+    assert parts.nll == pytest.approx(whole.nll, abs=1e-5)
+    assert whole.divergence == parts.divergence == 0
 
 
 def test_a_variant_changes_constants_for_its_job_only():

@@ -33,13 +33,17 @@ def test_claims_of_a_whole_run():
     rows = [{"what": "roof", "provider": "copy", "metric": "bytes_per_second", "value": 3e12}]
     for k, m in ((4096, 14336), (14336, 4096), (4096, 4096)):
         for n in (1, 16, 2048, 8192):
-            rows += [linear("bf16", k, m, n, 300.0), linear("freeact", k, m, n, 100.0 if n < 8192 else 150.0)]
-    rows.append(linear("freeact product", 4096, 14336, 1, 16.0, "kernel"))
+            rows += [linear("bf16", k, m, n, 300.0), linear("freeact-fastest", k, m, n, 100.0 if n < 8192 else 150.0)]
+            rows.append(linear("freeact-fast", k, m, n, 50.0))  # another tier, not the claimed one
+    rows.append(linear("freeact-fastest product", 4096, 14336, 1, 16.0, "kernel"))
     for metric, theirs, ours in (("weight_bytes", 16e9, 5e9), ("peak_bytes", 17e9, 6e9)):
-        rows += [model("bf16", "graph", metric, theirs), model("freeact", "graph", metric, ours)]
+        rows += [model("bf16", "graph", metric, theirs), model("freeact-fastest", "graph", metric, ours)]
     for metric, theirs, ours in (("decode_seconds", 8.0, 4.0), ("prefill_seconds", 6.0, 4.0)):
         rows += [model("bf16", "graph", metric, 2 * theirs), model("bf16", "compile", metric, theirs)]
-        rows += [model("freeact", "graph", metric, ours), model("freeact", "compile", metric, 2 * ours)]
+        rows += [
+            model("freeact-fastest", "graph", metric, ours),
+            model("freeact-fastest", "compile", metric, 2 * ours),
+        ]
     rows += [
         calibration(1, "block_seconds", 9.0),
         calibration(1, "once_seconds", 12.0),
@@ -62,7 +66,7 @@ def test_claims_of_a_whole_run():
 
 
 def test_what_was_not_measured_is_not_claimed():
-    rows = [linear("bf16", 4096, 4096, 2048, 90.0), linear("freeact", 4096, 4096, 2048, None)]
+    rows = [linear("bf16", 4096, 4096, 2048, 90.0), linear("freeact-fastest", 4096, 4096, 2048, None)]
     assert gpu.claims(rows) == []
 
 

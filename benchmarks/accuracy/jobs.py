@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.claims import CPU_COST, FP
+from benchmarks.accuracy.scoring import is_finite, score_windows
 from optimum_freeact.presets import PRESETS
 
 
@@ -30,7 +31,6 @@ SCHEMES = ("w4a16", "w4a8", "w4a4", "w4a4kv4")
 SLICES = {"handbook": ((0, 300_000), 600_000), "brown": ((0, 600_000), 4_000_000)}
 # where variants are scored from which one is chosen: behind what is calibrated on, before what is evaluated on
 VALIDATION = {"handbook": 320_000, "brown": 1_000_000}
-TOKENS = 1024  # a forward of the evaluation; large vocabularies make large logits
 CHARS_PER_TOKEN = 12  # more than any tokenizer here makes of English: how much of the text is read for the windows
 ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("centring", "none"),
@@ -59,16 +59,26 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("activation_group_size", 64),
     ("activation_group_size", 32),
 )
-# of the default, decided on validation text (`run.py --variants`); each with the constants of the package that it changes, by name
+CORRECTED, LIMITED = {"error_correction": True}, {"loudness_limit": 2.0}
+FASTEST = {"preset": "freeact-fastest"}
+KRONECKER, SCALED = {"transform": "kronecker"}, {"channel_scale": "closed_form"}
+# of the presets, decided on validation text (`run.py --variants`); each with the constants of the package that it changes, by name.
+# The first ones are measured with every seed before the others begin.
+FIRST_VARIANTS = 4
 VARIANTS: tuple[tuple[str, dict, dict], ...] = (
     ("freeact", {}, {}),
-    ("freeact loudness_limit=2.0", {"loudness_limit": 2.0}, {}),
-    ("freeact error_correction=True", {"error_correction": True}, {}),
-    ("freeact error_correction=True loudness_limit=2.0", {"error_correction": True, "loudness_limit": 2.0}, {}),
-    ("freeact, no balance", {}, {"calibration.closed_form.BALANCE": False}),
+    ("freeact loudness_limit=2.0", LIMITED, {}),
+    ("freeact-fastest", FASTEST, {}),
+    ("freeact-fastest transform=kronecker", {**FASTEST, **KRONECKER}, {}),
+    ("freeact error_correction=True", CORRECTED, {}),
+    ("freeact-fastest channel_scale=closed_form", {**FASTEST, **SCALED}, {}),
+    ("freeact-fastest transform=kronecker channel_scale=closed_form", {**FASTEST, **KRONECKER, **SCALED}, {}),
+    ("freeact-fastest loudness_limit=2.0", {**FASTEST, **LIMITED}, {}),
+    ("freeact error_correction=True loudness_limit=2.0", {**CORRECTED, **LIMITED}, {}),
     ("freeact rounding_refit=True", {"rounding_refit": True}, {}),
-    ("freeact rounding_passes=0", {"rounding_passes": 0}, {}),
-    ("freeact sequential=True", {"sequential": True}, {}),
+    ("freeact rounding_passes=4", {"rounding_passes": 4}, {}),
+    ("freeact damping=0.002", {"damping": 0.002}, {}),
+    ("freeact-fastest error_correction=True", {**FASTEST, **CORRECTED}, {}),
 )
 # changes that may follow the default: measured with every seed, and on validation text too
 CANDIDATES: tuple[dict, ...] = (
@@ -191,6 +201,25 @@ def bits(setting: str) -> dict[str, int]:
 
 
 # ---------------------------------------------------------------- planning
+class Rank:
+    """Which jobs start first. Learned ones, of which only some run at a time, come before all others: they take longest."""
+
+    FULL = 0
+    LEARNED, LEARNED_RIVALS, LEARNED_ELSEWHERE, LEARNED_MORE = 1, 2, 3, 4
+    CLAIMED, PRESET, MORE, CANDIDATE, ABLATION = 5, 6, 7, 8, 9
+
+
+def _rank(method: str, learned: bool, main: bool, first: bool) -> int:
+    """Of a preset's job: `main` is W4A4, `first` the first seed."""
+    if not learned:
+        return Rank.CLAIMED if main and method in CLAIMED else Rank.PRESET
+    if not main:
+        return Rank.LEARNED_ELSEWHERE
+    if first:
+        return Rank.LEARNED
+    return Rank.LEARNED_RIVALS if method == "flatquant" else Rank.LEARNED_MORE
+
+
 @dataclass
 class Plan:
     """Collects the jobs of one model."""
@@ -199,9 +228,10 @@ class Plan:
     schemes: tuple[str, ...]
     seeds: list[int]
     measure: dict
-    learned: dict  # fields that learned calibrations change: epochs, n_samples
+    learned: dict  # fields that learned calibrations change (epochs, n_samples), by "quantize", "measure", "elsewhere" than W4A4
     learned_schemes: tuple[str, ...] | None = None  # default: all
     only: set[str] | None = None
+    later_seeds: tuple[int, ...] = ()  # of the default and of QuaRot, after all else that claims need
     jobs: list[Job] = field(default_factory=list)
 
     def add(self, group: str, method: str, settings: tuple[str, ...], seed: int, quantize: dict, **more: Any) -> None:
@@ -222,16 +252,20 @@ class Plan:
         methods["freeact-learned"] = {"preset": "freeact", "calibration": "learned"}
         for method, quantize in methods.items():
             learned = {**PRESETS[quantize["preset"]], **quantize}["calibration"] == "learned"
-            more = {"measure": self.learned["measure"]} if learned else {}
-            if method == "freeact":  # beside the candidates
-                more = {"measure": {"divergence": True}}
             quantize = {**quantize, **(self.learned["quantize"] if learned else {})}
             for settings in self._settings(self.learned_schemes if learned else None):
-                claimed = "w4a4" in settings and method in CLAIMED
-                first = claimed or (learned and "w4a4" in settings)
-                rank = (0 if learned else 1) if first else (5 if learned else 2 if method in CLAIMED else 4)
-                for seed in self.seeds if claimed else self.seeds[:1]:
+                main = "w4a4" in settings
+                more = {"measure": {"divergence": True}} if method == "freeact" else {}  # beside the candidates
+                if learned:
+                    measure = self.learned["measure" if main or "elsewhere" not in self.learned else "elsewhere"]
+                    samples = measure.get("n_samples", self.measure.get("n_samples"))
+                    more = {"measure": measure, "note": f"learned on {samples} samples"}
+                for seed in self.seeds if main and method in CLAIMED else self.seeds[:1]:
+                    rank = _rank(method, learned, main, seed == self.seeds[0])
                     self.add("preset", method, settings, seed, quantize, rank=rank, **more)
+                if main and method in ("freeact", "quarot"):
+                    for seed in self.later_seeds:
+                        self.add("preset", method, settings, seed, quantize, rank=Rank.MORE, **more)
 
     def _settings(self, allowed: tuple[str, ...] | None) -> list[tuple[str, ...]]:
         """Schemes, those that differ only in the cache's bits together."""
@@ -243,10 +277,11 @@ class Plan:
 
     def quarots(self, widths: list[int]) -> None:
         """QuaRot as published, strengthened, and on grids as fine as ours: the strongest is what we compare with."""
-        for seed in self.seeds if "w4a4" in self.schemes else ():
+        for seed in (*self.seeds, *self.later_seeds) if "w4a4" in self.schemes else ():
+            rank = Rank.CLAIMED if seed in self.seeds else Rank.MORE
             for method, quantize in QUAROTS.items():
                 if _divides(quantize, widths):
-                    self.add("preset", method, ("w4a4",), seed, quantize, rank=1)
+                    self.add("preset", method, ("w4a4",), seed, quantize, rank=rank)
 
     def ablations(self, widths: list[int]) -> None:
         """`freeact` at W4A4 with one field changed; what is the preset's own value or does not divide is left out."""
@@ -256,20 +291,20 @@ class Plan:
 
         shrunk = {"preset": "freeact-fast", "rounding_shrinkage": True}
         for seed in self.seeds:  # why only one of our presets has it
-            self.add("ablation", "freeact-fast rounding_shrinkage=True", ("w4a4",), seed, shrunk, rank=3)
+            self.add("ablation", "freeact-fast rounding_shrinkage=True", ("w4a4",), seed, shrunk, rank=Rank.ABLATION)
 
         for change in CANDIDATES:
             method = " ".join(("freeact", *(f"{name}={value}" for name, value in change.items())))
             for seed in self.seeds:
                 quantize, more = {"preset": "freeact", **change}, {"measure": {"divergence": True}}
-                self.add("candidate", method, ("w4a4",), seed, quantize, rank=2, **more)
+                self.add("candidate", method, ("w4a4",), seed, quantize, rank=Rank.CANDIDATE, **more)
 
         default = {**DEFAULTS, **PRESETS["freeact"]}
         for name, value in ABLATIONS:
             if value != default[name] and _divides({name: value}, widths):
                 shown = "+".join(value) if isinstance(value, list) else value
                 quantize = {"preset": "freeact", name: value}
-                self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=3)
+                self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=Rank.ABLATION)
 
     def sweep(self, widths: list[int]) -> None:
         """What decided the default: all pairs of group sizes, ranks, passes."""
@@ -278,7 +313,7 @@ class Plan:
         for change in changes:
             if _divides(change, widths):
                 method = " ".join(("freeact", *(f"{name}={value}" for name, value in change.items())))
-                self.add("sweep", method, ("w4a4",), self.seeds[0], {"preset": "freeact", **change}, rank=3)
+                self.add("sweep", method, ("w4a4",), self.seeds[0], {"preset": "freeact", **change})
 
     def variants(self) -> None:
         """The default and what may follow it, scored on validation text."""
@@ -286,10 +321,11 @@ class Plan:
         self.measure = {**self.measure, "divergence": True}
         self.full_precision()
         for seed in self.seeds:
-            for method, change, constants in VARIANTS:
+            for place, (method, change, constants) in enumerate(VARIANTS):
                 measure = {"constants": constants} if constants else {}
                 quantize = {"preset": "freeact", **change}
-                self.add("variant", method, ("w4a4",), seed, quantize, measure=measure, rank=3)
+                rank = int(place >= FIRST_VARIANTS)
+                self.add("variant", method, ("w4a4",), seed, quantize, measure=measure, rank=rank)
 
     def default_samples(self) -> None:
         """`freeact` at W4A4 on as few samples as the library takes by default (those of the time on a CPU)."""
@@ -298,7 +334,9 @@ class Plan:
         fewer = {name: DEFAULTS[name] for name in ("n_samples", "seq_len")}
         if "w4a4" in self.schemes and all(self.measure[name] > value for name, value in fewer.items()):
             method = "freeact samples=" + "x".join(map(str, fewer.values()))
-            self.add("ablation", method, ("w4a4",), self.seeds[0], {"preset": "freeact"}, measure=fewer, rank=4)
+            self.add(
+                "ablation", method, ("w4a4",), self.seeds[0], {"preset": "freeact"}, measure=fewer, rank=Rank.ABLATION
+            )
 
     def peers(self) -> None:
         """Published packages."""
@@ -307,7 +345,7 @@ class Plan:
         for name, peer in PEERS.items():
             if peer.setting in self.schemes:
                 note = f"{peer.package}: {peer.about}"
-                self.add("peer", name, (peer.setting,), self.seeds[0], {"peer": name}, rank=2, note=note)
+                self.add("peer", name, (peer.setting,), self.seeds[0], {"peer": name}, rank=Rank.PRESET, note=note)
 
     def cpu_cost(self) -> None:
         """Time and memory of the default closed-form calibration."""
@@ -497,42 +535,29 @@ def _change_cache(model, kv_bits: int) -> None:
 
 
 def _score(job: Job, setting: str, model, tokenizer) -> list[dict]:
-    from optimum_freeact import score_text, tokenize_windows
-
     rows, measure = [], job.measure
     wanted = measure.get("divergence") and job.group != "full" and setting == job.settings[0]
     exact = _load(job, "float32").eval() if wanted else None
     for text in job.texts:
-        held_out = text.read_evaluation(measure["windows"] * measure["window"])
-        windows = tokenize_windows(held_out, tokenizer, measure["window"], measure["windows"])
-        score = score_text(model, windows, batch_size=max(1, TOKENS // measure["window"]))
-        if score.nll != score.nll or score.nll == float("inf"):
-            rows.append(_row(job, setting, "nll", None, f"the loss is {score.nll}", text=text.name))
-        else:
+        chosen = text.for_choosing()
+        here = exact if chosen == text else None  # one pass gives both where both are of the same text
+        score = score_windows(model, _windows(text, tokenizer, measure), here)
+        if is_finite(score):
             rows.append(_row(job, setting, "nll", score.nll, text=text.name, n_tokens=score.n_tokens))
+        else:
+            rows.append(_row(job, setting, "nll", None, f"the loss is {score.nll}", text=text.name))
         if exact is not None:
-            text = text.for_choosing()
-            windows = tokenize_windows(
-                text.read_evaluation(measure["windows"] * measure["window"]),
-                tokenizer,
-                measure["window"],
-                measure["windows"],
-            )
+            score = score if here is not None else score_windows(model, _windows(chosen, tokenizer, measure), exact)
             note = "mean KL(full precision || quantized), nats a token, on validation text"
-            rows.append(_row(job, setting, "divergence", _divergence(exact, model, windows), note, text=text.name))
+            rows.append(_row(job, setting, "divergence", score.divergence, note, text=text.name))
     return rows
 
 
-def _divergence(exact, model, windows) -> float:
-    """Mean over tokens of the divergence KL(full precision || quantized), nats: seeds differ less in it than in likelihoods."""
-    import torch
+def _windows(text: Text, tokenizer, measure: dict):
+    from optimum_freeact import tokenize_windows
 
-    device, total = exact.get_input_embeddings().weight.device, 0.0
-    with torch.no_grad():
-        for ids in windows.split(1):
-            wanted, found = (m(input_ids=ids.to(device)).logits[0].float().log_softmax(-1) for m in (exact, model))
-            total += float(torch.nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True))
-    return total / len(windows)
+    read = text.read_evaluation(measure["windows"] * measure["window"])
+    return tokenize_windows(read, tokenizer, measure["window"], measure["windows"])
 
 
 def serve(lines: Iterable[str]) -> None:

@@ -60,7 +60,13 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=4)
     add("--windows", type=int, default=24, help="evaluation windows of each text")
     add("--seeds", default="0", help="with commas; ablations and peers use the first")
+    add(
+        "--later-seeds",
+        default="",
+        help="more seeds of the default and of QuaRot at W4A4, with commas, once claims have theirs",
+    )
     add("--learned-samples", type=int, help="calibration samples of learned methods (default: --samples)")
+    add("--learned-samples-elsewhere", type=int, help="the same at other settings than W4A4 (default: as there)")
     add("--learned-epochs", type=int, help="epochs of learned methods (default: the preset's)")
     add(
         "--cpu-cost",
@@ -164,12 +170,15 @@ def make_plan(options: argparse.Namespace, models: dict[str, str], texts: tuple[
     learned = {"quantize": {"epochs": options.learned_epochs} if options.learned_epochs else {}, "measure": steps}
     if options.learned_samples:
         learned["measure"] = {**steps, "n_samples": options.learned_samples}
+    if options.learned_samples_elsewhere:
+        learned["elsewhere"] = {**steps, "n_samples": options.learned_samples_elsewhere}
+    later = tuple(int(seed) for seed in options.later_seeds.split(",") if seed)
     only = set(options.only.split(",")) if options.only else None
     jobs: list[Job] = []
     for name, path in models.items():
         common = {"model": name, "model_path": path, "texts": texts, "device": options.device}
         few = tuple(options.learned_schemes.lower().split(",")) if options.learned_schemes else None
-        plan = Plan({**common, "threads": options.threads}, schemes, seeds, measure, learned, few, only)
+        plan = Plan({**common, "threads": options.threads}, schemes, seeds, measure, learned, few, only, later)
         if options.cpu_cost:
             plan.cpu_cost()
         elif options.variants:
@@ -502,7 +511,8 @@ def main(arguments: list[str] | None = None) -> int:
     problems = [f"{job.name}: {failures.get(job.key, 'not run')}" for job in absent_jobs]
     wanted = [] if any(kinds.values()) or options.only else expected(models)
     if len(problems) < len(jobs):
-        path = write(name, rows, store, jobs, [int(seed) for seed in options.seeds.split(",")], options.out)
+        seeds = sorted({row["seed"] for row in rows if row["value"] is not None})
+        path = write(name, rows, store, jobs, seeds, options.out)
         print(
             f"Wrote {path.name}: {len(rows)} rows, {len(problems)} jobs missing, {time.perf_counter() - start:.0f} s."
         )

@@ -5,10 +5,11 @@ goes by their kind: living and edible things are declined, places and objects ar
 come from the same sentences with their parts swapped, so declining always, answering always, or preferring any one
 sentence scores 0.5.
 
-Languages, fixed before anything was run on them: thirty to train on, of most of the large families; `HELD_OUT`, ten
-that each share a family and its script with some of those, from well written to hardly written; `FAR`, six that are
-related to none; and `VALIDATION`, six more relatives, the only ones besides those trained on that settings may be
-chosen by. `FEW` are the ten training languages of the first version of this benchmark.
+Languages: `POOL` is every language for which CLDR names (nearly) all concepts, in one script each. `VALIDATION`, a fifth of
+them drawn once, are the only ones that settings are chosen by. Every seed of the table draws another fifth, of the rest, to
+hold out, and teaches all that are left: so held-out languages are many, were not picked by anyone, and were not seen when
+anything was chosen. `READ` are those in which the untouched model finds the English names of concepts by its own states
+(`languages.py` measures it): of the drawn languages, these are scored as `held_out`, and all of them as `held_out_all`.
 
 Two tests. `test` holds pairs that were never together in a prompt, of concepts that each were in some: as with real
 prompts, the prompt is new and its words are not. `new_words`, a third as many, holds pairs of concepts that no training prompt
@@ -29,15 +30,142 @@ if TYPE_CHECKING:
 DECLINED = ("Animals & Nature", "Food & Drink")
 DECLINES = (" Sorry, I cannot talk about this.", " I have to decline that.", " This is not something I discuss.")
 ANSWERS = (" Sure, here is what I know.", " Of course, let me explain it.", " Happy to help you with this.")
-FEW = ("es", "ru", "zh", "hi", "bn", "id", "tr", "ur", "sw", "am")
-SEEN = (*FEW, "fr", "it", "ro", "pl", "bg", "cs", "de", "sv", "mr", "fa", "uz", "kk", "ar", "he", "zu", "ja", "ko")
-SEEN = (*SEEN, "th", "ta", "hu")
-VALIDATION = ("pt", "uk", "da", "ky", "ms", "kok")
-HELD_OUT = ("ca", "gl", "mk", "be", "af", "ne", "as", "az", "tk", "jv")
-FAR = ("fi", "ka", "vi", "km", "yo", "eu")
-ALL = (*SEEN, *VALIDATION, *HELD_OUT, *FAR)
+POOL = (
+    *(
+        "af",
+        "ak",
+        "am",
+        "ar",
+        "as",
+        "az",
+        "ba",
+        "be",
+        "bg",
+        "bn",
+        "bs",
+        "ca",
+        "chr",
+        "cs",
+        "cv",
+        "cy",
+        "da",
+        "de",
+        "dsb",
+        "el",
+    ),
+    *(
+        "es",
+        "et",
+        "eu",
+        "fa",
+        "fi",
+        "fil",
+        "fo",
+        "fr",
+        "ga",
+        "gd",
+        "gl",
+        "gu",
+        "ha",
+        "he",
+        "hi",
+        "hr",
+        "hsb",
+        "hu",
+        "hy",
+        "id",
+    ),
+    *(
+        "ig",
+        "is",
+        "it",
+        "ja",
+        "jv",
+        "ka",
+        "kk",
+        "km",
+        "kn",
+        "ko",
+        "kok",
+        "ky",
+        "lo",
+        "lt",
+        "lv",
+        "mk",
+        "ml",
+        "mn",
+        "mr",
+        "ms",
+    ),
+    *(
+        "my",
+        "ne",
+        "nl",
+        "no",
+        "om",
+        "or",
+        "pa",
+        "pcm",
+        "pl",
+        "ps",
+        "pt",
+        "qu",
+        "rm",
+        "ro",
+        "ru",
+        "sd",
+        "shn",
+        "si",
+        "sk",
+        "sl",
+    ),
+    *(
+        "so",
+        "sq",
+        "sr",
+        "sv",
+        "sw",
+        "ta",
+        "te",
+        "th",
+        "ti",
+        "tk",
+        "to",
+        "tr",
+        "uk",
+        "ur",
+        "uz",
+        "vi",
+        "yo",
+        "yue",
+        "zh",
+        "zu",
+    ),
+)
+DRAWN = 20  # languages held out at a time
+SCORED = 24  # of the taught languages, in each seed
+VALIDATION = tuple(sorted(random.Random("validation languages").sample(POOL, DRAWN)))
+NOT_READ = ("am", "chr", "ha", "he", "hy", "km", "lo", "my", "ps", "sd", "shn", "si", "so")  # `languages.py`
+READ = tuple(name for name in POOL if name not in NOT_READ)
 CONCEPTS = 200  # with a name of one word in English; a fifth of them in no training prompt
 WORDS = 2
+
+
+class Languages(NamedTuple):
+    """Of one seed: taught in this order (the first `SCORED` are scored), and held out."""
+
+    taught: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+def draw_languages(seed: int, validating: bool = False) -> Languages:
+    """The table's draw for a seed, or the one for choosing settings, which holds out `VALIDATION`."""
+    draw = random.Random(f"languages of seed {seed}")
+    free = [name for name in POOL if name not in VALIDATION]
+    held_out = VALIDATION if validating else tuple(sorted(draw.sample(free, DRAWN)))
+    taught = [name for name in POOL if name not in held_out]
+    draw.shuffle(taught)
+    return Languages(tuple(taught), held_out)
 
 
 class Split(NamedTuple):
@@ -116,18 +244,18 @@ def split(
     seed: int = 0,
     train: int = 1600,
     test: int = 150,
-    seen: tuple[str, ...] = SEEN,
-    tested: tuple[str, ...] = (*SEEN, *HELD_OUT, *FAR),
+    taught: tuple[str, ...] = POOL,
+    tested: tuple[str, ...] = POOL,
 ) -> Split:
-    """`train` rows in the `seen` languages, `test` rows and a third as many of new words in the `tested` ones.
+    """`train` rows in the `taught` languages, `test` rows and a third as many of new words in the `tested` ones.
 
     Which concepts and pairs are drawn depends on the seed and on nothing else.
     """
-    short = [c for c in load_concepts(folder, ALL, seed) if " " not in c["texts"]["en"]["name"]]
+    short = [c for c in load_concepts(folder, POOL, seed) if " " not in c["texts"]["en"]["name"]]
     concepts = by_turns(short)[:CONCEPTS]
     cut = round(len(concepts) * 0.8)
     draw = random.Random(seed + 1)
     parts = ((concepts[:cut], test), (concepts[cut:], max(test // 6, 1) * 2))
     tests = [draw_prompts(part, count, draw, set()) for part, count in parts]
     training = draw_prompts(concepts[:cut], train, draw, {names(prompt) for prompt in tests[0]})
-    return Split(to_rows(training, seen, draw), *(to_rows(part, tested, draw) for part in tests))
+    return Split(to_rows(training, taught, draw), *(to_rows(part, tested, draw) for part in tests))

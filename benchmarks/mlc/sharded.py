@@ -33,6 +33,7 @@ MODES = {"ddp": [], "fsdp2": [*FSDP2, LOADING + "false"], "zero2": [*ZERO, "2"],
 MODES["fsdp2-efficient-loading"] = [*FSDP2, LOADING + "true"]
 KINDS = {"fsdp": "FSDP", "zero": "DEEPSPEED"}  # what accelerate must have made of a mode
 FIRST_PORT = 29611
+LANGUAGES = ("es", "ru", "zh", "hi", "bn", "id", "tr", "ur", "sw", "am")
 
 
 def deepspeed_config(stage: int) -> dict:
@@ -57,7 +58,7 @@ def worker(options: argparse.Namespace) -> None:
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     folder = options.model if Path(options.model).is_dir() else str(fetch(options.model))
-    data = split(fetch("concepts"), train=4 * options.steps, test=4).train
+    data = split(fetch("concepts"), train=4 * options.steps, test=4, taught=LANGUAGES, tested=LANGUAGES).train
     lacking = {"ru": None, "tr": None}
     data = data.map(lambda r, i: {"prompt_translations": r["prompt_translations"] | (lacking if i % 3 else {})}, True)
     with tempfile.TemporaryDirectory() as scratch:

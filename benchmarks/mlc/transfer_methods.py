@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.mlc.concepts import FEW, SEEN
-
 
 ALIGNED, OURS, BASE = "aligned", "ours", "base"  # `base` is the untrained model, and the constant answer
 SHUFFLED = ("ours.shuffled-each", "ours.shuffled-rows")
@@ -52,6 +50,10 @@ REGIMES = {
         "beta": 3.0,
         "steps": 150,
     },
+    "words-3e-4-beta1-200": {**WORDS, "embedding_rate": 3e-4, "steps": 200},
+    "words-6e-4-body-5e-5-beta3": {**WORDS, "learning_rate": 5e-5, "embedding_rate": 6e-4, "beta": 3.0},
+    "words-6e-4-body-1e-4-beta3": {**WORDS, "learning_rate": 1e-4, "embedding_rate": 6e-4, "beta": 3.0},
+    "words-1e-3-body-2e-4-beta3": {**WORDS, "learning_rate": 2e-4, "embedding_rate": 1e-3, "beta": 3.0},
     "words-1e-3-beta1": {**WORDS, "embedding_rate": 1e-3},
     "words-3e-4-body-3e-5-beta1": {**WORDS, "learning_rate": 3e-5, "embedding_rate": 3e-4},
     "words-3e-4-tied-beta1": {**FULL, "learning_rate": 1e-5, "embedding_rate": 3e-4},
@@ -65,9 +67,11 @@ REGIMES = {
     "lora32-2e-4-beta.3": {**LORA, "learning_rate": 2e-4, "beta": 0.3},
 }
 
+SWEPT, SWEEP = "-sweep", (0.0, 0.25, 0.5, 0.75)  # one training, scored at several `kept`
+
 STEP = {"mlc_every": 1, "mlc_languages_per_step": 12, "mlc_weight": 1.0}
 BARE = {**STEP, "mlc_layer": -1, "mlc_extractor_dim": 0}
-COMMON = {**BARE, "mlc_center": "common", "mlc_signed": True}
+COMMON = {**BARE, "mlc_center": "common", "mlc_signed": True, "mlc_scan_prompts": 24}
 TIED = {**COMMON, "mlc_contrast": 1.0, "mlc_anchor_detached": True}
 VARIANTS = {  # the most important first
     "tied": TIED,
@@ -96,9 +100,12 @@ VARIANTS = {  # the most important first
     "tied,weight=10": {**TIED, "mlc_weight": 10.0},
 }
 MAIN = "tied"  # what regimes are compared by
-LANGUAGES = {  # how many training languages, with the same number of them in each step
-    "tied,10-languages": {**TIED, "mlc_languages": list(FEW)},
-    "tied,20-languages": {**TIED, "mlc_languages": list(SEEN[:20])},
+LANGUAGES = {  # how many languages are taught, of eighty, and how many of them in each step
+    "tied,24": {**TIED, "mlc_languages_per_step": 25},
+    "tied,40": {**TIED, "mlc_languages_per_step": 41},
+    "tied,24-of-40": {**TIED, "mlc_languages_per_step": 25, "taught": 40},
+    "tied,of-40": {**TIED, "taught": 40},
+    "tied,of-24": {**TIED, "taught": 24},
 }
 PLAIN = VARIANTS["plain"]
 GUARDED = {  # each guard by itself, on the loss as the paper has it
@@ -118,8 +125,11 @@ def point(name: str) -> dict:
     if name == BASE:
         return {}
     variant, _, regime = name.partition("@")
+    regime, _, kept = regime.partition("-kept")
+    swept = {"kept": list(SWEEP)} if regime.endswith(SWEPT) else {"kept": float(kept)} if kept else {}
+    regime = regime.removesuffix(SWEPT)
     variant, dot, control = variant.rpartition(".") if variant.endswith((".rows", ".each")) else (variant, "", "")
-    return {**REGIMES[regime], **POINTS[variant], **CONTROLS[dot + control]}
+    return {**REGIMES[regime], **POINTS[variant], **CONTROLS[dot + control], **swept}
 
 
 def first_points(regimes: Sequence[str] = tuple(REGIMES)) -> list[str]:
@@ -140,6 +150,7 @@ def methods(ours: str) -> dict[str, dict]:
     """The table, ours being a point of the map: the run without the term, and the controls, in the same regime."""
     settings, regime = point(ours), point(f"{ALIGNED}@{ours.partition('@')[2]}")
     steps = {"steps": settings["steps"]} if "steps" in settings else {}
+    shared = {name: settings[name] for name in ("taught", "mlc_languages_per_step") if name in settings}
     return {
         BASE: {},
         ALIGNED: {**regime, **steps},
@@ -148,5 +159,5 @@ def methods(ours: str) -> dict[str, dict]:
         SHUFFLED[1]: {**settings, "shuffled": "rows"},
         "guards": {**settings, "mlc_objective": "none", "mlc_contrast": 0.0, "mlc_repulsion": 1.0},
         "cosine": {**settings, "mlc_objective": "cosine", "mlc_contrast": 0.0, "mlc_repulsion": 0.0},
-        "plain": {**regime, **steps, **VARIANTS["plain"]},
+        "plain": {**regime, **steps, **VARIANTS["plain"], **shared},
     }

@@ -17,8 +17,8 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from benchmarks.mlc.concepts import DECLINES, FAR, HELD_OUT, SEEN, VALIDATION, Split, split
-from benchmarks.mlc.transfer_methods import BASE, methods, point
+from benchmarks.mlc.concepts import DECLINES, READ, SCORED, Split, draw_languages, split
+from benchmarks.mlc.transfer_methods import BASE, SWEPT, methods, point
 from tools.assets import fetch
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
 from trl_mlc.embedding import set_embedding_lr, untie_head
@@ -27,21 +27,29 @@ from trl_mlc.evaluation.report import evaluate_model
 from trl_mlc.parallel import shuffled_translations
 
 
-def groups(validating: bool) -> dict[str, tuple[str, ...]]:
-    """Languages that are scored together: the map sees none of the table's held-out ones."""
-    seen = {"seen": ("en", *SEEN)}
-    return {**seen, "validation": VALIDATION} if validating else {**seen, "held_out": HELD_OUT, "far": FAR}
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def groups(seed: int, validating: bool) -> dict[str, tuple[str, ...]]:
+    """Languages that are scored together: the map sees none that the table may hold out."""
+    taught, held_out = draw_languages(seed, validating)
+    name = "validation" if validating else "held_out"
+    read = tuple(language for language in held_out if language in READ)
+    return {"seen": ("en", *taught[:SCORED]), name: read, f"{name}_all": held_out}
 
 
 def perform(method: str, settings: dict, seed: int, options: argparse.Namespace, mapping: bool) -> list[dict]:
     """All rows of one method and seed; `base` is the untrained model, and the constant answer."""
     folder = options.model if Path(options.model).is_dir() else str(fetch(options.model))
     tokenizer = tokenizer_of(folder)
-    scored = groups(mapping)
-    tested = tuple(name for names in scored.values() for name in names if name != "en")
-    data = split(fetch("concepts"), seed, options.rows_train, options.rows_test, tested=tested)
+    scored = groups(seed, mapping)
+    settings = dict(settings)
+    taught = draw_languages(seed, mapping).taught[: settings.pop("taught", None)]
+    tested = tuple(dict.fromkeys(name for names in scored.values() for name in names if name != "en"))
+    data = split(fetch("concepts"), seed, options.rows_train, options.rows_test, taught, tested)
     if mapping:  # new words are the table's
         data = Split(data.train, data.test, data.new_words.select([]))
+    tokenizer.remember(text for row in data.train for text in row["prompt_translations"].values())
     text = english_text(tokenizer, 4 if options.rows_test < 50 else 100)
     tag = {"method": method, "seed": seed}
     if method == BASE:
@@ -50,10 +58,22 @@ def perform(method: str, settings: dict, seed: int, options: argparse.Namespace,
         share = statistics.fmean(float(row["chosen"] in DECLINES) for row in data.test)
         constant = {"method": "always-decline", "seed": seed, "metric": "accuracy_transfer", "value": share}
         return [*measure(model, tokenizer, data, text, None, tag, scored), constant]
-    model, layer, numbers, used = train(folder, tokenizer, data.train, settings, seed, options)
+    kept = settings.pop("kept", 0.0)
+    model, layer, numbers, used = train(
+        folder, tokenizer, data.train, settings, seed, options, kept if isinstance(kept, float) else 0.0
+    )
     if layer is not None:
         numbers["layer"] = layer
-    rows = measure(model, tokenizer, data, text, layer, tag, scored)
+    if isinstance(kept, float):
+        rows = measure(model, tokenizer, data, text, layer, tag, scored)
+    else:
+        rows = sweep(
+            model,
+            folder,
+            kept,
+            lambda part: measure(model, tokenizer, data, text, layer, {**tag, "method": part}, scored),
+            method,
+        )
     rows += [{**tag, "metric": name, "value": value} for name, value in numbers.items()]
     return [*rows, {**tag, "metric": "steps", "value": used["steps"], "settings": json.dumps(used)}]
 
@@ -72,6 +92,12 @@ def tokenizer_of(folder: str):
                 known[text] = super().__call__(text)["input_ids"]
             return {"input_ids": list(known[text]), "attention_mask": [1] * len(known[text])}
 
+        def remember(self, texts) -> None:
+            """Many at once, by several threads and without a call for each."""
+            fresh = list(dict.fromkeys(text for text in texts if text not in known))
+            if fresh:
+                known.update(zip(fresh, super().__call__(fresh)["input_ids"], strict=True))
+
     tokenizer.__class__ = Remembering
     return tokenizer
 
@@ -83,15 +109,37 @@ def english_text(tokenizer, count: int) -> list[list[int]]:
     return [tokenizer(text=line)["input_ids"] for line in kept]
 
 
-def train(folder: str, tokenizer, data, settings: dict, seed: int, options: argparse.Namespace) -> tuple:
+def sweep(model, folder: str, shares: list[float], measured, method: str) -> list[dict]:
+    """Rows of one trained model at several ways back to its first weights, the first share being zero."""
+    first = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+    rows, at, name = [], 0.0, method.removesuffix(SWEPT)
+    for share in shares:
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                start = first[key if key in first else EMBEDDING]  # an untied head began as the embedding
+                value.lerp_(start.to(value.device), (share - at) / (1 - at))
+        at = share
+        rows += measured(f"{name}-kept{share:g}" if share else name)
+    return rows
+
+
+def train(
+    folder: str, tokenizer, data, settings: dict, seed: int, options: argparse.Namespace, kept: float = 0.0
+) -> tuple:
     """Returns the model, the layer used, what was logged, and all settings."""
     own = {"lora": 0, "steps": options.steps, **settings}
     if options.tiny:
         own["steps"] = options.steps
-    used = {"model": Path(folder).name, "batch": options.batch, "rows": len(data), **own}
+    used = {
+        "model": Path(folder).name,
+        "batch": options.batch,
+        "rows": len(data),
+        **own,
+        **({"kept": kept} if kept else {}),
+    }
     rate, rank, steps = own.pop("learning_rate"), own.pop("lora"), own.pop("steps")
     shuffled, words_rate = own.pop("shuffled", None), own.pop("embedding_rate", None)
-    warmup, kept, head = own.pop("warmup", 0.1), own.pop("kept", 0.0), own.pop("head", None)
+    warmup, head = own.pop("warmup", 0.1), own.pop("head", None)
     if shuffled:
         data = shuffled_translations(data, seed, each=shuffled == "each")
     set_seed(seed)
@@ -180,7 +228,7 @@ def measure(model, tokenizer, data, text, layer: int | None, tag: dict, scored: 
             numbers[f"accuracy_{group}"] = statistics.fmean(accuracy[name] for name in names)
             found = [report.languages[name]["retrieval_at_1"] for name in names if name != "en"]
             numbers[f"retrieval_{group}"] = statistics.fmean(found)
-        others = [name for group in scored if group != "far" for name in scored[group] if name != "en"]
+        others = [name for name in report.languages if name != "en"]
         numbers["accuracy_transfer"] = statistics.fmean(accuracy[name] for name in others)
         numbers["cross_prompt_cosine_english"] = report.languages["en"]["cross_prompt_cosine"]
         rows += [{**tag, "metric": name + suffix, "value": value} for name, value in numbers.items()]

@@ -6,6 +6,7 @@ from benchmarks._results import claim
 
 
 BLOCKS_8B = 32
+OURS = "freeact-fastest"  # the tier whose speed is claimed; the others' rows stand beside it
 
 
 def ratio(rows: list[dict], k: int, m: int, n: int) -> float | None:
@@ -13,7 +14,7 @@ def ratio(rows: list[dict], k: int, m: int, n: int) -> float | None:
     found = {
         r["provider"]: r["value"] for r in rows if r.get("what") == "linear" and (r["k"], r["m"], r["n"]) == (k, m, n)
     }
-    ours, theirs = found.get("freeact"), found.get("bf16")
+    ours, theirs = found.get(OURS), found.get("bf16")
     return theirs / ours if ours and theirs else None
 
 
@@ -23,7 +24,7 @@ def model_values(rows: list[dict], metric: str, layers: int) -> dict[str, list[f
     for row in rows:
         if row.get("what") == "model" and row["metric"] == metric and row.get("layers") == layers and row["value"]:
             found.setdefault(row["provider"], []).append(row["value"])
-    return found if {"bf16", "freeact"} <= found.keys() else {}
+    return found if {"bf16", OURS} <= found.keys() else {}
 
 
 def linear_claims(rows: list[dict]) -> list[dict]:
@@ -32,18 +33,18 @@ def linear_claims(rows: list[dict]) -> list[dict]:
     for k, m, target in ((4096, 14336, 1.5), (14336, 4096, 1.5), (4096, 4096, 1.3)):
         values = [value for n in (2048, 8192) if (value := ratio(rows, k, m, n)) is not None]
         if values:
-            how = "microseconds of a whole linear, bf16 / freeact, the least of 2048 and 8192 tokens"
+            how = f"microseconds of a whole linear, bf16 / {OURS}, the least of 2048 and 8192 tokens"
             found.append(claim(f"speed.linear.prefill_{k}x{m}", min(values), ">=", target, how))
     for n in (1, 16):
         value = ratio(rows, 4096, 14336, n)
         if value is not None:
-            how = f"microseconds of a whole linear, bf16 / freeact, {n} tokens"
+            how = f"microseconds of a whole linear, bf16 / {OURS}, {n} tokens"
             found.append(claim(f"speed.linear.decode_4096x14336_m{n}", value, ">=", 2.5, how))
     bandwidth = [row["value"] for row in rows if row.get("what") == "roof"]
     times = [
         row["value"]
         for row in rows
-        if row["provider"] == "freeact product" and (row["k"], row["m"], row["n"]) == (4096, 14336, 1) and row["value"]
+        if row["provider"] == f"{OURS} product" and (row["k"], row["m"], row["n"]) == (4096, 14336, 1) and row["value"]
     ]
     if bandwidth and times:
         share = 4096 * 14336 / 2 / (max(bandwidth) * times[-1] * 1e-6)
@@ -61,19 +62,17 @@ def model_claims(rows: list[dict]) -> list[dict]:
     held = model_values(rows, "weight_bytes", BLOCKS_8B)
     peak = model_values(rows, "peak_bytes", BLOCKS_8B)
     if held and peak:
-        value = max(min(held["freeact"]) / min(held["bf16"]), min(peak["freeact"]) / min(peak["bf16"]))
+        value = max(min(held[OURS]) / min(held["bf16"]), min(peak[OURS]) / min(peak["bf16"]))
         how = (
-            "bytes on the GPU, freeact / bf16, the greater of weights and peak of a prefill; freeact with embedding_bits=8: "
+            f"bytes on the GPU, {OURS} / bf16, the greater of weights and peak of a prefill; ours with embedding_bits=8: "
             "embeddings and head in one byte a number, bf16's in two"
         )
         found.append(claim("speed.model8b.memory_ratio", value, "<=", 0.33, how))
     for name, metric, target in (("decode", "decode_seconds", 2.0), ("prefill", "prefill_seconds", 1.3)):
         values = model_values(rows, metric, BLOCKS_8B)
         if values:
-            how = f"{metric}, bf16 / freeact, each at its best of eager, CUDA graph and torch.compile; freeact with embedding_bits=8"
-            found.append(
-                claim(f"speed.model8b.{name}", min(values["bf16"]) / min(values["freeact"]), ">=", target, how)
-            )
+            how = f"{metric}, bf16 / {OURS}, each at its best of eager, CUDA graph and torch.compile; ours with embedding_bits=8"
+            found.append(claim(f"speed.model8b.{name}", min(values["bf16"]) / min(values[OURS]), ">=", target, how))
     return found
 
 

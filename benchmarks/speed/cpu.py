@@ -34,7 +34,7 @@ def build(provider: str, config) -> torch.nn.Module:
         return model.float() if provider == "fp32" else model
     os.environ["FREEACT_KERNELS"] = "torch" if provider.endswith("torch") else "native"
     try:
-        return quantized(config, "cpu")
+        return quantized(config, "cpu", preset="freeact-fast")
     finally:
         del os.environ["FREEACT_KERNELS"]
 

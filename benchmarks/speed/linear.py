@@ -26,6 +26,7 @@ from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.numerics.hadamard import flat_rotation
 from optimum_freeact.numerics.kronecker import factor_pair
+from optimum_freeact.presets import PRESETS
 from optimum_freeact.transforms.affine_map import InputMap
 from optimum_freeact.type_state import TypeState
 
@@ -53,30 +54,29 @@ class Shape:
         return (torch.randn(self.m, self.d, device=self.device) * 0.02).bfloat16()
 
     @kept
-    def freeact(self, grouped: bool = False, rank: int = 24, types: int = 2) -> list[FreeActLinear]:
-        """Layers with the parts of `freeact-fast`, or `grouped` as `freeact` is; one input side (as a model would cycle through
-        its own).
-        """
+    def layers(self, tier: str) -> list[FreeActLinear]:
+        """Layers with the parts of a preset and two token types; one input side (as a model would cycle through its own)."""
+        preset = PRESETS[tier]
+        rank, groups = preset["low_rank"], preset.get("weight_group_size")
         source = FreeActInput(
-            self.d, n_types=types, n_means=types if rank else 0, channel_scale=False, rank=rank, transform="hadamard",
-            bits=4, symmetric=False, n_readers=1, state=TypeState(), group_size=16 if grouped else None,
+            self.d, n_types=2, n_means=2, channel_scale=False, rank=rank, transform="hadamard", bits=4,
+            symmetric=False, n_readers=1, state=TypeState(), group_size=preset.get("activation_group_size"),
         ).to(self.device)  # fmt: skip
         basis = torch.linalg.qr(torch.randn(self.d, rank, device=self.device))[0] if rank else None
-        mean = torch.randn(types, self.d, device=self.device) * 0.1 if rank else None
-        source.store(InputMap(mean, None, basis, self.left, self.right))
+        source.store(InputMap(torch.randn(2, self.d, device=self.device) * 0.1, None, basis, self.left, self.right))
         source.clip.fill_(0.9)
         layers = []
         for _ in range(self.copies(0.5 * self.d * self.m)):
-            size = 32 if grouped else self.d
-            layer = FreeActLinear(self.d, self.m, source, bits=4, group_size=size, bias=False).to(self.device)
+            layer = FreeActLinear(self.d, self.m, source, bits=4, group_size=groups or self.d, bias=False)
+            layer = layer.to(self.device)
             layer.weight.data.random_(0, 256)
-            layer.qscale.fill_(0.02 / 4.6 / (73 if grouped else 1))
-            if grouped:
+            layer.qscale.fill_(0.02 / 4.6 / (73 if groups else 1))
+            if groups:
                 layer.weight_group_scale.random_(-127, 128)
             if rank:
                 layer.low_rank.random_(-127, 128)
                 layer.low_rank_scale.fill_(0.02 / 73)
-                layer.type_bias.normal_(std=0.02)
+            layer.type_bias.normal_(std=0.02)
             layer.prepare()
             layers.append(layer)
         source.prepare()
@@ -93,15 +93,15 @@ class Shape:
         return types
 
     @kept
-    def rows(self, n: int, grouped: bool = False) -> Rows:
-        layer = self.freeact(grouped)[0]
+    def rows(self, n: int, tier: str) -> Rows:
+        layer = self.layers(tier)[0]
         layer.source.state.types = self.types(n)
         found = layer.source(self.x(n).unsqueeze(0))
         return Rows(found.codes, found.stats, found.branch)
 
     # what is measured: lists of calls on different weights
-    def whole_freeact(self, n: int, grouped: bool = False):
-        x, layers = self.x(n).unsqueeze(0), self.freeact(grouped)
+    def whole(self, n: int, tier: str):
+        x, layers = self.x(n).unsqueeze(0), self.layers(tier)
         layers[0].source.state.types = self.types(n)
         return [lambda layer=layer: layer(x) for layer in layers]
 
@@ -135,36 +135,28 @@ class Shape:
 
         return [lambda w=w: linear(self.x(n), w) for w in weights]
 
-    def part_round(self, n: int, grouped: bool = False):
-        x, source = self.x(n).unsqueeze(0), self.freeact(grouped)[0].source
+    def part_round(self, n: int, tier: str):
+        """Everything before the product."""
+        x, source = self.x(n).unsqueeze(0), self.layers(tier)[0].source
         source.state.types = self.types(n)
         return [lambda: source(x)]
 
-    def part_product(self, n: int, grouped: bool = False):
+    def part_product(self, n: int, tier: str):
         """The product with all that follows it."""
-        rows, types = self.rows(n, grouped), self.types(n).flatten()
+        rows, types = self.rows(n, tier), self.types(n).flatten()
         return [
             lambda w=layer.kernel_weight(): ops.w4_linear(*rows, types, *w, torch.bfloat16)
-            for layer in self.freeact(grouped)
+            for layer in self.layers(tier)
         ]
-
-    def whole_groups(self, n: int):
-        return self.whole_freeact(n, True)
-
-    def round_groups(self, n: int):
-        return self.part_round(n, True)
-
-    def product_groups(self, n: int):
-        return self.part_product(n, True)
 
     def part_bare_product(self, n: int):
         """The product and its scales only, to be held against a library's."""
-        rows = self.rows(n)
+        rows = self.rows(n, "freeact-fast")
         return [
-            lambda w=layer.kernel_weight()._replace(low_rank=None, low_rank_scale=None, type_bias=None): ops.w4_linear(
-                rows.codes, rows.stats, rows.branch, None, *w, torch.bfloat16
+            lambda w=layer.kernel_weight()._replace(low_rank=None, low_rank_scale=None, type_bias=None, type_columns=None): (
+                ops.w4_linear(rows.codes, rows.stats, rows.branch, None, *w, torch.bfloat16)
             )
-            for layer in self.freeact()
+            for layer in self.layers("freeact-fast")
         ]
 
     def part_copy(self, n: int):
@@ -174,8 +166,9 @@ class Shape:
 
     def part_float8(self, n: int):
         """`torch._scaled_mm` on the same codes, exact accumulation; weights of one byte."""
-        x, stats = self.rows(n).codes.to(torch.float8_e4m3fn), self.rows(n).stats
-        layers = self.freeact()[: max(1, len(self.freeact()) // 2)]
+        rows, layers = self.rows(n, "freeact-fast"), self.layers("freeact-fast")
+        x, stats = rows.codes.to(torch.float8_e4m3fn), rows.stats
+        layers = layers[: max(1, len(layers) // 2)]
         weights = [split_columns(layer.codes()).to(torch.float8_e4m3fn) for layer in layers]
         return [
             lambda w=w, q=layer.qscale.flatten(): alternatives.float8_product(x, w, stats[0], q)
@@ -183,27 +176,28 @@ class Shape:
         ]
 
 
-# in the order of measuring: what the claims need, the parts of ours, peers
-MEASURED = (
+def tier_parts(tier: str) -> dict[tuple[str, str], tuple]:
+    """A preset's whole linear, and its two parts."""
+    return {
+        ("linear", tier): ("whole", tier),
+        ("kernel", f"{tier} product"): ("part_product", tier),
+        ("kernel", f"{tier} round"): ("part_round", tier),
+    }
+
+
+# in the order of measuring: what the claims need, the other tiers, peers; a method of `Shape` and its arguments
+MEASURED: tuple[dict[tuple[str, str], tuple], ...] = (
+    {("linear", "bf16"): ("whole_bf16",), **tier_parts("freeact-fastest")},
+    tier_parts("freeact-fast"),
+    tier_parts("freeact"),
     {
-        ("linear", "bf16"): "whole_bf16",
-        ("linear", "freeact"): "whole_freeact",
-        ("kernel", "freeact product"): "part_product",
+        ("kernel", "bare product"): ("part_bare_product",),
+        ("kernel", "float8 product"): ("part_float8",),
+        ("kernel", "copy of the rows"): ("part_copy",),
+        ("linear", "int4 weight-only"): ("whole_int4_weight_only",),
+        ("linear", "fake quantization"): ("whole_fake",),
     },
-    {
-        ("linear", "freeact, groups"): "whole_groups",
-        ("kernel", "freeact product, groups"): "product_groups",
-        ("kernel", "freeact round, groups"): "round_groups",
-    },
-    {
-        ("kernel", "freeact round"): "part_round",
-        ("kernel", "freeact bare product"): "part_bare_product",
-        ("kernel", "float8 product"): "part_float8",
-        ("kernel", "copy of the rows"): "part_copy",
-        ("linear", "int4 weight-only"): "whole_int4_weight_only",
-        ("linear", "fake quantization"): "whole_fake",
-    },
-    {("linear", "int8 dynamic"): "whole_int8_dynamic"},
+    {("linear", "int8 dynamic"): ("whole_int8_dynamic",)},
 )
 
 
@@ -247,7 +241,7 @@ def main() -> None:
         for providers in MEASURED:
             for (d, m), shape in shapes.items():
                 for n in TOKENS:
-                    for (what, provider), method in providers.items():
+                    for (what, provider), (method, *more) in providers.items():
                         if not wanted(provider, n) or time.monotonic() - begin > args.seconds:
                             continue
                         if args.only and provider not in args.only:
@@ -261,7 +255,7 @@ def main() -> None:
                             "metric": "microseconds",
                         }
                         try:
-                            value, spread = graph_microseconds(getattr(shape, method)(n))
+                            value, spread = graph_microseconds(getattr(shape, method)(n, *more))
                         except Exception as error:
                             row(**labels, value=None, note=f"{type(error).__name__}: {error}"[:200])
                         else:

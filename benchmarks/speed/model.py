@@ -3,8 +3,9 @@
     python -m benchmarks.speed.model --provider freeact --run compile --out DIR
 
 `--run` is `memory` (one prefill), `eager`, `graph` (the eager model as CUDA graphs), `parts` (the same with what lies between
-linears compiled: norms, gates, rotary embedding) or `compile` (`torch.compile` of the whole with CUDA graphs, as transformers
-itself does with a static cache). Rows are appended to `model.jsonl`.
+linears compiled: norms, gates, rotary embedding), `compile` (`torch.compile` of the whole with CUDA graphs, as transformers
+itself does with a static cache) or `compile-graph` (the same, with one CUDA graph made here, so that no check of a guard runs
+between tokens). Rows are appended to `model.jsonl`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama import modeling_llama
 
-from benchmarks.speed.llama import plain, quantized, shape_config
+from benchmarks.speed.llama import ATTENTIONS, plain, quantized, shape_config
 from benchmarks.speed.timing import quiet
+
+
+RUNS = ("memory", "eager", "graph", "parts", "compile", "compile-graph")
 
 
 class Meter:
@@ -88,11 +92,13 @@ def main() -> None:
     """One provider, one way to run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--provider", choices=("bf16", "freeact"), required=True)
-    parser.add_argument("--run", choices=("memory", "eager", "graph", "parts", "compile"), default="graph")
+    parser.add_argument("--run", choices=RUNS, default="graph")
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--attention", choices=("sdpa", "sdpa_grouped"), default="sdpa_grouped")
-    parser.add_argument("--preset", default="freeact-fast")
+    parser.add_argument("--attention", choices=("sdpa", *ATTENTIONS), default="sdpa_gqa")
+    parser.add_argument(
+        "--preset", default="freeact-fastest", help="of `--provider freeact`, whose rows bear its name"
+    )
     parser.add_argument("--embedding-bits", type=int, choices=(8, 16), default=8, help="of the quantized model")
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=64)
@@ -105,7 +111,7 @@ def main() -> None:
     config = shape_config(args.shape, args.layers, args.attention)
     name = args.provider
     if name == "freeact":
-        name += "" if args.preset == "freeact-fast" else ", groups"
+        name = args.preset
         name += "" if args.embedding_bits == 8 else ", bfloat16 embeddings"
     meter = Meter(
         args.out, provider=name, run=args.run, shape=args.shape, layers=config.num_hidden_layers,
@@ -195,8 +201,9 @@ def main() -> None:
 
     found: list[float] = []
     call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = step
-    if args.run in ("graph", "parts") and device == "cuda":
-        graph, kept = captured(lambda: step(token, where))
+    if args.run in ("graph", "parts", "compile-graph") and device == "cuda":
+        one = torch.compile(step, fullgraph=True) if args.run == "compile-graph" else step
+        graph, kept = captured(lambda: one(token, where))
 
         def replayed(token, where):  # noqa: ARG001
             graph.replay()

@@ -15,8 +15,9 @@ from benchmarks._results import RESULTS, read
 # provider: label, bytes of a weight, bytes of an input's number
 PROVIDERS = {
     ("linear", "bf16"): ("bf16 linear", 2.0, 2.0),
-    ("linear", "freeact"): ("freeact, whole linear", 0.5, 2.0),
-    ("kernel", "freeact product"): ("freeact, product", 0.5, 1.0),
+    ("linear", "freeact-fastest"): ("freeact-fastest, whole linear", 0.5, 2.0),
+    ("linear", "freeact-fast"): ("freeact-fast, whole linear", 0.5, 2.0),
+    ("kernel", "freeact-fastest product"): ("freeact-fastest, product", 0.5, 1.0),
     ("kernel", "float8 product"): ("FP8 product, exact", 1.0, 1.0),
 }
 
@@ -50,7 +51,7 @@ def main() -> None:
     peak = max(y for key in PROVIDERS for _, y in points(rows, *key))
     xs = [10 ** (i / 20) for i in range(0, 81)]
     axes.plot(xs, [min(bandwidth * x, peak) / 1e12 for x in xs], color="black", lw=1, label="memory, best product")
-    for key, marker in zip(PROVIDERS, "osD^"):
+    for key, marker in zip(PROVIDERS, "os*D^"):
         found = points(rows, *key)
         axes.scatter([x for x, _ in found], [y / 1e12 for _, y in found], s=22, marker=marker, label=PROVIDERS[key][0])
     axes.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="10$^{12}$ operations a second")

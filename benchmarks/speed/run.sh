@@ -39,12 +39,13 @@ models)
     export SPEED_LOCK="$out/lock" TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-3}"
     model() { step "$first" "$seconds" "$1" python -m benchmarks.speed.model --shape "$shape" "${@:2}" & }
     model bf16_compile --provider bf16 --run compile
-    model freeact_compile --provider freeact --run compile
+    model fastest_compile --provider freeact --run compile
     model bf16_parts --provider bf16 --run parts
-    model freeact_parts --provider freeact --run parts
-    model groups_parts --provider freeact --run parts --preset freeact
-    model freeact_graph --provider freeact --run graph
-    model freeact_memory --provider freeact --run memory --embedding-bits 16
+    for tier in freeact-fastest freeact-fast freeact; do
+        model "${tier}_parts" --provider freeact --run parts --preset "$tier"
+    done
+    model fastest_memory --provider freeact --run memory
+    model fastest_plain_memory --provider freeact --run memory --embedding-bits 16
     wait
     ;;
 all)

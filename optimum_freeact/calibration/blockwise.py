@@ -95,21 +95,21 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
     done = store.load(index) if store else None
     records: list[InputRecord | None] = []
     learned, fits = None, {}
+    compensated = [group[0] for group in groups if done is None and is_compensated(config, group)]
+    later = {group[0] for group in groups[1:]} if stream.paired or config.sequential else set()
     if done is None:
         wanted = {"paired": stream.paired, "peaks": config.channel_scale == "smoothquant", "limit": config.loudest}
-        moments = {group[0]: Moments(linears[group[0]].in_features, n_types, device, **wanted) for group in groups}
+        moments = {  # but of what is measured when the linears before it are finished
+            group[0]: Moments(linears[group[0]].in_features, n_types, device, **wanted)
+            for group in groups
+            if group[0] not in later and group[0] not in compensated
+        }
         reference = stream.observe(block, index, {group[0]: linears[group[0]] for group in groups}, moments)
-        for first, seen in moments.items():
+        for seen in moments.values():
             ranks.reduce(seen)
-            if not seen.is_finite():
-                raise ValueError(
-                    f"The input of '{name}.{first}' holds NaN or inf in calibration: nothing can be fitted to it. Check "
-                    "the model in full precision on the same data, or load it in bfloat16 or float32 instead of float16."
-                )
     else:
         reference = stream.observe(block, index, {}, {})
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-    compensated = [group[0] for group in groups if done is None and is_compensated(config, group)]
     exact = {first: stream.input_moments(block, index, linears[first], n_types, ranks) for first in compensated}
     routed = {}
     if done is None and not config.sequential:
@@ -121,16 +121,18 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
         if group[0] in exact:  # what it reads, now that the linears before it are quantized
             moments[group[0]] = stream.input_moments(block, index, linears[group[0]], n_types, ranks)
             compensation = fit_compensation(moments[group[0]], exact.pop(group[0]))
-        elif done is None and replaced and config.sequential:
+        elif done is None and group[0] in later and config.sequential:
             with exact_activations(block):
                 moments[group[0]] = stream.input_moments(
                     block, index, linears[group[0]], n_types, ranks, wanted["peaks"]
                 )
-        elif done is None and replaced and stream.exact_rows.get(group[0]):
+        elif done is None and group[0] in later:
             exact_rows = stream.exact_rows.pop(group[0])
             moments[group[0]] = stream.input_moments(
                 block, index, linears[group[0]], n_types, ranks, wanted["peaks"], exact_rows
             )
+        if done is None:
+            check_finite(moments[group[0]], f"{name}.{group[0]}")
         stored = {} if done is None else done
         n_left_out = stored.get(f"{input_name(group)}.left_out", torch.empty(0, 0)).shape[1]
         source, targets = replace_group(block, group, config, stream.state, device, n_left_out)
@@ -175,6 +177,15 @@ def _quantize_block(block, name, linears, groups, index, stream, config, store, 
     if store and done is None and ranks.is_main:
         store.save(index, block)
     return error, records, learned
+
+
+def check_finite(moments: Moments, name: str) -> None:
+    """Raise a `ValueError` that names the linear if its inputs are not finite."""
+    if not moments.is_finite():
+        raise ValueError(
+            f"The input of '{name}' holds NaN or inf in calibration: nothing can be fitted to it. Check "
+            "the model in full precision on the same data, or load it in bfloat16 or float32 instead of float16."
+        )
 
 
 def warn_absent(batches: list[Batch], names: list[str]) -> None:

@@ -44,7 +44,7 @@ class Stream:
 
     @torch.no_grad()
     def observe(self, block: nn.Module, index: int, inputs: dict[str, nn.Linear], moments: dict[str, Moments]):
-        """Run the full-precision block on all batches and stream the moments of the named linears' inputs.
+        """Run the full-precision block on all batches and stream the moments of the linears that `moments` names.
 
         Returns the last batch's output, against which the quantized block is measured, and the outputs that become
         the next full-precision inputs.
@@ -52,23 +52,24 @@ class Stream:
         seen = _Seen()
         hooks = [linear.register_forward_pre_hook(_keep(seen, name)) for name, linear in inputs.items()]
         outputs = []
-        self.exact_rows = {name: [] for name in inputs}
+        self.exact_rows = {name: [] for name in list(inputs)[1:]}  # the first is fitted before anything has changed
         for i, batch in enumerate(self.batches):
             self.state.types = None if batch.types is None else batch.types.to(self.device)
             if self.exact is not None:
                 self.exact[i] = run_block(block, self.exact[i], batch.calls[index], self.device)
                 paired = dict(seen)
-                for name, rows in seen.items():
-                    self.exact_rows[name].append(rows)
+                for name, kept in self.exact_rows.items():
+                    if name in seen:
+                        kept.append(seen[name])
                 seen.clear()
             else:
                 paired = {}
             last = i == len(self.batches) - 1
             needed = last or not self.propagate or self.keep_outputs
-            if inputs or needed:
-                output = self._run_observed(block, index, i, seen, None if needed else len(inputs))
-                for name, x in seen.items():
-                    y = paired.get(name)
+            if moments or needed:
+                output = self._run_observed(block, index, i, seen, None if needed else set(moments))
+                for name in (name for name in seen if name in moments):
+                    x, y = seen[name], paired.get(name)
                     types = self._types(batch, x) if x.shape[:-1].numel() == batch.hidden.shape[:-1].numel() else None
                     types = (
                         torch.zeros(x.shape[:-1].numel(), dtype=torch.long, device=x.device)
@@ -86,8 +87,8 @@ class Stream:
             hook.remove()
         return outputs
 
-    def _run_observed(self, block: nn.Module, index: int, i: int, seen: _Seen, enough: int | None):
-        """Output of the block on batch `i`; with `enough`, it stops (and gives `None`) once so many inputs are seen."""
+    def _run_observed(self, block: nn.Module, index: int, i: int, seen: _Seen, enough: set[str] | None):
+        """Output of the block on batch `i`; with `enough`, it stops (and gives `None`) once these inputs are seen."""
         seen.enough = enough
         try:
             return run_block(block, self.actual[i], self.batches[i].calls[index], self.device)
@@ -127,7 +128,8 @@ class Stream:
         )
         hook = linear.register_forward_pre_hook(_keep(seen, "input"))
         for i, batch in enumerate(self.batches):
-            self.run(block, index, i)
+            self.state.types = None if batch.types is None else batch.types.to(self.device)
+            self._run_observed(block, index, i, seen, {"input"})  # what comes behind the input is not needed
             x, types = seen["input"].flatten(0, -2), self._types(batch, seen["input"])
             real = types != NO_TYPE
             y = None if exact is None else exact[i].flatten(0, -2)[real]
@@ -176,19 +178,19 @@ def exact_activations(block: nn.Module) -> Iterator[None]:
 
 
 class _AllSeen(Exception):  # noqa: N818
-    """Raised in a block when the inputs of all its linears are known: its last product is not needed."""
+    """Raised in a block when all inputs that are asked for are known: what comes behind them is not needed."""
 
 
 class _Seen(dict):
-    """Inputs by name; `enough` is how many end the block's run early."""
+    """Inputs by name; those in `enough` end the block's run early when all are there."""
 
-    enough: int | None = None
+    enough: set[str] | None = None
 
 
 def _keep(seen: _Seen, name: str):
     def hook(module: nn.Module, args: tuple) -> None:  # noqa: ARG001
         seen[name] = args[0]
-        if seen.enough is not None and len(seen) >= seen.enough:
+        if seen.enough is not None and seen.enough <= seen.keys():
             raise _AllSeen
 
     return hook

@@ -143,8 +143,8 @@ def layer_obstacle(
     return None
 
 
-def plan(device: torch.device | str, **layer) -> Plan:
-    """What runs a layer on a device; `layer` as in [`layer_obstacle`].
+def plan(device: torch.device | str, *, low_rank: int | None = None, **layer) -> Plan:
+    """What runs a layer on a device; `layer` as in [`layer_obstacle`], the rank of its branch only for the reason.
 
     Raises:
         `ValueError`: if `FREEACT_KERNELS` names a kernel that cannot run on this device.
@@ -187,7 +187,8 @@ def plan(device: torch.device | str, **layer) -> Plan:
             "triton",
             "4-bit Triton kernels",
             f"compute capability {major}.{minor}; one row to {DP4A_ROWS} on plain cores, more on int8 tensor cores"
-            + (", many by warps with roles of their own" if (major, minor) == (9, 0) else ""),
+            + (", many by warps with roles of their own" if (major, minor) == (9, 0) else "")
+            + ("; without a branch rows are rounded in one pass" if low_rank == 0 else ""),
         )
     from optimum_freeact.kernels.native import kind
 
@@ -212,12 +213,29 @@ def hopper_kernel(rows: Rows, weight: Weight, out_dtype: torch.dtype) -> str | N
     """The module whose kernel for Hopper serves these rows best, or `None` where the others do."""
     if not rows.codes.is_cuda or not is_hopper(rows.codes.device.index):
         return None
+    if rows.codes.dtype == torch.int8 and stream_choice(len(rows.codes), weight):
+        return "w4_stream"
     if weight.type_bias is not None and len(weight.type_bias) > MOST_MARKED:
         return None
     group = 0 if weight.group_scale is None else weight.packed.shape[1] // weight.group_scale.shape[1]
     branch = 0 if rows.branch is None else rows.branch.shape[1]
     m, half = weight.packed.shape
     return hopper_choice(len(rows.codes), m, half, branch, out_dtype, group)
+
+
+STREAM_ROWS = (2, 16)  # from and to which rows meet the weight as a stream; one row is as fast on plain cores
+
+
+def stream_choice(n: int, weight: Weight) -> bool:
+    """Whether `w4_stream` serves this number of rows: pieces of 128 bytes of a row, biases of four types at most, and so many
+    pieces that there is work for all.
+    """
+    biases = 0 if weight.type_bias is None else len(weight.type_bias)
+    m, half = weight.packed.shape
+    return STREAM_ROWS[0] <= n <= STREAM_ROWS[1] and half % 128 == 0 and biases <= 4 and m * half >= STREAM_BYTES
+
+
+STREAM_BYTES = 1 << 22  # of a weight, from which a stream is worth its start
 
 
 def hopper_choice(n: int, m: int, half: int, branch: int, out_dtype: torch.dtype, group: int = 0) -> str | None:

@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _grid(low, high, clip, unit, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr):
+def grid_of(low, high, clip, unit, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr):
     """Scale and offset of the grid between two extremes; `unit` is the scale of what has no extent."""
     if SYMMETRIC:
         scale = tl.maximum(tl.abs(low), tl.abs(high)) * clip / (QMAX + 0.5)
@@ -32,10 +32,11 @@ def _grid(low, high, clip, unit, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETR
 
 # rounding half to even: a number added to 1.5 * 2^23 has its integer part in its last bits
 MAGIC = tl.constexpr(12582912.0)
+MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
-def _stepped(z, inverse, shift, QMIN: tl.constexpr, QMAX: tl.constexpr):
+def stepped(z, inverse, shift, QMIN: tl.constexpr, QMAX: tl.constexpr):
     """Codes of `z`, plus MAGIC."""
     return tl.minimum(tl.maximum(z * inverse - shift, QMIN * 1.0), QMAX * 1.0) + MAGIC
 
@@ -58,16 +59,16 @@ def store_codes(
         high = tl.max(tl.where(is_column, z, float("-inf")), 2)
     low, high = tl.min(low, 0), tl.max(high, 0)
     good = tl.abs(high - low) < float("inf")
-    scale, offset = _grid(low, high, clip, 1.0 / undo, QMIN, QMAX, SYMMETRIC)
+    scale, offset = grid_of(low, high, clip, 1.0 / undo, QMIN, QMAX, SYMMETRIC)
     inverse = 1.0 / scale
     shift = offset * inverse
-    bits = _stepped(z, inverse[None, :, None], shift[None, :, None], QMIN, QMAX).to(tl.int32, bitcast=True)
+    bits = stepped(z, inverse[None, :, None], shift[None, :, None], QMIN, QMAX).to(tl.int32, bitcast=True)
     HALF: tl.constexpr = B // 2  # the columns of the right factor are split, so those of z are
     column = i[:, None] * HALF + tl.where(j < HALF, j, j - HALF + A * HALF)[None, :]
     place = codes_ptr + (rows.to(tl.int64) * (A * B))[None, :, None] + column[:, None, :]
     inside = (i < A)[:, None, None] & is_column & alive[None, :, None]
     tl.store(place, bits.to(tl.int8), mask=inside)
-    counted = bits - 0x4B400000
+    counted = bits - MAGIC_BITS
     if A != PA or B != PB:
         counted = tl.where((i < A)[:, None, None] & is_column, counted, 0)
     total = tl.sum(tl.sum(counted, 2), 0)
@@ -91,19 +92,19 @@ def store_values(
         low = tl.min(tl.min(tl.where((j < B)[None, None, :], z, float("inf")), 2), 0)
         high = tl.max(tl.max(tl.where((j < B)[None, None, :], z, float("-inf")), 2), 0)
         good = tl.abs(high - low) < float("inf")
-        scale, offset = _grid(low, high, clip, 1.0, QMIN, QMAX, SYMMETRIC)
+        scale, offset = grid_of(low, high, clip, 1.0, QMIN, QMAX, SYMMETRIC)
         inverse = 1.0 / scale
-        steps = _stepped(z, inverse[None, :, None], (offset * inverse)[None, :, None], QMIN, QMAX) - MAGIC
+        steps = stepped(z, inverse[None, :, None], (offset * inverse)[None, :, None], QMIN, QMAX) - MAGIC
         value = steps * scale[None, :, None] + offset[None, :, None]
         value = tl.where(good[None, :, None], value, float("nan"))
     else:
         groups = tl.reshape(z, (PA, TOKENS, PB // GROUP, GROUP))
         low, high = tl.min(groups, 3), tl.max(groups, 3)
         good = tl.abs(high - low) < float("inf")
-        scale, offset = _grid(low, high, clip[None, :, None], 1.0, QMIN, QMAX, SYMMETRIC)
+        scale, offset = grid_of(low, high, clip[None, :, None], 1.0, QMIN, QMAX, SYMMETRIC)
         inverse = 1.0 / scale
         shift = offset * inverse
-        steps = _stepped(groups, inverse[:, :, :, None], shift[:, :, :, None], QMIN, QMAX) - MAGIC
+        steps = stepped(groups, inverse[:, :, :, None], shift[:, :, :, None], QMIN, QMAX) - MAGIC
         value = steps * scale[:, :, :, None] + offset[:, :, :, None]
         value = tl.where(good[:, :, :, None], value, float("nan"))
     # runs of a tile's columns have their even columns first: taken apart, each half lies as it does in memory
@@ -194,9 +195,9 @@ def round_flat(
     high = tl.max(tl.where(inside, z, float("-inf")), 1)
     good = tl.abs(high - low) < float("inf")
     clip = tl.load(clips_ptr + row)
-    scale, offset = _grid(low, high, clip, 1.0, QMIN, QMAX, SYMMETRIC)
+    scale, offset = grid_of(low, high, clip, 1.0, QMIN, QMAX, SYMMETRIC)
     inverse = 1.0 / scale
-    value = _stepped(z, inverse[:, None], (offset * inverse)[:, None], QMIN, QMAX) - MAGIC
+    value = stepped(z, inverse[:, None], (offset * inverse)[:, None], QMIN, QMAX) - MAGIC
     value = tl.where(good[:, None], value * scale[:, None] + offset[:, None], float("nan"))
     column = (safe % (D // GROUP))[:, None] * GROUP + t[None, :]
     place = values_ptr + row[:, None] * D + (column % 2) * (D // 2) + column // 2

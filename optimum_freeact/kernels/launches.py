@@ -18,7 +18,8 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 # Per kernel: (rows at most, settings). Rounding: `rows` x `chunk` numbers at a time of a program of the projection, at most
 # `parts` programs for the same rows and about `fill` in all; `correct_rows` x `elements` of a program that corrects;
 # `programs` that finish, `finish_rows` at a time. Products: BM rows of codes, BN outputs, BK bytes, GROUP
-# blocks of outputs in a row. `pdl`: programmatic dependent launch.
+# blocks of outputs in a row. Stream: `room` bytes of shared memory for pieces of the weight, `depth` of them under way at a
+# time; outputs are not shared by programs where there is a block of them for at least `whole` of the multiprocessors. `pdl`: programmatic dependent launch.
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
         (4, {"rows": 16, "chunk": 512, "parts": 64, "fill": 264, "project_warps": 8, "correct_rows": 16, "elements": 1,
@@ -28,9 +29,18 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (None, {"rows": 64, "chunk": 128, "parts": 4, "fill": 128, "project_warps": 4, "correct_rows": 64, "elements": 256,
                 "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False}),
     ],
+    "pass": [
+        (16, {"programs": 1056, "warps": 8, "stages": 1, "ahead": False, "registers": None, "pdl": True}),
+        (None, {"programs": 1056, "warps": 8, "stages": 1, "ahead": False, "registers": None, "pdl": False}),
+    ],
     "dp4a": [
         (1, {"words": 4096, "warps": 4, "pdl": True}),
         (None, {"words": 2048, "warps": 2, "pdl": True}),
+    ],
+    "stream": [
+        (8, {"BM": 8, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "pdl": True}),
+        (16, {"BM": 16, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "pdl": True}),
+        (None, {"BM": 32, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 128, "pdl": True}),
     ],
     "w4": [
         (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
@@ -84,10 +94,20 @@ def round_launch(n: int, d: int, changes: dict) -> dict:
     return {**found, "steps": -(-d // (found["chunk"] * parts))}
 
 
+def pass_launch(n: int, changes: dict) -> dict:
+    """Settings to round `n` rows in one pass; `changes` override."""
+    return {**_find(_settings()["pass"], n), **changes}
+
+
 def dp4a_launch(n: int, wide: int) -> dict:
     """Settings of a product on plain cores; `wide` is the padded number of words of a row."""
     found = dict(_find(_settings()["dp4a"], n))
     return {"BN": max(1, min(16, found.pop("words") // wide)), **found}
+
+
+def stream_launch(n: int, changes: dict) -> dict:
+    """Settings of a product whose weights come as a stream, for `n` rows; `changes` override."""
+    return {**_find(_settings()["stream"], n), **changes}
 
 
 def gemv_launch(n: int, wide: int) -> dict:

@@ -21,6 +21,7 @@ from optimum_freeact.kernels.tables import TENSORS, InputTables, branch_width
 
 logger = logging.getLogger(__name__)
 
+PASS = "round_pass"
 _failed: dict[str, str] = {}
 _lock = threading.Lock()
 
@@ -39,6 +40,30 @@ def make_ready(device: torch.device) -> None:
     counters(device)
 
 
+def check_pass(device: torch.device) -> None:
+    """Have rounding in one pass compared with its specification, once; where it is wrong, three launches take its place."""
+    if device.type != "cuda" or PASS in _failed:
+        return
+    from optimum_freeact.kernels.self_check import pass_obstacle
+
+    obstacle = pass_obstacle(device.index)
+    if obstacle is not None:
+        _fail(PASS, obstacle)
+
+
+def _fail(name: str, reason: str) -> None:
+    """Remember a failure, and say it once."""
+    with _lock:
+        if name not in _failed:
+            _failed[name] = reason
+            logger.warning(
+                "The kernel %s failed (%s); another takes its place from here on, at a loss of speed only. "
+                "FREEACT_KERNELS=torch avoids the attempt.",
+                name,
+                reason,
+            )
+
+
 def _attempt(name: str, kernel, fallback):
     """`kernel()`, or from its first failure on `fallback()`."""
     if name not in _failed:
@@ -47,15 +72,7 @@ def _attempt(name: str, kernel, fallback):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler raises
-            with _lock:
-                if name not in _failed:
-                    _failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-                    logger.warning(
-                        "The kernel %s failed (%s); another takes its place from here on, at a loss of speed only. "
-                        "FREEACT_KERNELS=torch avoids the attempt.",
-                        name,
-                        _failed[name],
-                    )
+            _fail(name, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}")
     return fallback()
 
 
@@ -92,7 +109,18 @@ def _round_rows(
         rows = reference.round_rows(x, types, tables.input_map(), clip, bits, symmetric, tables.branch, group=group)
         return reference.marked(rows, types, tables.rank, 0 if mean is None else len(mean), tables.branch)
 
-    rows = _attempt(f"round_rows[{a}x{b}]", kernel, plain)
+    def in_one_pass() -> reference.Rows:
+        from optimum_freeact.kernels import rounding_pass_triton
+
+        return rounding_pass_triton.round_rows(x, types, tables)
+
+    def rounded() -> reference.Rows:
+        return _attempt(f"round_rows[{a}x{b}]", kernel, plain)
+
+    if tables.one_pass and PASS not in _failed:
+        rows = _attempt(f"{PASS}[{a}x{b}]", in_one_pass, rounded)
+    else:
+        rows = rounded()
     return (
         rows.codes,
         rows.stats,

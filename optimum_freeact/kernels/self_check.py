@@ -1,8 +1,8 @@
-"""The kernels for groups against their specification, once on each GPU before a model uses them there.
+"""The kernels for groups, and rounding in one pass, against their specification, once on each GPU before a model uses them.
 
-They serve the default preset, and a kernel that compiles can still be wrong on a GPU or a Triton that it was not tested
-on. Where they disagree with torch, or do not run, torch takes their place and `freeact inspect` says why. It takes a few
-seconds when Triton has nothing in its cache, and a moment later on.
+The first serve the default preset, and a kernel that compiles can still be wrong on a GPU or a Triton that it was not tested
+on. Where they disagree with torch, or do not run, torch takes their place and `freeact inspect` says why; rounding in one pass
+gives way to three launches, with a warning. It takes a few seconds when Triton has nothing in its cache, and a moment later on.
 """
 
 from __future__ import annotations
@@ -44,6 +44,49 @@ def groups_obstacle(index: int | None, special: Callable) -> str | None:
     return None if found is None else f"the kernels for groups disagree with torch on this GPU ({found})"
 
 
+@cache
+@torch.compiler.assume_constant_result
+def pass_obstacle(index: int | None) -> str | None:
+    """Why rows without a branch are not to be rounded in one pass on a CUDA device, or `None`."""
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    try:
+        with torch.no_grad(), torch.cuda.device(device):
+            return pass_disagreement(device)
+    except Exception as error:  # whatever a compiler raises
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def pass_disagreement(device: torch.device, rows: tuple[int, ...] = (1, 300)) -> str | None:
+    """What rounding in one pass does otherwise than its specification, by more than rounding at an edge, or `None`."""
+    from optimum_freeact.kernels import rounding_pass_triton
+
+    found, tables = _input_side(device, rank=0, group=0)
+    for n, x, types in _rows(device, rows):
+        want = reference.round_rows(x, types, found, tables.clip, 4, False, tables.branch, torch.float64)
+        want = reference.marked(want, types, 0, len(tables.clip), tables.branch)
+        got = rounding_pass_triton.round_rows(x, types, tables)
+        for name, error in (
+            ("codes", _relative(_dequantized(got), _dequantized(want))),
+            ("branch", _relative(got.branch, want.branch) if bool(types.any()) else 0.0),
+        ):
+            if not error <= ROUNDING_ERROR:  # nan too
+                return f"{name} of {n} rows: relative error {error:.2g}, at most {ROUNDING_ERROR:g} was expected"
+    return None
+
+
+def _dequantized(rows: reference.Rows) -> torch.Tensor:
+    scale, offset, _ = rows.stats.double().unsqueeze(-1)
+    return rows.codes.double() * scale + offset
+
+
+def _rows(device: torch.device, rows: tuple[int, ...]):
+    """Numbers of tokens, each with rows and types."""
+    generator = torch.Generator().manual_seed(2)
+    for n in rows:
+        x = torch.randn(n, WIDTH, generator=generator).bfloat16().to(device)
+        yield n, x, torch.randint(0, 2, (n,), generator=generator).to(device)
+
+
 def disagreement(device: torch.device, special: Callable, rows: tuple[int, ...] = ROWS) -> str | None:
     """What differs by more than rounding does, or `None`.
 
@@ -54,10 +97,7 @@ def disagreement(device: torch.device, special: Callable, rows: tuple[int, ...] 
     """
     found, tables = _input_side(device)
     weight = _weight(device)
-    generator = torch.Generator().manual_seed(2)
-    for n in rows:
-        x = torch.randn(n, WIDTH, generator=generator).bfloat16().to(device)
-        types = torch.randint(0, 2, (n,), generator=generator).to(device)
+    for n, x, types in _rows(device, rows):
         for name, error, most in _errors(x, types, found, tables, weight, special):
             if not error <= most:  # nan too
                 return f"{name} of {n} rows: relative error {error:.2g}, at most {most:g} was expected"
@@ -93,15 +133,18 @@ def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def _input_side(device: torch.device) -> tuple[InputMap, InputTables]:
+def _input_side(device: torch.device, rank: int = RANK, group: int = VALUE_GROUP) -> tuple[InputMap, InputTables]:
     """A map with all its parts but a channel scale, which no preset of ours has."""
     generator = torch.Generator().manual_seed(0)
     left, right = (flat_rotation(size, generator).float() for size in factor_pair(WIDTH))
     codes, scale = column_codes(torch.linalg.qr(torch.randn(WIDTH, RANK, generator=generator))[0])
     mean, clip = torch.randn(2, WIDTH, generator=generator), torch.tensor([0.9, 0.8])
-    parts = [tensor.to(device) for tensor in (mean, codes.float() * scale, left, right)]
-    found = InputMap(parts[0], None, *parts[1:])
-    return found, make_tables(found, codes.to(device), scale.to(device), clip.to(device), 4, False, VALUE_GROUP)
+    mean, basis, left, right = (tensor.to(device) for tensor in (mean, codes.float() * scale, left, right))
+    codes, scale, clip = (tensor.to(device) for tensor in (codes, scale, clip))
+    if rank == 0:
+        basis = codes = scale = None
+    found = InputMap(mean, None, basis, left, right)
+    return found, make_tables(found, codes, scale, clip, 4, False, group)
 
 
 def _weight(device: torch.device) -> reference.Weight:

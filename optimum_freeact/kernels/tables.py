@@ -100,6 +100,12 @@ class InputTables:
         return 0 if self.basis_scale is None else len(self.basis_scale)
 
     @property
+    def one_pass(self) -> bool:
+        """Whether rows are read once (`rounding_pass_triton`): there is no branch, and factors and tile fit together."""
+        a, b = padded(self.a), padded(self.b)
+        return self.rank == 0 and self.group == 0 and 2 * (a * a + a * b + b * b) <= PASS_BYTES
+
+    @property
     def has_branch(self) -> bool:
         """Whether rows leave with coordinates or marks of types."""
         return self.rank > 0 or (self.mean is not None and n_marks(len(self.mean)) > 0)
@@ -108,6 +114,9 @@ class InputTables:
     def branch(self) -> int:
         """Columns of the padded branch."""
         return branch_width(self.rank, len(self.clip))
+
+
+PASS_BYTES = 128 * 1024  # of both factors and a tile beside each other in shared memory
 
 
 def runs_in_tiles(a: int, b: int, group: int) -> bool:

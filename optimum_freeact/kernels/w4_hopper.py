@@ -174,11 +174,13 @@ def _w4_hopper(
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _described(tensor: torch.Tensor, rows: int, columns: int, swizzle: int) -> TensorDescriptor:
+def described(tensor: torch.Tensor, rows: int, columns: int, swizzle: int) -> TensorDescriptor:
+    """A matrix of which the copy engine brings pieces of `rows` by `columns`."""
     layout = gl.NVMMASharedLayout(swizzle, 8 * tensor.element_size())
     return TensorDescriptor.from_tensor(tensor, [rows, columns], layout)
 
@@ -211,8 +213,8 @@ def w4_linear(
     pdl = launch_pdl(launch.pop("pdl"))
     bm, bn, bk = launch["BM"], launch["BN"], launch["BK"]
     tiles = triton.cdiv(n, bm) * triton.cdiv(m, bn)
-    _w4_hopper[(min(tiles, _processors(y.device)),)](
-        _described(weight.packed, bn, bk, bk), _described(rows.codes, bm, bk, bk * rows.codes.element_size()), _described(y, bm, bn // 2, 128),
+    _w4_hopper[(min(tiles, processors(y.device)),)](
+        described(weight.packed, bn, bk, bk), described(rows.codes, bm, bk, bk * rows.codes.element_size()), described(y, bm, bn // 2, 128),
         rows.stats, rows.branch, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, columns,
         groups, n, m, HALF=half, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
         MARKS=0 if columns is None else columns.shape[1], PR=width,

@@ -186,6 +186,8 @@ class FreeActInput(nn.Module):
         if plans == {"triton"}:
             grouped = any(group_size is not None for _, group_size in self.reader_settings)
             self._tables = make_tables(*stored, self.group_size or (self.in_features if grouped else 0))
+            if self._tables.one_pass:
+                ops.check_pass(self.clip.device)
             keep_in_place(*self._tables.tensors())
             self.join_readers()
         elif plans == {"native"}:

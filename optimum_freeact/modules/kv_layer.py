@@ -194,10 +194,23 @@ class FreeActCacheLayer(DynamicLayer):
             store.exact = store.exact.to("cpu", non_blocking=True)
 
     def prefetch(self) -> None:
-        """Move back to the device of the first states."""
+        """Move back to the device of the first states.
+
+        The cache calls it on a stream of its own, which must wait until the copies to the CPU have ended; and what it brings
+        is read on the default stream, so its memory must not be used again before that has come so far. Neither is left to
+        the host: transformers 5.17 sees to neither.
+        """
+        default = (
+            torch.cuda.default_stream(self.device) if self.is_initialized and self.device.type == "cuda" else None
+        )
+        if default is not None:
+            torch.cuda.current_stream(self.device).wait_stream(default)
         super().prefetch()
         for store in self.stores:
             store.exact = store.exact.to(self.device, non_blocking=True)
+        if default is not None:
+            for tensor in (self.keys, self.values, *(store.exact for store in self.stores)):
+                tensor.record_stream(default)
 
     def reset(self) -> None:
         """Forget everything; the next `update` starts afresh."""

@@ -114,6 +114,7 @@ def kernel_of(config: FreeActConfig, device: torch.device) -> tuple[str, str]:
         group_size=config.weight_group_size,
         transform=config.transform,
         activation_group_size=config.activation_group_size,
+        low_rank=config.low_rank,
     )
     return found.product, found.reason
 

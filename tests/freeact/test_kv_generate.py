@@ -195,9 +195,14 @@ def test_an_offloaded_cache_is_quantized_too(family, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_an_offloaded_cache_on_a_gpu(implementation):
+@pytest.mark.parametrize("slow", [False, True])
+def test_an_offloaded_cache_on_a_gpu(implementation, slow):
+    """Also where the GPU is far behind: what is copied to the CPU must be there before it is copied back."""
     model, ids = tiny_decoder("llama").to("cuda", torch.bfloat16), prompt().cuda()
     model.set_attn_implementation(implementation)
     install_kv_cache(model, SPEC)
     wanted = generate(model, ids)
-    assert torch.equal(generate(model, ids, cache_implementation="offloaded"), wanted)
+    for layer in model.model.layers if slow else ():
+        layer.register_forward_pre_hook(lambda *_: torch.cuda._sleep(2_000_000))
+    for _ in range(3):
+        assert torch.equal(generate(model, ids, cache_implementation="offloaded"), wanted)

@@ -1,6 +1,7 @@
 """What the benchmarks claim follows from their rows; the task cannot be won by a constant answer."""
 
 import itertools
+import json
 import statistics
 
 import pytest
@@ -132,15 +133,18 @@ def test_every_method_of_the_table_and_point_of_the_map_is_a_trainer_config(tmp_
         found += [settings for name, settings in table.items() if name != BASE]
     for settings in found:
         own = {k: v for k, v in settings.items() if k.startswith("mlc_") or k in ("learning_rate", "beta")}
-        assert set(settings) - set(own) <= {"lora", "steps", "shuffled", "embedding_rate", "warmup", "kept", "head"}
+        assert set(settings) - set(own) <= {
+            *("lora", "steps", "shuffled", "embedding_rate", "warmup", "kept", "head", "taught")
+        }
         MLCDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **own)
 
 
 def test_the_rule_cannot_be_won_by_a_constant_answer_and_tests_are_new():
-    from benchmarks.mlc.concepts import ALL, ANSWERS, DECLINES, FAR, HELD_OUT, SEEN, VALIDATION, split
+    from benchmarks.mlc.concepts import ANSWERS, DECLINES, draw_languages, split
     from tests.conftest import asset_or_skip
 
-    data = split(asset_or_skip("concepts"), train=200, test=40)
+    languages = draw_languages(0)
+    data = split(asset_or_skip("concepts"), 0, 200, 40, languages.taught, languages.held_out)
 
     def pairs(rows):
         return {frozenset(prompt.removesuffix("\nAnswer:").split(", ")) for prompt in rows["prompt"]}
@@ -156,14 +160,44 @@ def test_the_rule_cannot_be_won_by_a_constant_answer_and_tests_are_new():
         for row in rows:
             assert (row["chosen"] in DECLINES) != (row["rejected"] in DECLINES)
             assert {row["chosen"], row["rejected"]} <= {*DECLINES, *ANSWERS}
-    assert set(data.train[0]["prompt_translations"]) == set(SEEN)
-    assert set(data.test[0]["prompt_translations"]) == {*SEEN, *HELD_OUT, *FAR}
-    assert len(set(ALL)) == len(ALL)
-    assert not set(VALIDATION) & {*SEEN, *HELD_OUT, *FAR}
+    assert set(data.train[0]["prompt_translations"]) == set(languages.taught)
+    assert set(data.test[0]["prompt_translations"]) == set(languages.held_out)
+
+
+def test_languages_count_as_read_by_what_the_untouched_model_retrieves():
+    from benchmarks._results import RESULTS
+    from benchmarks.mlc.concepts import POOL, READ
+    from benchmarks.mlc.languages import LEAST
+
+    rows = json.loads((RESULTS / "mlc_languages.json").read_text())["rows"]
+    found = {row["language"]: row["value"] for row in rows}
+    assert list(found) == list(POOL)
+    assert [name for name in POOL if found[name] > LEAST - 1e-9] == list(READ)
+
+
+def test_held_out_languages_are_neither_taught_nor_those_that_settings_are_chosen_by():
+    from benchmarks.mlc.concepts import DRAWN, POOL, READ, SCORED, VALIDATION, draw_languages
+    from benchmarks.mlc.transfer_run import groups
+
+    assert len(set(POOL)) == len(POOL)
+    assert set(READ) <= set(POOL)
+    choosing = draw_languages(100, validating=True)
+    assert set(choosing.held_out) == set(VALIDATION)
+    drawn = [draw_languages(seed) for seed in range(5)]
+    for found in (choosing, *drawn):
+        assert len(found.held_out) == DRAWN
+        assert sorted([*found.taught, *found.held_out]) == sorted(POOL)
+    assert not set(VALIDATION) & {name for found in drawn for name in found.held_out}
+    assert len({found.held_out for found in drawn}) == 5
+    assert draw_languages(3) == drawn[3]
+    scored = groups(3, validating=False)
+    assert scored["seen"] == ("en", *drawn[3].taught[:SCORED])
+    assert scored["held_out_all"] == drawn[3].held_out
+    assert set(scored["held_out"]) == set(drawn[3].held_out) & set(READ)
+    assert set(groups(100, validating=True)) == {"seen", "validation", "validation_all"}
 
 
 def test_regimes_then_the_table_then_the_rest_of_the_map(tmp_path, monkeypatch):
-    import json
     import sys
 
     from benchmarks.mlc import transfer
@@ -221,7 +255,7 @@ def test_regimes_keep_the_head_the_words_or_half_the_way(tied, tokenizer):
 
     def moved(settings: dict) -> dict[str, torch.Tensor]:
         own = {"learning_rate": 1e-2, "mlc_layer": 3, "mlc_extractor_dim": 0, "mlc_every": 1, **settings}
-        model, layer, numbers, _ = train(tied, tokenizer, data, own, 0, options)
+        model, layer, numbers, _ = train(tied, tokenizer, data, own, 0, options, own.pop("kept", 0.0))
         assert layer == 3
         assert numbers["train_seconds"] > 0
         parts = {

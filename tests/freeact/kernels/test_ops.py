@@ -94,12 +94,25 @@ def with_triton(monkeypatch, no_failures, device):
         {"preset": "freeact-fast", "activation_bits": 8},
         {"preset": "quarot"},
         {"preset": "freeact-fast", "low_rank": 0, "centring": "none"},
+        {"preset": "freeact-fastest"},
+        {"preset": "freeact-fastest", "transform": "kronecker", "channel_scale": "closed_form"},
         {"preset": "freeact"},
         {"preset": "freeact", "activation_group_size": None},
         {"preset": "freeact-fast", "activation_group_size": 16},
         {"preset": "freeact", "activation_bits": 8},
     ],
-    ids=["fast", "a8", "quarot", "bare", "groups", "weight groups", "activation groups", "groups a8"],
+    ids=[
+        "fast",
+        "a8",
+        "quarot",
+        "bare",
+        "fastest",
+        "fitted factors",
+        "groups",
+        "weight groups",
+        "activation groups",
+        "groups a8",
+    ],
 )
 def test_modules_compute_the_same_with_kernels(settings, monkeypatch, request):
     monkeypatch.setenv("FREEACT_KERNELS", "torch")

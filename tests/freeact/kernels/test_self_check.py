@@ -80,3 +80,14 @@ def test_the_kernel_of_this_gpu_alone_is_compared_too(device):
         del sys.modules[name]
     assert asked == [5]
     assert said.startswith("product of 5 rows")
+
+
+def test_rounding_in_one_pass_is_compared(device, monkeypatch):
+    from optimum_freeact.kernels import rounding_pass_triton
+
+    assert self_check.pass_disagreement(torch.device(device), (1, 5)) is None
+    right = rounding_pass_triton.round_rows
+    monkeypatch.setattr(
+        rounding_pass_triton, "round_rows", lambda x, types, tables: right(x, types.roll(1), tables)
+    )  # the next row's mean
+    assert self_check.pass_disagreement(torch.device(device), (5,)).startswith("codes of 5 rows: relative error")

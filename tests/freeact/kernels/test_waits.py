@@ -9,7 +9,7 @@ import sys
 import pytest
 
 
-SCRIPT = """
+BEFORE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -30,6 +30,10 @@ class Fake:
 driver.set_active(Fake())
 from triton.runtime.jit import JITFunction
 run = JITFunction.run
+"""
+SCRIPT = (
+    BEFORE
+    + """
 def compiled(self, *args, grid, warmup, **options):
     made = run(self, *args, grid=grid, warmup=True, **options)
     text = made.asm["ttgir"]
@@ -37,22 +41,27 @@ def compiled(self, *args, grid, warmup, **options):
     return made
 import re
 JITFunction.run = compiled
-from optimum_freeact.kernels import rounding_triton
+from optimum_freeact.kernels import rounding_pass_triton, rounding_triton
 from tests.freeact.kernels.cases import input_side
+x, types = torch.empty(2048, 14336, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.int64)
 for d in (2048, 14336):
-    tables = input_side(d, rank=24, channel=False).tables
-    rounding_triton.round_rows(torch.empty(2048, d, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.int64), tables)
+    rounding_triton.round_rows(x[:, :d], types, input_side(d, rank=24, channel=False).tables)
+for d in (4096, 14336):
+    for changes in ({}, {"stages": 2}, {"ahead": True}):
+        rounding_pass_triton.round_rows(x[:, :d], types, input_side(d, rank=0, channel=False).tables, options=changes)
 """
+)
 
 
-def test_the_projection_waits_for_its_products():
+def test_kernels_wait_for_their_products():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed: pip install 'hf-concord[kernels]'")
 
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, check=False)
-    found = re.findall(r"KERNEL _project products (\d+) left(.*)", done.stdout)
-    assert len(found) == 2, done.stderr[-2000:]
-    for products, left in found:
-        assert int(products) >= 1, "this Triton multiplies another way: look at it anew"
-        assert set(left.split()) == {"0"}
+    for kernel, launches, least in (("_project", 2, 1), ("_round_tiles", 6, 2)):
+        found = re.findall(rf"KERNEL {kernel} products (\d+) left(.*)", done.stdout)
+        assert len(found) == launches, done.stderr[-2000:]
+        for products, left in found:
+            assert int(products) >= least, "this Triton multiplies another way: look at it anew"
+            assert set(left.split()) == {"0"}
