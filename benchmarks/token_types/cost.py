@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from benchmarks import _results
-from benchmarks.token_types.methods import OURS
+from benchmarks.token_types.methods import TIERS
 from benchmarks.token_types.timing import COPIES, ROUNDS, SECONDS, measure
 
 
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--threads", type=int, default=None, help="of the CPU")
     add("--shapes", default="135m,1b,8b", help="sizes of the blocks (default: all three)")
     add("--tokens", default="1,16,2048", help="rows at a time (default 1,16,2048)")
-    add("--presets", default=",".join(OURS), help=f"what is timed (default {','.join(OURS)})")
+    add("--presets", default=",".join(TIERS), help=f"what is timed (default {','.join(TIERS)})")
     add(
         "--repeats",
         type=int,
