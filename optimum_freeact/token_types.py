@@ -278,7 +278,7 @@ def install_typing(
     """
     handles = [install_typer(decoder, typer, state)]
     base = getattr(model, "base_model", model)
-    for name, module in MODULES.get(getattr(base.config, "model_type", ""), {}).items():
+    for name, module in MODULES.get(getattr(getattr(model, "config", None), "model_type", ""), {}).items():
         kind = typer.names.index(name) if name in typer.names else 0
         handles.append(base.get_submodule(module).register_forward_pre_hook(_PartHook(kind, state), with_kwargs=True))
     if decoder in (model, getattr(model, "base_model", None)):
