@@ -260,8 +260,10 @@ class _PartHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = _bind(module, args, kwargs)
-        tokens = next(v for v in arguments.values() if isinstance(v, torch.Tensor))
-        self.state.types = torch.full_like(tokens, self.kind) if self.kind else None
+        tokens = arguments.get("decoder_input_ids")
+        tokens = tokens_of(arguments) if tokens is None else tokens
+        known = self.kind > 0 and tokens is not None
+        self.state.types = torch.full(tokens.shape[:2], self.kind, device=tokens.device) if known else None
 
 
 def install_typer(decoder: nn.Module, typer: TokenTyper, state: TypeState) -> torch.utils.hooks.RemovableHandle:

@@ -164,6 +164,26 @@ def test_without_a_type_of_its_own_the_canvas_is_text():
     assert told == [("prompt", [[1] + [0] * 7]), ("canvas", None)]
 
 
+def test_compiled_and_trained_through_it_knows_its_canvas():
+    model = quantized()
+    told = seen_types(model)
+    prompt, canvas = ids_of(2, 12), ids_of(2, CANVAS, seed=1)
+    expected = logits(model, prompt, canvas)
+    with torch.no_grad():
+        read = model.model.encoder(input_ids=prompt)
+        found = torch.compile(model.model.decoder, backend="eager")(
+            cache=read.cache, decoder_attention_mask=torch.ones(2, 12 + CANVAS), decoder_input_ids=canvas
+        )
+    assert told[-1] == ("canvas", [[3] * CANVAS] * 2)
+    hidden = model.lm_head(found.last_hidden_state)
+    assert torch.allclose(torch.tanh(hidden / 30) * 30, expected, atol=1e-4)
+    model.gradient_checkpointing_enable()
+    model.train()
+    told.clear()
+    model(input_ids=prompt, decoder_input_ids=canvas).logits.sum().backward()
+    assert [kinds for name, kinds in told if name == "canvas"] == [[[3] * CANVAS] * 2] * 2  # computed twice
+
+
 def test_it_is_saved_once_and_read_again(tmp_path):
     model = quantized()
     prompt, canvas = ids_of(2, 12, seed=8), ids_of(2, CANVAS, seed=9)
