@@ -11,7 +11,9 @@ from optimum_freeact.api import quantize
 from optimum_freeact.calibration.canvas import canvas_length, one_chain, with_noise
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.modules.surgery import quantized_linears
 from optimum_freeact.modules.twins import Twin
+from optimum_freeact.report.inspection import inspect_model
 from optimum_freeact.report.type_report import measure_types
 from optimum_freeact.token_types import TokenTyper
 from optimum_freeact.type_rules import resolve
@@ -194,6 +196,10 @@ def test_it_is_saved_once_and_read_again(tmp_path):
     assert twice == [f"model.encoder.language_model.layers.{i}.layer_scalar" for i in range(3)]
     again = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again, prompt, canvas), expected)
+    assert (
+        inspect_model(again.config, tmp_path, torch.device("cpu")).size.n_linears
+        == len(quantized_linears(again)) + 3 * 4 * 2
+    )
     again.save_pretrained(tmp_path / "again")
     inner = transformers.DiffusionGemmaModel.from_pretrained(tmp_path / "again").eval()
     with torch.no_grad():
