@@ -262,8 +262,9 @@ class _PartHook:
         arguments = _bind(module, args, kwargs)
         tokens = arguments.get("decoder_input_ids")
         tokens = tokens_of(arguments) if tokens is None else tokens
-        known = self.kind > 0 and tokens is not None
-        self.state.types = torch.full(tokens.shape[:2], self.kind, device=tokens.device) if known else None
+        self.state.types = None
+        if self.kind > 0 and tokens is not None:
+            self.state.types = torch.full(tokens.shape[:2], self.kind, device=tokens.device)
 
 
 def install_typer(decoder: nn.Module, typer: TokenTyper, state: TypeState) -> torch.utils.hooks.RemovableHandle:
