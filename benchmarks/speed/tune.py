@@ -54,6 +54,9 @@ CANDIDATES: tuple[tuple[str, int | None, int, tuple[dict, ...]], ...] = (
         {}, {"BN": 32, "BK": 256}, {"BN": 32, "warps": 2, "stages": 5}, {"BK": 256, "stages": 3},
         {"BN": 16, "BK": 256, "warps": 2}, {"BN": 128}, {"stages": 6},
     )),
+    ("stream", 16, 16, (
+        {}, {"whole": 9.0}, {"room": 100_000, "registers": 80}, {"depth": 2}, {"depth": 7}, {"room": 64_000, "registers": 80},
+    )),
     ("dp4a", 1, 1, ({}, {"words": 1024, "warps": 2}, {"words": 8192}, {"words": 8192, "warps": 8}, {"words": 16384, "warps": 8})),
     ("dp4a", None, 4, ({}, {"words": 4096}, {"words": 1024}, {"words": 2048, "warps": 4})),
 )  # fmt: skip
@@ -100,9 +103,12 @@ class Bench:
         options = dict(options)
         if "words" in options:
             options["BN"] = max(1, min(16, options.pop("words") // (1 << (d // 8 - 1).bit_length())))
-        product = {"w4": w4_triton, "dp4a": dp4a_triton}[kernel].w4_linear
+        if kernel == "stream":  # made for one GPU, by another compiler
+            from optimum_freeact.kernels import w4_stream as module
+        else:
+            module = {"w4": w4_triton, "dp4a": dp4a_triton}[kernel]
         given = (self.rounded(n, d), self.rows(n, d)[1], self.weight(m, d, copy), torch.bfloat16)
-        return product(*given, options=options)
+        return module.w4_linear(*given, options=options)
 
     def linear(self, n: int, d: int, m: int, pdl: bool, copy: int = 0):
         """Rounding and product one after the other."""

@@ -40,7 +40,7 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
                 "pdl": False}),
     ],
     "dp4a": [
-        (1, {"words": 4096, "warps": 4, "pdl": True}),
+        (1, {"words": 2048, "warps": 4, "pdl": True}),
         (None, {"words": 2048, "warps": 2, "pdl": True}),
     ],
     "stream": [
@@ -59,6 +59,9 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "w8": [
         (16, {"BM": 16, "BN": 64, "BK": 128, "warps": 4, "stages": 4}),
         (None, {"BM": 64, "BN": 64, "BK": 128, "warps": 4, "stages": 3}),
+    ],
+    "w8_row": [
+        (None, {"words": 8192, "warps": 8, "pdl": True}),
     ],
     "groups": [
         (16, {"BM": 16, "BN": 64, "BK": 256, "GROUP": 1, "warps": 4, "stages": 3, "pdl": True}),
@@ -149,6 +152,12 @@ def groups_launch(n: int, m: int, half: int) -> dict:
     """As [`w4_launch`] for weights or values with groups."""
     found = w4_launch(n, m, half, "groups")
     return found if found["SPLIT"] == 1 else {**found, "stages": 2}  # more programs, less shared memory each
+
+
+def w8_row_launch(wide: int) -> dict:
+    """Settings of a product of one row with a weight of bytes; `wide` is the padded number of words of a row."""
+    found = dict(_find(_settings()["w8_row"], 1))
+    return {"BN": max(1, min(16, found.pop("words") // wide)), **found}
 
 
 def w8_launch(n: int) -> dict:

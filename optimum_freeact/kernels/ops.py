@@ -18,6 +18,7 @@ from torch import Tensor
 from optimum_freeact.kernels import reference
 from optimum_freeact.kernels.dispatch import (
     DP4A_ROWS,
+    STREAM,
     hopper_kernel,
     hopper_rounding,
     is_hopper,
@@ -40,12 +41,21 @@ def failures() -> dict[str, str]:
 
 
 def make_ready(device: torch.device) -> None:
-    """Allocate what the kernels keep on a device, before any CUDA graph is captured there."""
+    """Allocate what the kernels keep on a device, before any CUDA graph is captured there, and have the product that streams its
+    weight compared with its specification, once; where it is wrong, Triton's takes its place.
+    """
     if device.type != "cuda" or "w4_linear[many]" in _failed:
         return
     from optimum_freeact.kernels.epilogue_triton import counters
 
     counters(device)
+    if STREAM in _failed or not is_hopper(device.index):
+        return
+    from optimum_freeact.kernels.self_check import stream_obstacle
+
+    obstacle = stream_obstacle(device.index)
+    if obstacle is not None:
+        _fail(STREAM, obstacle)
 
 
 def check_pass(device: torch.device) -> None:

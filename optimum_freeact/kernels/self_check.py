@@ -1,8 +1,9 @@
-"""The kernels for groups, and rounding in one pass, against their specification, once on each GPU before a model uses them.
+"""The kernels for groups, rounding in one pass and the stream, against their specification, once on each GPU before a model
+uses them.
 
 The first serve the default preset, and a kernel that compiles can still be wrong on a GPU or a Triton that it was not tested
 on. Where they disagree with torch, or do not run, torch takes their place and `freeact inspect` says why; rounding in one pass
-gives way to three launches, with a warning. It takes a few seconds when Triton has nothing in its cache, and a moment later on.
+gives way to three launches, and the product that streams its weight to Triton's, with a warning. It takes a few seconds when Triton has nothing in its cache, and a moment later on.
 """
 
 from __future__ import annotations
@@ -73,6 +74,36 @@ def pass_disagreement(device: torch.device, module: str, rows: tuple[int, ...] =
         ):
             if not error <= ROUNDING_ERROR:  # nan too
                 return f"{name} of {n} rows: error {error:.2g}, at most {ROUNDING_ERROR:g} was expected"
+    return None
+
+
+@cache
+@torch.compiler.assume_constant_result
+def stream_obstacle(index: int | None) -> str | None:
+    """Why few rows are not to be multiplied by `w4_stream` on a Hopper GPU, or `None`."""
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    try:
+        from optimum_freeact.kernels import w4_stream
+
+        with torch.no_grad(), torch.cuda.device(device):
+            return product_disagreement(device, w4_stream.w4_linear)
+    except Exception as error:  # whatever a compiler raises
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def product_disagreement(device: torch.device, w4_linear: Callable, rows: tuple[int, ...] = (5, 16)) -> str | None:
+    """What a product of codes without groups does otherwise than its specification, with a branch and without, or `None`."""
+    whole = _weight(device)._replace(group_scale=None)
+    for weight in (whole, whole._replace(low_rank=None, low_rank_scale=None)):
+        for n, x, types in _rows(device, rows):
+            codes = (4 * x.float()).round_().clamp_(-8, 7).to(torch.int8)
+            scale, total = x[:, 0].float().abs() + 0.1, codes.sum(1).float()
+            branch = torch.nn.functional.pad(x[:, :RANK].float(), (0, 32 - RANK)).contiguous()
+            given = reference.Rows(codes, torch.stack((scale, scale / 2, total)), branch)
+            exact = reference.w4_linear(given, types, weight, torch.float64, torch.float64)
+            error = _relative(w4_linear(given, types, weight, torch.bfloat16), exact)
+            if not error <= PRODUCT_ERROR:  # nan too
+                return f"product of {n} rows: relative error {error:.2g}, at most {PRODUCT_ERROR:g} was expected"
     return None
 
 

@@ -92,3 +92,29 @@ def test_rounding_in_one_pass_is_compared(device, monkeypatch):
     )  # the next row's mean
     said = self_check.pass_disagreement(torch.device(device), "rounding_pass_triton", (5,))
     assert said.startswith("codes of 5 rows: error")
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda y: y * 1.02, lambda y: y.roll(1, 1), lambda y: y * float("nan")], ids=["scale", "order", "nan"]
+)
+def test_the_product_of_few_rows_is_compared(device, wrong):
+    from optimum_freeact.kernels import w4_triton
+
+    found = self_check.product_disagreement(torch.device(device), w4_triton.w4_linear)
+    assert found is None
+    found = self_check.product_disagreement(torch.device(device), lambda *args: wrong(w4_triton.w4_linear(*args)))
+    assert found.startswith("product of 5 rows: relative error")
+
+
+@pytest.mark.parametrize("answer", [None, "product of 5 rows: relative error 1, at most 0.01 was expected"])
+def test_a_stream_that_disagrees_gives_way(monkeypatch, caplog, answer):
+    from optimum_freeact.kernels import epilogue_triton, ops
+
+    monkeypatch.setattr(ops, "_failed", {})
+    monkeypatch.setattr(ops, "is_hopper", lambda index: True)
+    monkeypatch.setattr(epilogue_triton, "counters", lambda device: None)
+    monkeypatch.setattr(self_check, "stream_obstacle", lambda index: answer)
+    for _ in range(2):
+        ops.make_ready(torch.device("cuda", 0))
+    assert ops.failures() == ({} if answer is None else {"w4_stream": answer})
+    assert [r.levelname for r in caplog.records] == ([] if answer is None else ["WARNING"])
