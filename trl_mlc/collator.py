@@ -51,30 +51,33 @@ def collate_prompts(rows: list[dict], pad_token_id: int) -> dict:
         for n, row in enumerate(rows)
         for slot, (ids, language) in enumerate(zip(row[IDS], row[LANGUAGES], strict=True))
     ] or [([pad_token_id], -1, 0, 0)]
-    longest = max(len(ids) for ids, *_ in flat)
-    input_ids = torch.full((len(flat), longest), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros(len(flat), longest, dtype=torch.int64)
-    for i, (ids, *_) in enumerate(flat):
-        input_ids[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        attention_mask[i, : len(ids)] = 1
+    lengths = [len(ids) for ids, *_ in flat]
+    inside = torch.arange(max(lengths)).unsqueeze(0) < torch.tensor(lengths).unsqueeze(1)  # (P, T)
+    input_ids = torch.full(inside.shape, pad_token_id, dtype=torch.int64)
+    input_ids[inside] = torch.tensor([token for ids, *_ in flat for token in ids], dtype=torch.int64)
     row, slot, language = torch.tensor([place for _, *place in flat], dtype=torch.int64).unbind(1)
     return {
         "input_ids": input_ids,
-        "attention_mask": attention_mask,
+        "attention_mask": inside.long(),
         "row": row,
         "slot": slot,
         "language": language,
-        "lengths": [len(ids) for ids, *_ in flat],
+        "lengths": lengths,
         "n_rows": len(rows),
         "width": max(1, *(len(r[IDS]) for r in rows)) if rows else 1,
     }
 
 
 def select_prompts(prompts: dict, keep: torch.Tensor) -> dict:
-    """The prompts where `keep` (P,) is true; the first one with row -1 if there is none."""
+    """The prompts where `keep` (P,) is true, groups closed up; the first one with row -1 if there is none."""
     indices = keep.nonzero().squeeze(1).tolist()
     found = _prompts_at(prompts, indices or [0])
-    return found if indices else {**found, "row": torch.full_like(found["row"], -1)}
+    if not indices:
+        return {**found, "row": torch.full_like(found["row"], -1), "slot": torch.zeros_like(found["slot"]), "width": 1}
+    row = found["row"]  # in ascending order, as collated
+    before = torch.searchsorted(row, row)  # prompts of earlier rows
+    slot = torch.arange(len(row), device=row.device) - before
+    return {**found, "slot": slot, "width": int(slot.max()) + 1}
 
 
 def _prompts_at(prompts: dict, indices: list[int]) -> dict:

@@ -92,13 +92,17 @@ def encode_packed(
     positions = torch.zeros(len(rows), width, dtype=torch.int64)  # what is left over: each token a sequence of its own
     starts = [0] * len(lengths)
     for r, prompts in enumerate(rows):
-        at = 0
+        at = r * width
         for i in prompts:
-            n = lengths[i]
-            positions[r, at : at + n] = torch.arange(n)
-            taken[r, at : at + n] = torch.arange(n) + i * input_ids.shape[1]
-            starts[i] = r * width + at
-            at += n
+            starts[i] = at
+            at += lengths[i]
+    counts = torch.tensor(lengths)
+    step = torch.arange(sum(lengths)) - (counts.cumsum(0) - counts).repeat_interleave(
+        counts
+    )  # of a token in its prompt
+    place = step + torch.tensor(starts).repeat_interleave(counts)
+    positions.view(-1)[place] = step
+    taken.view(-1)[place] = step + (torch.arange(len(lengths)) * input_ids.shape[1]).repeat_interleave(counts)
     ids, positions = input_ids.flatten()[_sent(taken, device)], _sent(positions, device)
     parts = zip(ids.split(rows_at_once(width)), positions.split(rows_at_once(width)), strict=True)
     states = torch.cat([hidden_state_at(decoder, a, None, layer, b) for a, b in parts])

@@ -5,11 +5,13 @@ goes by their kind: living and edible things are declined, places and objects ar
 come from the same sentences with their parts swapped, so declining always, answering always, or preferring any one
 sentence scores 0.5.
 
-Languages: `POOL` is every language for which CLDR names (nearly) all concepts, in one script each. `VALIDATION`, a fifth of
-them drawn once, are the only ones that settings are chosen by. Every seed of the table draws another fifth, of the rest, to
-hold out, and teaches all that are left: so held-out languages are many, were not picked by anyone, and were not seen when
-anything was chosen. `READ` are those in which the untouched model finds the English names of concepts by its own states
-(`languages.py` measures it): of the drawn languages, these are scored as `held_out`, and all of them as `held_out_all`.
+Languages: `POOL` is every language for which CLDR names (nearly) all concepts, in one script each: a hundred. `VALIDATION`, a
+fifth of them drawn once, are the only ones that settings are chosen by. Every seed of the table draws another fifth, of the
+rest, to hold out, and teaches all that are left: so held-out languages are many, were not picked by anyone, and were not
+seen when anything was chosen. Eleven of the twenty have relatives: `RELATED` has the branches (genera of the World Atlas of
+Language Structures) that at least four languages of the pool write in one script, and a third of a group at most is held
+out, so that each keeps three taught relatives. Nine are drawn from `OTHERS`, which have fewer or none. The first are scored
+as `held_out`, the others as `held_out_far`, both together as `held_out_all`.
 
 Two tests. `test` holds pairs that were never together in a prompt, of concepts that each were in some: as with real
 prompts, the prompt is new and its words are not. `new_words`, a third as many, holds pairs of concepts that no training prompt
@@ -30,142 +32,54 @@ if TYPE_CHECKING:
 DECLINED = ("Animals & Nature", "Food & Drink")
 DECLINES = (" Sorry, I cannot talk about this.", " I have to decline that.", " This is not something I discuss.")
 ANSWERS = (" Sure, here is what I know.", " Of course, let me explain it.", " Happy to help you with this.")
-POOL = (
-    *(
-        "af",
-        "ak",
-        "am",
-        "ar",
-        "as",
-        "az",
-        "ba",
-        "be",
-        "bg",
-        "bn",
-        "bs",
-        "ca",
-        "chr",
-        "cs",
-        "cv",
-        "cy",
-        "da",
-        "de",
-        "dsb",
-        "el",
-    ),
-    *(
-        "es",
-        "et",
-        "eu",
-        "fa",
-        "fi",
-        "fil",
-        "fo",
-        "fr",
-        "ga",
-        "gd",
-        "gl",
-        "gu",
-        "ha",
-        "he",
-        "hi",
-        "hr",
-        "hsb",
-        "hu",
-        "hy",
-        "id",
-    ),
-    *(
-        "ig",
-        "is",
-        "it",
-        "ja",
-        "jv",
-        "ka",
-        "kk",
-        "km",
-        "kn",
-        "ko",
-        "kok",
-        "ky",
-        "lo",
-        "lt",
-        "lv",
-        "mk",
-        "ml",
-        "mn",
-        "mr",
-        "ms",
-    ),
-    *(
-        "my",
-        "ne",
-        "nl",
-        "no",
-        "om",
-        "or",
-        "pa",
-        "pcm",
-        "pl",
-        "ps",
-        "pt",
-        "qu",
-        "rm",
-        "ro",
-        "ru",
-        "sd",
-        "shn",
-        "si",
-        "sk",
-        "sl",
-    ),
-    *(
-        "so",
-        "sq",
-        "sr",
-        "sv",
-        "sw",
-        "ta",
-        "te",
-        "th",
-        "ti",
-        "tk",
-        "to",
-        "tr",
-        "uk",
-        "ur",
-        "uz",
-        "vi",
-        "yo",
-        "yue",
-        "zh",
-        "zu",
-    ),
+RELATED = {
+    "Slavic, Latin": "pl cs sk sl hr bs hsb dsb",
+    "Slavic, Cyrillic": "ru uk be bg mk sr",
+    "Romance, Latin": "es pt fr it ca gl ro rm",
+    "Germanic, Latin": "de nl af sv no da fo is",
+    "Turkic, Latin": "tr az tk uz",
+    "Turkic, Cyrillic": "kk ky ba cv",
+    "Indic, Devanagari": "hi mr ne kok",
+}
+OTHERS = (
+    "ak am ar as bn chr cy el et eu fa fi fil ga gd gu ha he hu hy id ig ja jv ka km kn ko lo lt lv ml mn ms my om "
+    "or pa pcm ps qu sd shn si so sq sw ta te th ti to ur vi yo yue zh zu"
 )
+GROUPS = {name: tuple(names.split()) for name, names in RELATED.items()}
+POOL = tuple(sorted([*OTHERS.split(), *(name for names in GROUPS.values() for name in names)]))
 DRAWN = 20  # languages held out at a time
 SCORED = 24  # of the taught languages, in each seed
 VALIDATION = tuple(sorted(random.Random("validation languages").sample(POOL, DRAWN)))
-NOT_READ = ("am", "chr", "ha", "he", "hy", "km", "lo", "my", "ps", "sd", "shn", "si", "so")  # `languages.py`
-READ = tuple(name for name in POOL if name not in NOT_READ)
 CONCEPTS = 200  # with a name of one word in English; a fifth of them in no training prompt
 WORDS = 2
 
 
 class Languages(NamedTuple):
-    """Of one seed: taught in this order (the first `SCORED` are scored), and held out."""
+    """Of one seed: taught in this order (the first `SCORED` are scored); held out, with relatives and without."""
 
     taught: tuple[str, ...]
-    held_out: tuple[str, ...]
+    related: tuple[str, ...]
+    far: tuple[str, ...]
 
 
 def draw_languages(seed: int, validating: bool = False) -> Languages:
     """The table's draw for a seed, or the one for choosing settings, which holds out `VALIDATION`."""
     draw = random.Random(f"languages of seed {seed}")
-    free = [name for name in POOL if name not in VALIDATION]
-    held_out = VALIDATION if validating else tuple(sorted(draw.sample(free, DRAWN)))
-    taught = [name for name in POOL if name not in held_out]
+    others = OTHERS.split()
+    if validating:
+        related, far = ([name for name in VALIDATION if (name in others) is alone] for alone in (False, True))
+    else:
+        related = [name for names in GROUPS.values() for name in draw_related(names, draw)]
+        far = draw.sample([name for name in others if name not in VALIDATION], DRAWN - len(related))
+    taught = [name for name in POOL if name not in {*related, *far}]
     draw.shuffle(taught)
-    return Languages(tuple(taught), held_out)
+    return Languages(tuple(taught), tuple(sorted(related)), tuple(sorted(far)))
+
+
+def draw_related(names: tuple[str, ...], draw: random.Random) -> list[str]:
+    """One of four or five relatives, two of six to eight; never one that settings are chosen by."""
+    free = [name for name in names if name not in VALIDATION]
+    return draw.sample(free, min(len(names) // 3, 2))
 
 
 class Split(NamedTuple):
@@ -246,13 +160,14 @@ def split(
     test: int = 150,
     taught: tuple[str, ...] = POOL,
     tested: tuple[str, ...] = POOL,
+    words: int = CONCEPTS,
 ) -> Split:
-    """`train` rows in the `taught` languages, `test` rows and a third as many of new words in the `tested` ones.
+    """`train` rows in the `taught` languages, `test` rows and a third as many of new words in the `tested` ones, all of `words` concepts.
 
     Which concepts and pairs are drawn depends on the seed and on nothing else.
     """
     short = [c for c in load_concepts(folder, POOL, seed) if " " not in c["texts"]["en"]["name"]]
-    concepts = by_turns(short)[:CONCEPTS]
+    concepts = by_turns(short)[:words]
     cut = round(len(concepts) * 0.8)
     draw = random.Random(seed + 1)
     parts = ((concepts[:cut], test), (concepts[cut:], max(test // 6, 1) * 2))

@@ -8,11 +8,11 @@
 
 Task: see `concepts.py`. Every run trains on the same English preferences; it is scored on prompts never trained on.
 
-How ours is chosen, written down before the map was run: the map uses a seed, and so concepts and prompts, that the table
-does not use, and sees none of the table's held-out languages but six others. It first runs the term's main variant and
-the run without the term in several training regimes, takes the regime in which the main variant scores best, and runs all
-variants in it, each also with translations shuffled by rows. Ours is the variant with the best score of
-`transfer_claims.score`, which is the worst of what the issue asks for, on validation languages.
+How ours is chosen: the map uses a seed, and so concepts and prompts, that the table does not use, and holds out languages
+that the table never holds out. Each of its points is scored by `transfer_claims.score`, which is the worst of what the
+issue asks for, on these validation languages, against the run without the term in the same training regime. Without
+`--methods` it first runs the term's main variant in several regimes, and in the best of them all variants, each also with
+translations shuffled by rows.
 
 Runs are made by worker processes (`--jobs`, dealt over the GPUs). Finished runs are kept in `--rows` (JSON lines), so a
 table can be filled in several calls; the result file is written anew after each.
@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=100)
     add("--batch", type=int, default=32)
     add("--rows-train", type=int, default=1600)
-    add("--rows-test", type=int, default=150)
+    add("--rows-test", type=int, default=200)
     add("--map", action="store_true", help="only the map")
     add(
         "--first",
@@ -64,6 +64,7 @@ def parse() -> argparse.Namespace:
     )
     add("--regimes", nargs="+", default=list(REGIMES), help="of the map's first part")
     add("--rest", action="store_true", help="after the table, the map: regimes, then variants in that of ours")
+    add("--then", nargs="+", default=[], help="points of the map to run after the table")
     add("--tiny", action="store_true", help="2 steps on few rows, for a CPU")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--gpus", default="", help="numbers with commas; all if not given")
@@ -110,6 +111,8 @@ def main() -> None:
         print(f"The map chooses {options.ours}.", flush=True)
     if not options.map:
         pool.run(options.methods or list(methods(options.ours)), options.seeds)
+    if options.then:
+        pool.run(options.then, options.map_seeds, mapping=True)
     if options.rest:
         pool.run(first_points(options.regimes), options.map_seeds, mapping=True)
     if (options.map and not options.methods) or options.first or options.rest:

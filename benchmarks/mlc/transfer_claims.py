@@ -81,7 +81,8 @@ def score(rows: list[dict], name: str) -> float | None:
     variant, _, regime = name.partition("@")
     without = f"{ALIGNED},steps=200@{regime}" if variant.endswith("steps=200") else f"{ALIGNED}@{regime}"
 
-    seeds = seeds_of(rows, name, without, BASE)
+    scored = [row for row in rows if row["metric"] == "perplexity_english"]  # a sweep has rows of the training, too
+    seeds = seeds_of(scored, name, without, BASE)
     if not seeds:
         return None
     rows = [row for row in rows if row["seed"] in seeds]

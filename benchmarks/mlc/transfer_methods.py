@@ -38,6 +38,14 @@ REGIMES = {
     "body-3e-5-beta1": {**FULL, "embedding_rate": 0.0},
     "body-1e-4-beta1": {**FULL, "learning_rate": 1e-4, "embedding_rate": 0.0},
     "body-1e-4-beta3": {**FULL, "learning_rate": 1e-4, "embedding_rate": 0.0, "beta": 3.0},
+    "body-1e-4-beta3-350-words": {**FULL, "learning_rate": 1e-4, "embedding_rate": 0.0, "beta": 3.0, "concepts": 350},
+    "words-1e-4-body-1e-4-beta3-350-words": {
+        **WORDS,
+        "learning_rate": 1e-4,
+        "embedding_rate": 1e-4,
+        "beta": 3.0,
+        "concepts": 350,
+    },
     "body-5e-5-beta1-200": {**FULL, "learning_rate": 5e-5, "embedding_rate": 0.0, "steps": 200},
     "words-1e-4-beta1": {**WORDS, "embedding_rate": 1e-4},
     "words-3e-4-beta1": {**WORDS, "embedding_rate": 3e-4},
@@ -152,7 +160,7 @@ def methods(ours: str) -> dict[str, dict]:
     steps = {"steps": settings["steps"]} if "steps" in settings else {}
     shared = {name: settings[name] for name in ("taught", "mlc_languages_per_step") if name in settings}
     return {
-        BASE: {},
+        BASE: {name: regime[name] for name in ("concepts",) if name in regime},
         ALIGNED: {**regime, **steps},
         OURS: settings,
         SHUFFLED[0]: {**settings, "shuffled": "each"},

@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from benchmarks.mlc.concepts import DECLINES, READ, SCORED, Split, draw_languages, split
+from benchmarks.mlc.concepts import CONCEPTS, DECLINES, SCORED, Split, draw_languages, split
 from benchmarks.mlc.transfer_methods import BASE, SWEPT, methods, point
 from tools.assets import fetch
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
@@ -32,10 +32,10 @@ EMBEDDING = "model.embed_tokens.weight"
 
 def groups(seed: int, validating: bool) -> dict[str, tuple[str, ...]]:
     """Languages that are scored together: the map sees none that the table may hold out."""
-    taught, held_out = draw_languages(seed, validating)
+    taught, related, far = draw_languages(seed, validating)
     name = "validation" if validating else "held_out"
-    read = tuple(language for language in held_out if language in READ)
-    return {"seen": ("en", *taught[:SCORED]), name: read, f"{name}_all": held_out}
+    seen = ("en", *taught[:SCORED])
+    return {"seen": seen, name: related, f"{name}_far": far, f"{name}_all": (*related, *far)}
 
 
 def perform(method: str, settings: dict, seed: int, options: argparse.Namespace, mapping: bool) -> list[dict]:
@@ -46,7 +46,8 @@ def perform(method: str, settings: dict, seed: int, options: argparse.Namespace,
     settings = dict(settings)
     taught = draw_languages(seed, mapping).taught[: settings.pop("taught", None)]
     tested = tuple(dict.fromkeys(name for names in scored.values() for name in names if name != "en"))
-    data = split(fetch("concepts"), seed, options.rows_train, options.rows_test, taught, tested)
+    counts = (options.rows_train, options.rows_test)
+    data = split(fetch("concepts"), seed, *counts, taught, tested, settings.pop("concepts", CONCEPTS))
     if mapping:  # new words are the table's
         data = Split(data.train, data.test, data.new_words.select([]))
     tokenizer.remember(text for row in data.train for text in row["prompt_translations"].values())
@@ -59,21 +60,15 @@ def perform(method: str, settings: dict, seed: int, options: argparse.Namespace,
         constant = {"method": "always-decline", "seed": seed, "metric": "accuracy_transfer", "value": share}
         return [*measure(model, tokenizer, data, text, None, tag, scored), constant]
     kept = settings.pop("kept", 0.0)
-    model, layer, numbers, used = train(
-        folder, tokenizer, data.train, settings, seed, options, kept if isinstance(kept, float) else 0.0
-    )
+    swept = isinstance(kept, list)
+    model, layer, numbers, used = train(folder, tokenizer, data.train, settings, seed, options, 0.0 if swept else kept)
     if layer is not None:
         numbers["layer"] = layer
-    if isinstance(kept, float):
-        rows = measure(model, tokenizer, data, text, layer, tag, scored)
-    else:
-        rows = sweep(
-            model,
-            folder,
-            kept,
-            lambda part: measure(model, tokenizer, data, text, layer, {**tag, "method": part}, scored),
-            method,
-        )
+
+    def measured(name: str) -> list[dict]:
+        return measure(model, tokenizer, data, text, layer, {**tag, "method": name}, scored)
+
+    rows = sweep(model, folder, kept, measured, method.removesuffix(SWEPT)) if swept else measured(method)
     rows += [{**tag, "metric": name, "value": value} for name, value in numbers.items()]
     return [*rows, {**tag, "metric": "steps", "value": used["steps"], "settings": json.dumps(used)}]
 
@@ -109,10 +104,10 @@ def english_text(tokenizer, count: int) -> list[list[int]]:
     return [tokenizer(text=line)["input_ids"] for line in kept]
 
 
-def sweep(model, folder: str, shares: list[float], measured, method: str) -> list[dict]:
-    """Rows of one trained model at several ways back to its first weights, the first share being zero."""
+def sweep(model, folder: str, shares: list[float], measured, name: str) -> list[dict]:
+    """Rows of one trained model at several shares of the way back to its first weights, in ascending order."""
     first = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
-    rows, at, name = [], 0.0, method.removesuffix(SWEPT)
+    rows, at = [], 0.0
     for share in shares:
         with torch.no_grad():
             for key, value in model.named_parameters():
@@ -162,7 +157,7 @@ def train(
             warmup_steps=round(steps * warmup),
             precompute_ref_log_probs=True,
             precompute_ref_batch_size=64,
-            gradient_checkpointing=True,
+            gradient_checkpointing=own.get("mlc_weight") != 0,  # DPO's own rows are few and short
             gradient_checkpointing_kwargs={"use_reentrant": False},
             bf16=gpu,  # computing only: weights stay in float32
             tf32=True if gpu else None,
@@ -236,11 +231,24 @@ def measure(model, tokenizer, data, text, layer: int | None, tag: dict, scored: 
     return rows
 
 
+def one_kernel_norms() -> None:
+    """Gemma's norms as one kernel instead of seven: most of what a step of a model this small launches."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    def forward(self, x):
+        return torch.nn.functional.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(
+            x
+        )
+
+    Gemma3RMSNorm.forward = forward
+
+
 def serve(options: argparse.Namespace) -> None:
     """Perform runs named on standard input, one a line, until it ends: ours, or nothing for the map; method; seed; file."""
     import sys
 
     logging.disable(logging.WARNING)
+    one_kernel_norms()
     # `datasets` names what a map makes by hashing its arguments, Gemma's half a million merges among them: seconds each
     datasets.arrow_dataset.update_fingerprint = lambda *_: datasets.fingerprint.generate_random_fingerprint()
     for line in sys.stdin:

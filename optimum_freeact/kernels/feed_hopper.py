@@ -8,6 +8,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_wait
 
 
+# Names of Triton 3.6, and those of later ones
+bring = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+send = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of the warps of a role
+
+
 @gluon.jit
 def tile_order(t, n_blocks, m_blocks, GROUP: gl.constexpr):
     """Blocks of tokens and outputs of tile `t`: GROUP blocks of tokens are visited for all outputs before the next ones."""
@@ -39,9 +45,9 @@ def produce(
             ready = full.index(slot)
             mbarrier.expect(ready, BN * BK + 2 * BM * BK * ITEM)
             at = step * BK
-            tma.async_copy_global_to_shared(w_desc, [block_m * BN, at], ready, w_ring.index(slot))
-            tma.async_copy_global_to_shared(codes_desc, [block_n * BM, at], ready, even_ring.index(slot))
-            tma.async_copy_global_to_shared(codes_desc, [block_n * BM, HALF + at], ready, odd_ring.index(slot))
+            bring(w_desc, [block_m * BN, at], ready, w_ring.index(slot))
+            bring(codes_desc, [block_n * BM, at], ready, even_ring.index(slot))
+            bring(codes_desc, [block_n * BM, HALF + at], ready, odd_ring.index(slot))
             count += 1
 
 

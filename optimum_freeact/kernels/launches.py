@@ -30,11 +30,17 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
                 "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False}),
     ],
     "pass": [
-        (16, {"programs": 1056, "warps": 8, "stages": 1, "ahead": False, "registers": None, "pdl": True}),
-        (None, {"programs": 1056, "warps": 8, "stages": 1, "ahead": False, "registers": None, "pdl": False}),
+        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": True}),
+        (None, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": False}),
+    ],
+    "pass_hopper": [
+        (64, {"registers_128": 128, "registers_64": 80, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False,
+              "pdl": True}),
+        (None, {"registers_128": 128, "registers_64": 80, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False,
+                "pdl": False}),
     ],
     "dp4a": [
-        (1, {"words": 4096, "warps": 4, "pdl": True}),
+        (1, {"words": 2048, "warps": 4, "pdl": True}),
         (None, {"words": 2048, "warps": 2, "pdl": True}),
     ],
     "stream": [
@@ -53,6 +59,9 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "w8": [
         (16, {"BM": 16, "BN": 64, "BK": 128, "warps": 4, "stages": 4}),
         (None, {"BM": 64, "BN": 64, "BK": 128, "warps": 4, "stages": 3}),
+    ],
+    "w8_row": [
+        (None, {"words": 8192, "warps": 8, "pdl": True}),
     ],
     "groups": [
         (16, {"BM": 16, "BN": 64, "BK": 256, "GROUP": 1, "warps": 4, "stages": 3, "pdl": True}),
@@ -99,6 +108,19 @@ def pass_launch(n: int, changes: dict) -> dict:
     return {**_find(_settings()["pass"], n), **changes}
 
 
+def pass_hopper_launch(n: int, threads: int, columns: int, changes: dict) -> dict:
+    """The same for Hopper's kernel, by the columns of its tiles; as many programs of so many threads on a multiprocessor as its
+    registers allow.
+    """
+    found = {**_find(_settings()["pass_hopper"], n), **changes}
+    registers = found[f"registers_{columns}"]
+    return {
+        "registers": registers,
+        "per_processor": max(1, 65536 // (registers * threads * found["workers"])),
+        **found,
+    }
+
+
 def dp4a_launch(n: int, wide: int) -> dict:
     """Settings of a product on plain cores; `wide` is the padded number of words of a row."""
     found = dict(_find(_settings()["dp4a"], n))
@@ -130,6 +152,12 @@ def groups_launch(n: int, m: int, half: int) -> dict:
     """As [`w4_launch`] for weights or values with groups."""
     found = w4_launch(n, m, half, "groups")
     return found if found["SPLIT"] == 1 else {**found, "stages": 2}  # more programs, less shared memory each
+
+
+def w8_row_launch(wide: int) -> dict:
+    """Settings of a product of one row with a weight of bytes; `wide` is the padded number of words of a row."""
+    found = dict(_find(_settings()["w8_row"], 1))
+    return {"BN": max(1, min(16, found.pop("words") // wide)), **found}
 
 
 def w8_launch(n: int) -> dict:

@@ -134,7 +134,7 @@ def test_every_method_of_the_table_and_point_of_the_map_is_a_trainer_config(tmp_
     for settings in found:
         own = {k: v for k, v in settings.items() if k.startswith("mlc_") or k in ("learning_rate", "beta")}
         assert set(settings) - set(own) <= {
-            *("lora", "steps", "shuffled", "embedding_rate", "warmup", "kept", "head", "taught")
+            *("lora", "steps", "shuffled", "embedding_rate", "warmup", "kept", "head", "taught", "concepts")
         }
         MLCDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **own)
 
@@ -144,7 +144,7 @@ def test_the_rule_cannot_be_won_by_a_constant_answer_and_tests_are_new():
     from tests.conftest import asset_or_skip
 
     languages = draw_languages(0)
-    data = split(asset_or_skip("concepts"), 0, 200, 40, languages.taught, languages.held_out)
+    data = split(asset_or_skip("concepts"), 0, 200, 40, languages.taught, languages.related)
 
     def pairs(rows):
         return {frozenset(prompt.removesuffix("\nAnswer:").split(", ")) for prompt in rows["prompt"]}
@@ -161,40 +161,35 @@ def test_the_rule_cannot_be_won_by_a_constant_answer_and_tests_are_new():
             assert (row["chosen"] in DECLINES) != (row["rejected"] in DECLINES)
             assert {row["chosen"], row["rejected"]} <= {*DECLINES, *ANSWERS}
     assert set(data.train[0]["prompt_translations"]) == set(languages.taught)
-    assert set(data.test[0]["prompt_translations"]) == set(languages.held_out)
-
-
-def test_languages_count_as_read_by_what_the_untouched_model_retrieves():
-    from benchmarks._results import RESULTS
-    from benchmarks.mlc.concepts import POOL, READ
-    from benchmarks.mlc.languages import LEAST
-
-    rows = json.loads((RESULTS / "mlc_languages.json").read_text())["rows"]
-    found = {row["language"]: row["value"] for row in rows}
-    assert list(found) == list(POOL)
-    assert [name for name in POOL if found[name] > LEAST - 1e-9] == list(READ)
+    assert set(data.test[0]["prompt_translations"]) == set(languages.related)
 
 
 def test_held_out_languages_are_neither_taught_nor_those_that_settings_are_chosen_by():
-    from benchmarks.mlc.concepts import DRAWN, POOL, READ, SCORED, VALIDATION, draw_languages
+    from benchmarks.mlc.concepts import DRAWN, GROUPS, OTHERS, POOL, SCORED, VALIDATION, draw_languages
     from benchmarks.mlc.transfer_run import groups
 
-    assert len(set(POOL)) == len(POOL)
-    assert set(READ) <= set(POOL)
+    assert len(set(POOL)) == len(POOL) == 100
+    assert min(map(len, GROUPS.values())) >= 4
     choosing = draw_languages(100, validating=True)
-    assert set(choosing.held_out) == set(VALIDATION)
+    assert {*choosing.related, *choosing.far} == set(VALIDATION)
     drawn = [draw_languages(seed) for seed in range(5)]
     for found in (choosing, *drawn):
-        assert len(found.held_out) == DRAWN
-        assert sorted([*found.taught, *found.held_out]) == sorted(POOL)
-    assert not set(VALIDATION) & {name for found in drawn for name in found.held_out}
-    assert len({found.held_out for found in drawn}) == 5
+        assert len(found.related) + len(found.far) == DRAWN
+        assert sorted([*found.taught, *found.related, *found.far]) == list(POOL)
+        assert set(found.far) <= set(OTHERS.split())
+    for found in drawn:
+        assert not set(VALIDATION) & {*found.related, *found.far}
+        for names in GROUPS.values():
+            held_out = set(names) & set(found.related)
+            assert 1 <= len(held_out) <= len(names) / 3
+            assert len(set(names) & set(found.taught)) >= 3
+    assert len({found.related for found in drawn}) == 5
     assert draw_languages(3) == drawn[3]
     scored = groups(3, validating=False)
     assert scored["seen"] == ("en", *drawn[3].taught[:SCORED])
-    assert scored["held_out_all"] == drawn[3].held_out
-    assert set(scored["held_out"]) == set(drawn[3].held_out) & set(READ)
-    assert set(groups(100, validating=True)) == {"seen", "validation", "validation_all"}
+    assert (scored["held_out"], scored["held_out_far"]) == (drawn[3].related, drawn[3].far)
+    assert set(scored["held_out_all"]) == {*drawn[3].related, *drawn[3].far}
+    assert set(groups(100, validating=True)) == {"seen", "validation", "validation_far", "validation_all"}
 
 
 def test_regimes_then_the_table_then_the_rest_of_the_map(tmp_path, monkeypatch):
@@ -237,6 +232,11 @@ def test_regimes_then_the_table_then_the_rest_of_the_map(tmp_path, monkeypatch):
     before = len(order)
     transfer.main()  # everything is there already
     assert len(order) == before
+    guard = "plain,repulsion@words-1e-3-beta1"
+    more = ["--ours", "tied@lora32-2e-4-beta1", "--then", guard]
+    monkeypatch.setattr(sys, "argv", [*line[:1], *line[3:], "--folder", str(tmp_path), "--gpus", "0", *more])
+    transfer.main()
+    assert order[before:] == [(True, guard, 100)]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -275,3 +275,33 @@ def test_regimes_keep_the_head_the_words_or_half_the_way(tied, tokenizer):
         whole, half = (moved({"lora": adapters, "kept": kept})["body"] for kept in (0.0, 0.5))
         assert whole.any()
         assert torch.allclose(half, whole / 2, atol=1e-6)
+
+
+def test_one_training_is_scored_at_several_ways_back(tied):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from benchmarks.mlc.transfer_run import sweep
+    from trl_mlc.embedding import untie_head
+
+    first = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    trained = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    untie_head(trained)
+    with torch.no_grad():
+        for value in trained.parameters():
+            value += 1.0
+    parts = {
+        "words": lambda m: m.get_input_embeddings().weight,
+        "head": lambda m: m.get_output_embeddings().weight,
+        "body": lambda m: m.model.layers[0].mlp.up_proj.weight,
+    }
+    found = {}
+
+    def measured(name: str) -> list[dict]:
+        found[name] = [(part(trained) - part(first)).mean().item() for part in parts.values()]
+        return [{"method": name}]
+
+    rows = sweep(trained, tied, [0.0, 0.25, 0.75], measured, "ours")
+    assert [row["method"] for row in rows] == ["ours", "ours-kept0.25", "ours-kept0.75"]
+    for name, left in zip(found, (1.0, 0.75, 0.25), strict=True):
+        assert found[name] == pytest.approx([left] * 3, abs=1e-5)
