@@ -260,8 +260,11 @@ class _PartHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = _bind(module, args, kwargs)
-        tokens = next(v for v in arguments.values() if isinstance(v, torch.Tensor))
-        self.state.types = torch.full_like(tokens, self.kind) if self.kind else None
+        tokens = arguments.get("decoder_input_ids")
+        tokens = tokens_of(arguments) if tokens is None else tokens
+        self.state.types = None
+        if self.kind > 0 and tokens is not None:
+            self.state.types = torch.full(tokens.shape[:2], self.kind, device=tokens.device)
 
 
 def install_typer(decoder: nn.Module, typer: TokenTyper, state: TypeState) -> torch.utils.hooks.RemovableHandle:
@@ -278,7 +281,7 @@ def install_typing(
     """
     handles = [install_typer(decoder, typer, state)]
     base = getattr(model, "base_model", model)
-    for name, module in MODULES.get(getattr(base.config, "model_type", ""), {}).items():
+    for name, module in MODULES.get(getattr(getattr(model, "config", None), "model_type", ""), {}).items():
         kind = typer.names.index(name) if name in typer.names else 0
         handles.append(base.get_submodule(module).register_forward_pre_hook(_PartHook(kind, state), with_kwargs=True))
     if decoder in (model, getattr(model, "base_model", None)):

@@ -114,11 +114,11 @@ def test_tuning_takes_the_settings_that_are_best_over_all_shapes():
             assert settings == {**change, "pdl": wanted and few}
 
 
-def test_grouped_attention_is_attention():
+def test_attention_on_shared_heads_is_attention():
     from transformers import StaticCache
 
     logits = []
-    for attention in ("sdpa", "sdpa_grouped"):
+    for attention in ("sdpa", "sdpa_gqa"):
         torch.manual_seed(0)
         config = shape_config("tiny", 2, attention)
         model, cache = plain(config, "cpu").float(), StaticCache(config=config, max_cache_len=24)
@@ -128,3 +128,18 @@ def test_grouped_attention_is_attention():
             new = model(input_ids=ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[8]]))
         logits.append(new.logits)
     torch.testing.assert_close(*logits)
+
+
+def test_ways_of_attention_are_the_same():
+    from benchmarks.speed import step
+
+    with torch.no_grad():
+        found = {
+            name: calls[0]()
+            for name, calls in step.attention("cpu", 40).items()
+            if name[-5:] not in ("cudnn", "piled")
+        }
+    want = found.pop("repeated heads").flatten()
+    assert set(found) == {"heads as rows", "enable_gqa", "two products"}
+    for y in found.values():
+        torch.testing.assert_close(y.flatten(), want, rtol=0, atol=0.02)

@@ -215,7 +215,17 @@ def test_the_cost_of_types_is_measured_alone(tmp_path):
     assert document["claims"] == []  # the claim is about a GPU
     assert [entry["id"] for entry in cost_claims.claims(document["rows"])] == ["token_types.three_types_time_ratio"]
     same = [row["value"] for row in document["rows"] if row["metric"] == "mixed_batch_differences_same"]
-    assert same == [0, 0]
+    assert same == [0, 0, 0]  # of each tier
+
+
+def test_windows_to_choose_by_are_not_those_that_are_shown():
+    from benchmarks.token_types.diffusion import windows_beside, windows_of
+
+    stream = torch.arange(44 * 8)
+    shown, others = (f(stream, 24, 8)[:, 0].tolist() for f in (windows_of, windows_beside))
+    assert len(set(shown)) == 24
+    assert len(set(others)) == 20
+    assert not set(shown) & set(others)
 
 
 def test_lanes_may_differ_by_gpu():

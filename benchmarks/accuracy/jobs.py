@@ -48,7 +48,10 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("rounding_order", "columns"),
     ("rounding_noise", False),
     ("rounding_shrinkage", True),
+    ("rounding_refit", True),
     ("sequential", True),
+    ("error_correction", True),
+    ("loudness_limit", 2.0),
     ("activation_symmetric", True),
     ("activation_clip", 1.0),
     ("weight_clip", 1.0),
@@ -58,6 +61,11 @@ ABLATIONS: tuple[tuple[str, Any], ...] = (
     ("activation_group_size", None),
     ("activation_group_size", 64),
     ("activation_group_size", 32),
+)
+OF_OTHERS = (  # presets, each with one field changed
+    ("freeact-fast", "rounding_shrinkage", True),
+    ("freeact-fastest", "transform", "kronecker"),
+    ("freeact-fastest", "channel_scale", "closed_form"),
 )
 CORRECTED, LIMITED = {"error_correction": True}, {"loudness_limit": 2.0}
 FASTEST = {"preset": "freeact-fastest"}
@@ -79,12 +87,6 @@ VARIANTS: tuple[tuple[str, dict, dict], ...] = (
     ("freeact rounding_passes=4", {"rounding_passes": 4}, {}),
     ("freeact damping=0.002", {"damping": 0.002}, {}),
     ("freeact-fastest error_correction=True", {**FASTEST, **CORRECTED}, {}),
-)
-# changes that may follow the default: measured with every seed, and on validation text too
-CANDIDATES: tuple[dict, ...] = (
-    {"loudness_limit": 2.0},
-    {"error_correction": True},
-    {"error_correction": True, "loudness_limit": 2.0},
 )
 CLAIMED = ("freeact", "freeact-fast", "freeact-learned", "flatquant", "quarot")
 GRIDS = (None, 64, 32, 16)  # of the sweep: group sizes of weights times those of activations
@@ -206,7 +208,7 @@ class Rank:
 
     FULL = 0
     LEARNED, LEARNED_RIVALS, LEARNED_ELSEWHERE, LEARNED_MORE = 1, 2, 3, 4
-    CLAIMED, PRESET, MORE, CANDIDATE, ABLATION = 5, 6, 7, 8, 9
+    CLAIMED, PRESET, MORE, ABLATION = 5, 6, 7, 8
 
 
 def _rank(method: str, learned: bool, main: bool, first: bool) -> int:
@@ -255,7 +257,7 @@ class Plan:
             quantize = {**quantize, **(self.learned["quantize"] if learned else {})}
             for settings in self._settings(self.learned_schemes if learned else None):
                 main = "w4a4" in settings
-                more = {"measure": {"divergence": True}} if method == "freeact" else {}  # beside the candidates
+                more = {}
                 if learned:
                     measure = self.learned["measure" if main or "elsewhere" not in self.learned else "elsewhere"]
                     samples = measure.get("n_samples", self.measure.get("n_samples"))
@@ -290,21 +292,13 @@ class Plan:
         from optimum_freeact.config_fields import DEFAULTS
 
         shrunk = {"preset": "freeact-fast", "rounding_shrinkage": True}
-        for seed in self.seeds:  # why only one of our presets has it
-            self.add("ablation", "freeact-fast rounding_shrinkage=True", ("w4a4",), seed, shrunk, rank=Rank.ABLATION)
-
-        for change in CANDIDATES:
-            method = " ".join(("freeact", *(f"{name}={value}" for name, value in change.items())))
-            for seed in self.seeds:
-                quantize, more = {"preset": "freeact", **change}, {"measure": {"divergence": True}}
-                self.add("candidate", method, ("w4a4",), seed, quantize, rank=Rank.CANDIDATE, **more)
-
-        default = {**DEFAULTS, **PRESETS["freeact"]}
-        for name, value in ABLATIONS:
-            if value != default[name] and _divides({name: value}, widths):
-                shown = "+".join(value) if isinstance(value, list) else value
-                quantize = {"preset": "freeact", name: value}
-                self.add("ablation", f"freeact {name}={shown}", ("w4a4",), self.seeds[0], quantize, rank=Rank.ABLATION)
+        name = "freeact-fast rounding_shrinkage=True"
+        self.add("ablation", name, ("w4a4",), self.seeds[0], shrunk, rank=Rank.ABLATION)
+        for preset, name, value in (*(("freeact", *change) for change in ABLATIONS), *OF_OTHERS):
+            if value != {**DEFAULTS, **PRESETS[preset]}[name] and _divides({name: value}, widths):
+                shown = f"{preset} {name}={'+'.join(value) if isinstance(value, list) else value}"
+                quantize = {"preset": preset, name: value}
+                self.add("ablation", shown, ("w4a4",), self.seeds[0], quantize, rank=Rank.ABLATION)
 
     def sweep(self, widths: list[int]) -> None:
         """What decided the default: all pairs of group sizes, ranks, passes."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks._results import write
 
 
-FILES = ("linear.jsonl", "model.jsonl", "calibrate.jsonl")
+FILES = ("linear.jsonl", "model.jsonl", "calibrate.jsonl", "step.jsonl")
 DATASHEET = {"H100": 3.35e12, "H200": 4.8e12}  # bytes a second that the vendor states, SXM
 COMMANDS = {
     "speed": "bash benchmarks/speed/run.sh all OUT",

@@ -32,19 +32,6 @@ SHAPES: dict[str, dict] = {
 }  # fmt: skip
 
 
-def grouped_attention(module, query, key, value, attention_mask, scaling=None, **others):
-    """transformers' SDPA, which for one new token repeats keys and values for all query heads that read them; here those heads are
-    rows of one query instead, as newer versions of transformers do themselves where they do not compile.
-    """
-    batch, heads, tokens, size = query.shape
-    groups = heads // key.shape[1]
-    if tokens > 1 or groups == 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    packed = query.reshape(batch, key.shape[1], groups, size)
-    y = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
-    return y.reshape(batch, 1, heads, size), None
-
-
 def shared_attention(module, query, key, value, attention_mask, scaling=None, **others):
     """transformers' SDPA, but with SDPA's own way for heads that share keys and values (`enable_gqa`), which transformers leaves
     aside where there is a mask; of torch's ways the fastest for one new token and a static cache.
@@ -57,10 +44,8 @@ def shared_attention(module, query, key, value, attention_mask, scaling=None, **
     return y.transpose(1, 2).contiguous(), None
 
 
-ATTENTIONS = {"sdpa_grouped": grouped_attention, "sdpa_gqa": shared_attention}
-for _name, _function in ATTENTIONS.items():
-    AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, sdpa_mask)
+AttentionInterface.register("sdpa_gqa", shared_attention)
+AttentionMaskInterface.register("sdpa_gqa", sdpa_mask)
 
 
 def shape_config(shape: str, layers: int | None = None, attention: str = "sdpa") -> LlamaConfig:

@@ -4,13 +4,14 @@
 
 `--run` is `memory` (one prefill), `eager`, `graph` (the eager model as CUDA graphs), `parts` (the same with what lies between
 linears compiled: norms, gates, rotary embedding), `compile` (`torch.compile` of the whole with CUDA graphs, as transformers
-itself does with a static cache) or `compile-graph` (the same, with one CUDA graph made here, so that no check of a guard runs
-between tokens). Rows are appended to `model.jsonl`.
+itself does with a static cache) or `compile-pdl` (the same, and the compiler's kernels too may start before the ones they wait
+for have ended: programmatic dependent launch, a setting of Inductor). Rows are appended to `model.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import time
@@ -21,11 +22,11 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama import modeling_llama
 
-from benchmarks.speed.llama import ATTENTIONS, plain, quantized, shape_config
+from benchmarks.speed.llama import plain, quantized, shape_config
 from benchmarks.speed.timing import quiet
 
 
-RUNS = ("memory", "eager", "graph", "parts", "compile", "compile-graph")
+RUNS = ("memory", "eager", "graph", "parts", "compile", "compile-pdl")
 
 
 class Meter:
@@ -64,6 +65,11 @@ def print_kernels(name: str, call, device: str) -> None:
     with torch.profiler.profile(activities=kinds) as profile:
         call()
         synchronize(device)
+    spans = sorted((e.time_range.start, e.time_range.end) for e in profile.events() if e.self_device_time_total)
+    idle, end = 0.0, spans[0][0] if spans else 0.0
+    for start, stop in spans:
+        idle, end = idle + max(0.0, start - end), max(end, stop)
+    print(f"{name}: {end - spans[0][0] if spans else 0.0:9.1f} us, of which nothing ran in {idle:.1f}", flush=True)
     for event in sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:24]:
         print(f"{name}: {event.self_device_time_total:9.1f} us in {event.count:4d} of {event.key[:90]}", flush=True)
 
@@ -95,7 +101,7 @@ def main() -> None:
     parser.add_argument("--run", choices=RUNS, default="graph")
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--attention", choices=("sdpa", *ATTENTIONS), default="sdpa_gqa")
+    parser.add_argument("--attention", choices=("sdpa", "sdpa_gqa"), default="sdpa_gqa")
     parser.add_argument(
         "--preset", default="freeact-fastest", help="of `--provider freeact`, whose rows bear its name"
     )
@@ -108,6 +114,12 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="print what runs on the GPU")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.run == "compile-pdl":
+        inductor = importlib.import_module("torch._inductor.config").triton
+        if not hasattr(inductor, "enable_pdl"):
+            parser.error(f"torch {torch.__version__} has no such setting")
+        inductor.enable_pdl = True
+    torch.manual_seed(0)
     config = shape_config(args.shape, args.layers, args.attention)
     name = args.provider
     if name == "freeact":
@@ -177,6 +189,19 @@ def main() -> None:
         synchronize(device)
         found.append((time.perf_counter() - start) / args.tokens)
 
+    def said(call, count: int = 16) -> int:
+        """A sum over some tokens, by which to see whether two ways to run agree."""
+        cache.reset()
+        prefill()
+        where.fill_(args.prompt)
+        token.copy_(ids[:, :1])
+        total = 0
+        for place in range(count):
+            token.copy_(call(token, where)[:, -1:].argmax(-1))
+            where.add_(1)
+            total += (place + 1) * int(token)
+        return total
+
     def captured(function):
         """A call as a CUDA graph, and what it returns."""
         stream = torch.cuda.Stream()
@@ -201,16 +226,15 @@ def main() -> None:
 
     found: list[float] = []
     call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = step
-    if args.run in ("graph", "parts", "compile-graph") and device == "cuda":
-        one = torch.compile(step, fullgraph=True) if args.run == "compile-graph" else step
-        graph, kept = captured(lambda: one(token, where))
+    if args.run in ("graph", "parts") and device == "cuda":
+        graph, kept = captured(lambda: step(token, where))
 
         def replayed(token, where):  # noqa: ARG001
             graph.replay()
             return kept
 
         call = replayed
-    elif args.run == "compile":
+    elif args.run.startswith("compile"):
         call = torch.compile(step, mode="reduce-overhead" if device == "cuda" else "default", fullgraph=True)
     begin = time.perf_counter()
     decode(call)
@@ -219,6 +243,7 @@ def main() -> None:
         with quiet():
             decode(call)
     meter("decode_seconds", statistics.median(found[1:]), spread=(max(found[1:]) - min(found[1:])) / 2)
+    meter("tokens", said(call))
     if device == "cuda":
         meter("peak_bytes_decode", torch.cuda.max_memory_allocated())
         if args.kernels:

@@ -17,6 +17,7 @@ import math
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -45,9 +46,19 @@ CANDIDATES: tuple[tuple[str, int | None, int, tuple[dict, ...]], ...] = (
         {"elements": 128}, {"elements": 512}, {"correct_warps": 8}, {"correct_rows": 32}, {"programs": 396},
         {"programs": 1584}, {"finish_warps": 8}, {"finish_warps": 2}, {"chunk": 64},
     )),
+    ("pass", None, 2048, ({}, {"warps": 4, "registers": 255}, {"programs": 528}, {"ahead": True}, {"stages": 2})),
+    ("pass_hopper_64", None, 2048, (
+        {}, {"deep": 1}, {"registers": 80}, {"soon": True}, {"workers": 2}, {"ahead": False},
+    )),
+    ("pass_hopper_128", None, 2048, (
+        {}, {"workers": 1, "deep": 1}, {"soon": False}, {"ahead": False}, {"deep": 1}, {"registers": 120},
+    )),
     ("w4", 16, 16, (
         {}, {"BN": 32, "BK": 256}, {"BN": 32, "warps": 2, "stages": 5}, {"BK": 256, "stages": 3},
         {"BN": 16, "BK": 256, "warps": 2}, {"BN": 128}, {"stages": 6},
+    )),
+    ("stream", 16, 16, (
+        {}, {"whole": 9.0}, {"room": 100_000, "registers": 80}, {"depth": 2}, {"depth": 7}, {"room": 64_000, "registers": 80},
     )),
     ("dp4a", 1, 1, ({}, {"words": 1024, "warps": 2}, {"words": 8192}, {"words": 8192, "warps": 8}, {"words": 16384, "warps": 8})),
     ("dp4a", None, 4, ({}, {"words": 4096}, {"words": 1024}, {"words": 2048, "warps": 4})),
@@ -62,8 +73,8 @@ class Bench:
         self.device = device
 
     @kept
-    def side(self, d: int) -> InputTables:
-        return to(input_side(d, rank=24, channel=False).tables, self.device)
+    def side(self, d: int, rank: int = 24) -> InputTables:
+        return to(input_side(d, rank=rank, channel=False).tables, self.device)
 
     @kept
     def rows(self, n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,12 +100,20 @@ class Bench:
         """One launch."""
         if kernel == "round":
             return rounding_triton.round_rows(*self.rows(n, d), self.side(d), options=options)
+        if kernel.startswith("pass"):
+            d = {"pass_hopper_64": 4096, "pass_hopper_128": 14336}.get(kernel, d)  # of other widths it has no say
+            name = "rounding_pass_triton" if kernel == "pass" else "rounding_pass_hopper"
+            module = import_module(f"optimum_freeact.kernels.{name}")
+            return module.round_rows(*self.rows(n, d), self.side(d, 0), options=options)
         options = dict(options)
         if "words" in options:
             options["BN"] = max(1, min(16, options.pop("words") // (1 << (d // 8 - 1).bit_length())))
-        product = {"w4": w4_triton, "dp4a": dp4a_triton}[kernel].w4_linear
+        if kernel == "stream":  # made for one GPU, by another compiler
+            from optimum_freeact.kernels import w4_stream as module
+        else:
+            module = {"w4": w4_triton, "dp4a": dp4a_triton}[kernel]
         given = (self.rounded(n, d), self.rows(n, d)[1], self.weight(m, d, copy), torch.bfloat16)
-        return product(*given, options=options)
+        return module.w4_linear(*given, options=options)
 
     def linear(self, n: int, d: int, m: int, pdl: bool, copy: int = 0):
         """Rounding and product one after the other."""

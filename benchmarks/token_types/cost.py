@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from benchmarks import _results
-from benchmarks.token_types.methods import OURS
+from benchmarks.token_types.methods import TIERS
 from benchmarks.token_types.timing import COPIES, ROUNDS, SECONDS, measure
 
 
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--threads", type=int, default=None, help="of the CPU")
     add("--shapes", default="135m,1b,8b", help="sizes of the blocks (default: all three)")
     add("--tokens", default="1,16,2048", help="rows at a time (default 1,16,2048)")
-    add("--presets", default=",".join(OURS), help=f"what is timed (default {','.join(OURS)})")
+    add("--presets", default=",".join(TIERS), help=f"what is timed (default {','.join(TIERS)})")
     add(
         "--repeats",
         type=int,
@@ -80,10 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
         if told["metric"].endswith("_time_ratio"):
             kind = told["metric"].removesuffix("_time_ratio")
             place = f"{told['method']:13s} {told['shape']:5s} {told['tokens']:5d} tokens"
-            print(
-                f"{place} {kind:12s} {told['value']:.4f} ± {told.get('spread', told.get('worst', 1) - 1):.4f}",
-                flush=True,
-            )
+            noise = told.get("spread", told.get("worst", 1) - 1)
+            after = time.perf_counter() - begun
+            print(f"{after:4.0f} s {place} {kind:12s} {told['value']:.4f} ± {noise:.4f}", flush=True)
         if told["metric"] == "one_type_time_ratio":  # the last number of a size: what is there by now
             write()
     print(f"Wrote {write().name}.")

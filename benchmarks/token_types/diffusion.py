@@ -141,6 +141,14 @@ def windows_of(stream: torch.Tensor, n: int, length: int) -> torch.Tensor:
     return rows[torch.linspace(0, len(rows) - 1, n).long()]
 
 
+def windows_beside(stream: torch.Tensor, n: int, length: int) -> torch.Tensor:
+    """At most `n` windows that [`windows_of`] does not take."""
+    rows = stream[: len(stream) // length * length].view(-1, length)
+    left = torch.ones(len(rows), dtype=torch.bool)
+    left[torch.linspace(0, len(rows) - 1, n).long()] = False
+    return rows[left][:n]
+
+
 # ---------------------------------------------------------------- scoring it
 @torch.no_grad()
 def score_masked(

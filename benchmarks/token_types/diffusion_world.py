@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ def make(name: str, folder: Path, measure: dict, device: str, seed: int) -> dict
 
     tokenizer = AutoTokenizer.from_pretrained(measure["source"])  # all that can fail comes before the training
     cuts = measure.get("cuts", CUTS)
-    streams, held_out = [], []
+    streams, held_out, others = [], [], []
     for text, path in measure["texts"].items():
         streams.append(diffusion.read_stream(tokenizer, path, 0, cuts[text]))
         evaluation = diffusion.read_stream(tokenizer, path, cuts[text], None)
         held_out.append(diffusion.windows_of(evaluation, measure["windows"], measure["window"]))
+        others.append(diffusion.windows_beside(evaluation, measure["windows"], measure["window"]))
     source = AutoModelForCausalLM.from_pretrained(measure["source"], dtype=torch.float32)
     mask_id = measure.get("mask_id", MASK_ID)
     model = diffusion.adapt(source, mask_id).to(device)
@@ -38,6 +40,7 @@ def make(name: str, folder: Path, measure: dict, device: str, seed: int) -> dict
     data = {
         "calibration": calibration,
         "windows": windows,
+        "validation": torch.cat(others),
         "prompts": windows[:: max(1, len(windows) // 16)][:16, :32],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,3 +88,9 @@ def score(model, data: dict, measure: dict, setting: str, folder: str) -> list[d
             )
             rows += [{"metric": metric, "value": value, "mode": mode} for metric, value in told.items()]
     return rows
+
+
+def validate(model, data: dict, measure: dict, folder: str) -> float:  # noqa: ARG001
+    """Masked likelihood on windows that the score does not see."""
+    batch = measure["score_batch"]
+    return fmean(diffusion.score_masked(model, data["validation"], r, batch=batch)["masked_nll"] for r in RATIOS)

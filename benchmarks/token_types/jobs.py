@@ -106,6 +106,8 @@ def perform(job: Job) -> list[dict]:
             _change_cache(model, bits(setting)["kv_bits"])
         for score in home.score(model.eval(), data, job.measure, setting, job.folder):
             rows.append(row(job, setting, **score))
+    if job.measure.get("validate"):  # never what a table shows
+        rows.append(row(job, job.settings[-1], "validation_nll", home.validate(model, data, job.measure, job.folder)))
     return rows
 
 

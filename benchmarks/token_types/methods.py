@@ -23,6 +23,7 @@ PUBLISHED: dict[str, dict] = {
 }
 # ours with one grid per weight row and token, as everything above has; and the default, with grids of few numbers
 OURS: dict[str, dict] = {"freeact-fast": {"preset": "freeact-fast"}, "freeact": {"preset": "freeact"}}
+TIERS: dict[str, dict] = {"freeact-fastest": {"preset": "freeact-fastest"}, **OURS}
 GROUPS = {"weight_group_size": 32, "activation_group_size": 16}
 # what the published methods gain from the same grids
 CONTROLS: dict[str, dict] = {
@@ -43,7 +44,6 @@ ABLATIONS: dict[str, dict] = {
     "freeact-fast types=text+sink loudness_limit=2": {**_FAST, "token_types": ["text", "sink"], "loudness_limit": 2.0},
     "freeact-fast types=text+sink centring=none": {**_FAST, "token_types": ["text", "sink"], "centring": "none"},
     "freeact loudness_limit=2": {"preset": "freeact", "loudness_limit": 2.0},
-    "freeact-fast low_rank=0": {**_FAST, "low_rank": 0},
     "freeact-fast low_rank=48": {**_FAST, "low_rank": 48},
     "freeact-fast type_rank=4": {**_FAST, "type_rank": 4},
     "freeact-fast low_rank=12 type_rank=4": {**_FAST, "low_rank": 12, "type_rank": 4},
@@ -64,7 +64,7 @@ ABLATIONS: dict[str, dict] = {
         **{"calibration": "learned", "learned_part": "maps"},
     },
 }
-METHODS = {**PUBLISHED, **OURS, **CONTROLS, **ABLATIONS}
+METHODS = {**PUBLISHED, **TIERS, **CONTROLS, **ABLATIONS}
 CLAIMED = ("flatquant", "freeact-paper", *OURS)
 LEARNED = tuple(
     name
@@ -72,14 +72,14 @@ LEARNED = tuple(
     if fields.get("calibration") == "learned" or fields["preset"] in ("flatquant", "freeact-paper")
 )
 EARLY = (  # ablations that say where the difference comes from
-    "freeact-paper exclusive=none",
-    "freeact-fast types=text+sink",
-    "freeact-fast types=text",
     "freeact-fast loudness_limit=2",
+    "freeact-fast types=text+sink",
     "freeact-fast types=text+sink loudness_limit=2",
-    "freeact-fast types=text+sink centring=none",
     "freeact-fast centring=none",
-    "freeact-fast low_rank=0",
+    "freeact loudness_limit=2",
+    "freeact-fast types=text+sink centring=none",
+    "freeact-fast types=text",
+    "freeact-paper exclusive=none",
 )
 DRAWS_NOTHING = ("rtn", "smoothquant")  # one seed is all there is, but for the calibration samples
 

@@ -13,7 +13,7 @@ from benchmarks.token_types.methods import (
     FP,
     LEARNED,
     METHODS,
-    OURS,
+    TIERS,
     group_of,
 )
 from benchmarks.token_types.sizes import FULL, TINY
@@ -23,7 +23,7 @@ def timing(options: argparse.Namespace) -> list[Job]:
     """The time of three types: first a run that compiles the kernels, then one on a GPU that nothing else uses."""
     if options.no_timing:
         return []
-    measure = {"tokens": [1, 16, 2048], "shapes": ["135m", "1b", "8b"], "presets": list(OURS)}
+    measure = {"tokens": [1, 16, 2048], "shapes": ["135m", "1b", "8b"], "presets": list(TIERS)}
     if options.tiny:
         measure |= {"tokens": [4], "shapes": ["135m"], "repeats": 2, "copies": 2}
     seed = int(options.seeds.split(",")[0])
@@ -68,24 +68,37 @@ def plan(options: argparse.Namespace, inputs: dict) -> tuple[list[Job], list[Job
                 told = {"settings": settings, "seed": seed, "quantize": quantize, "group": group, **common}
                 if seed != seeds[0] or group == "ablation":  # what is dear to score is scored once
                     told["measure"] = {**measure, "generate": None, "exact": 0, "candidates": 0}
+                if seed == seeds[0] and quantize["preset"] in TIERS:  # what a default would be chosen by
+                    told["measure"] = {**told.get("measure", measure), "validate": True}
                 jobs.append(Job(method=method, **told))
-    jobs.sort(key=lambda job: _urgency(job, seeds[0]))
+    jobs.sort(key=lambda job: _urgency(job, seeds))
     return training, jobs
 
 
-def _urgency(job: Job, first_seed: int) -> tuple:
-    """What claims need comes first, the longest of it before the rest, then its further seeds; then controls, what is left of
-    the table, and ablations.
+REQUIRED = ("flatquant", "freeact-paper", "freeact-fast")  # of what the claims compare, what needs every seed
+
+
+def _urgency(job: Job, seeds: list[int]) -> tuple:
+    """What claims need comes first, the longest of it before the rest; then the table; then further seeds of what claims compare, the
+    ablations that explain it, and what is left.
     """
-    first = job.seed == first_seed
+    turn, stage = seeds.index(job.seed), 8
     if job.method == FP[0]:
         stage = 0
-    elif job.method in CLAIMED:
-        stage = 1 if first else 3
-    elif job.method in (*CONTROLS, *EARLY):
+    elif job.method in CLAIMED and turn == 0:
+        stage = 1
+    elif job.method in REQUIRED and turn == 1:
+        stage = 2
+    elif (job.group == "method" and turn == 0) or (job.method, job.model) == ("flatquant groups", "three_types"):
+        stage = 3
+    elif job.method in ("flatquant", "freeact-fast"):
         stage = 4
-    elif job.group == "ablation":
+    elif job.method in EARLY and job.method not in LEARNED:
+        stage = 5
+    elif job.method in CLAIMED:
         stage = 6
-    else:
-        stage = 2 if first and job.method not in LEARNED else 5
-    return stage, job.seed, job.method not in LEARNED
+    elif job.method in (*CONTROLS, *EARLY):
+        stage = 7
+    elif job.group == "ablation":
+        stage = 9
+    return stage, turn, job.method not in LEARNED, EARLY.index(job.method) if job.method in EARLY else 0

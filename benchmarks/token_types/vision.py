@@ -213,7 +213,7 @@ def score_written(model: nn.Module, scenes: Scenes, cells: torch.Tensor, batch: 
             steps, pixels = math.ceil(length / 2), inputs["pixel_values"]
             made = denoise(model, inputs["input_ids"], length, steps, use_cache=use_cache, pixel_values=pixels)
         else:
-            end = {"eos_token_id": scenes.end_id, "pad_token_id": scenes.end_id}
+            end = {"eos_token_id": scenes.end_id, "pad_token_id": scenes.end_id, "suppress_tokens": [scenes.image_id]}
             made = model.generate(**inputs, max_new_tokens=length, do_sample=False, use_cache=True, **end)
         for row, i in zip(made[:, HEAD:].tolist(), some, strict=True):
             row = (row + [scenes.end_id] * length)[: lengths[i]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def make(name: str, folder: Path, measure: dict, device: str, seed: int) -> dict
             inputs, _ = vision.mask_captions(model, inputs, ratio, generator)
         calibration.append(inputs)
     data = {"calibration": calibration, "cells": scenes.draw(measure["scenes"], generator, at_least=2)}
+    data["validation"] = scenes.draw(measure["scenes"], generator, at_least=2)
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     torch.save(data, folder / "data.pt")
@@ -86,3 +88,11 @@ def score(model, data: dict, measure: dict, setting: str, folder: str) -> list[d
         for told, more in scores:
             rows += [{"metric": metric, "value": value, "mode": mode, **more} for metric, value in told.items()]
     return rows
+
+
+def validate(model, data: dict, measure: dict, folder: str) -> float:
+    """Likelihood of captions (of masked ones where the model denoises) of scenes that the score does not see."""
+    scenes, cells, batch = scenes_of(measure), data["validation"], measure["score_batch"]
+    if json.loads((Path(folder) / "kind.json").read_text())["model"] != "three_types":
+        return vision.score_captions(model, scenes, cells, batch, False)["caption_nll"]
+    return fmean(vision.score_masked(model, scenes, cells, r, batch, False)["masked_nll"] for r in RATIOS)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from optimum_freeact.calibration.precision import products
 from optimum_freeact.calibration.step_graph import record
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
@@ -88,9 +89,10 @@ class LearnedInput(nn.Module):
         """Rounded z, p and types of rows `x`; computed once for the linears that share `x`."""
         if self._last is not None and self._last[0] is x:
             return self._last[1]
-        self.inverses = (self._inverse("left"), self._inverse("right"))
         types = self.state.of(x) if len(self.clip) > 1 else None
-        z, low_rank = self.current().apply(x.float(), types)
+        with products("highest", x.device):
+            self.inverses = (self._inverse("left"), self._inverse("right"))
+            z, low_rank = self.current().apply(x.float(), types)
         if self.bits < 16:
             clip = pick(torch.sigmoid(self.clip)[:, None], types)
             groups = z.unflatten(-1, (-1, self.group))  # (..., groups, group)
@@ -116,7 +118,8 @@ class LearnedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As `FreeActLinear.forward`, with gradients."""
         z, low_rank, types = self.source(x)
-        v, branch = self.source.current().transform_weight(self.weight, self.source.inverses)
+        with products("highest", x.device):
+            v, branch = self.source.current().transform_weight(self.weight, self.source.inverses)
         if self.bits < 16:
             grouped = v.unflatten(-1, (-1, self.group))
             qparams = symmetric_qparams(grouped, self.bits, torch.sigmoid(self.clip))
@@ -223,7 +226,7 @@ def learn(
 
     recorded = None
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), products("high", device):
             recorded = record(step, changed, train, device)
             for _ in range(config.epochs):
                 total = torch.zeros((), device=device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from optimum_freeact.calibration.precision import products
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.numerics.affine import dequantize
 from optimum_freeact.transforms.affine_map import pick
@@ -47,7 +48,8 @@ class TunedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As `FreeActLinear.forward`, with gradients."""
-        rounded = self.target.source(x)
+        with products("highest", x.device):
+            rounded = self.target.source(x)
         values = rounded.values if rounded.qparams is None else dequantize(rounded.values, rounded.qparams)
         y = nn.functional.linear(values.float(), self.weight) * self.log_scale.exp()
         branch = self.branch()

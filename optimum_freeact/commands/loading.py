@@ -14,10 +14,11 @@ import transformers
 from rich.console import Console
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from optimum_freeact.calibration.data import load_samples
 from optimum_freeact.config import FreeActConfig
+from optimum_freeact.hf.auto import auto_class
 from optimum_freeact.hf.serialization import check_checkpoint, check_index
 from optimum_freeact.report.evaluate import TextScore, score_text, tokenize_windows
 
@@ -154,7 +155,7 @@ def load_model(model: str, dtype: torch.dtype | str, device: torch.device) -> nn
         `ValueError`: if weights are missing or of another shape than the config says, naming the first;
             transformers alone would use random ones for those that are missing.
     """
-    loaded, info = AutoModelForCausalLM.from_pretrained(
+    loaded, info = auto_class(load_config(model)).from_pretrained(
         model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     for what, found in (("lacks", info["missing_keys"]), ("has other shapes in", info["mismatched_keys"])):

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from optimum_freeact.kernels.reference import MOST_MARKED, Rows, Weight
+from optimum_freeact.kernels.tables import InputTables
 from optimum_freeact.numerics.kronecker import factor_pair
 
 
@@ -186,8 +187,12 @@ def plan(device: torch.device | str, *, low_rank: int | None = None, **layer) ->
         return Plan(
             "triton",
             "4-bit Triton kernels",
-            f"compute capability {major}.{minor}; one row to {DP4A_ROWS} on plain cores, more on int8 tensor cores"
-            + (", many by warps with roles of their own" if (major, minor) == (9, 0) else "")
+            f"compute capability {major}.{minor}; "
+            + (
+                "one row on plain cores, more on int8 tensor cores, few and many by warps with roles of their own"
+                if (major, minor) == (9, 0)
+                else f"one row to {DP4A_ROWS} on plain cores, more on int8 tensor cores"
+            )
             + ("; without a branch rows are rounded in one pass" if low_rank == 0 else ""),
         )
     from optimum_freeact.kernels.native import kind
@@ -197,6 +202,18 @@ def plan(device: torch.device | str, *, low_rank: int | None = None, **layer) ->
 
 def _has_groups(layer: dict) -> bool:
     return layer.get("group_size") is not None or layer.get("activation_group_size") is not None
+
+
+def hopper_rounding(x: torch.Tensor, tables: InputTables) -> bool:
+    """Whether the kernel for Hopper rounds these rows in one pass; other sizes and GPUs have Triton's."""
+    if not x.is_cuda or not is_hopper(x.device.index) or x.data_ptr() % 16:
+        return False
+    return tables.one_pass and tables.channel_scale is None and fits_hopper(tables.a, tables.b)
+
+
+def fits_hopper(a: int, b: int) -> bool:
+    """Whether tiles of these factors are whole warps' lines, and powers of two across."""
+    return b in (64, 128) and a % 16 == 0 and 32 < a <= 128
 
 
 HOPPER_TILES = 96  # tiles of 128 rows by 256 outputs from which keeping programs on their multiprocessors pays
@@ -214,7 +231,7 @@ def hopper_kernel(rows: Rows, weight: Weight, out_dtype: torch.dtype) -> str | N
     if not rows.codes.is_cuda or not is_hopper(rows.codes.device.index):
         return None
     if rows.codes.dtype == torch.int8 and stream_choice(len(rows.codes), weight):
-        return "w4_stream"
+        return STREAM
     if weight.type_bias is not None and len(weight.type_bias) > MOST_MARKED:
         return None
     group = 0 if weight.group_scale is None else weight.packed.shape[1] // weight.group_scale.shape[1]
@@ -223,19 +240,24 @@ def hopper_kernel(rows: Rows, weight: Weight, out_dtype: torch.dtype) -> str | N
     return hopper_choice(len(rows.codes), m, half, branch, out_dtype, group)
 
 
-STREAM_ROWS = (2, 16)  # from and to which rows meet the weight as a stream; one row is as fast on plain cores
+STREAM = "w4_stream"
+STREAM_ROWS = 32  # rows up to which the weight's way to the multiprocessors is what counts
 
 
 def stream_choice(n: int, weight: Weight) -> bool:
-    """Whether `w4_stream` serves this number of rows: pieces of 128 bytes of a row, biases of four types at most, and so many
-    pieces that there is work for all.
+    """Whether `w4_stream` serves this number of rows: pieces of 128 bytes of a row, biases of four types and a rank of 48 at most, and a
+    weight that is worth the start. Few rows of no great length are multiplied on plain cores as fast as memory brings the weight.
     """
     biases = 0 if weight.type_bias is None else len(weight.type_bias)
+    rank = 0 if weight.low_rank is None else weight.low_rank.shape[1]
     m, half = weight.packed.shape
-    return STREAM_ROWS[0] <= n <= STREAM_ROWS[1] and half % 128 == 0 and biases <= 4 and m * half >= STREAM_BYTES
+    if not 0 < n <= STREAM_ROWS or half % 128 or biases > 4 or rank > 48:
+        return False
+    long = half > 4096  # plain cores would have few outputs at a time
+    return m * half >= (STREAM_BYTES if n > 2 or long else 4 * STREAM_BYTES) and (n > 1 or long)
 
 
-STREAM_BYTES = 1 << 22  # of a weight, from which a stream is worth its start
+STREAM_BYTES = 1 << 22  # of a weight
 
 
 def hopper_choice(n: int, m: int, half: int, branch: int, out_dtype: torch.dtype, group: int = 0) -> str | None:

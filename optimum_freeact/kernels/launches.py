@@ -19,7 +19,9 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 # `parts` programs for the same rows and about `fill` in all; `correct_rows` x `elements` of a program that corrects;
 # `programs` that finish, `finish_rows` at a time. Products: BM rows of codes, BN outputs, BK bytes, GROUP
 # blocks of outputs in a row. Stream: `room` bytes of shared memory for pieces of the weight, `depth` of them under way at a
-# time; outputs are not shared by programs where there is a block of them for at least `whole` of the multiprocessors. `pdl`: programmatic dependent launch.
+# time; outputs are not shared by programs where there is a block of them for at least `whole` of the multiprocessors. Rounding in one pass, on
+# Hopper by the columns of a tile: `workers` of a program, each with `deep` rows on their way; the next one is asked for `soon`, after
+# the first product; means are read a row `ahead`; what follows is let start `early`. `pdl`: programmatic dependent launch.
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
         (4, {"rows": 16, "chunk": 512, "parts": 64, "fill": 264, "project_warps": 8, "correct_rows": 16, "elements": 1,
@@ -30,11 +32,20 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
                 "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False}),
     ],
     "pass": [
-        (16, {"programs": 1056, "warps": 8, "stages": 1, "ahead": False, "registers": None, "pdl": True}),
-        (None, {"programs": 1056, "warps": 8, "stages": 1, "ahead": False, "registers": None, "pdl": False}),
+        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": True}),
+        (None, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": False}),
+    ],
+    "pass_hopper_64": [
+        (64, {"registers": 80, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False, "pdl": True}),
+        (None, {"registers": 96, "workers": 1, "deep": 2, "soon": False, "ahead": True, "early": False, "pdl": False}),
+    ],
+    "pass_hopper_128": [
+        (64, {"registers": 128, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False, "pdl": True}),
+        (264, {"registers": 128, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False, "pdl": False}),
+        (None, {"registers": 128, "workers": 2, "deep": 2, "soon": True, "ahead": True, "early": False, "pdl": False}),
     ],
     "dp4a": [
-        (1, {"words": 4096, "warps": 4, "pdl": True}),
+        (1, {"words": 2048, "warps": 4, "pdl": True}),
         (None, {"words": 2048, "warps": 2, "pdl": True}),
     ],
     "stream": [
@@ -53,6 +64,9 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "w8": [
         (16, {"BM": 16, "BN": 64, "BK": 128, "warps": 4, "stages": 4}),
         (None, {"BM": 64, "BN": 64, "BK": 128, "warps": 4, "stages": 3}),
+    ],
+    "w8_row": [
+        (None, {"words": 8192, "warps": 8, "pdl": True}),
     ],
     "groups": [
         (16, {"BM": 16, "BN": 64, "BK": 256, "GROUP": 1, "warps": 4, "stages": 3, "pdl": True}),
@@ -99,6 +113,14 @@ def pass_launch(n: int, changes: dict) -> dict:
     return {**_find(_settings()["pass"], n), **changes}
 
 
+def pass_hopper_launch(n: int, threads: int, columns: int, changes: dict) -> dict:
+    """The same for Hopper's kernel, by the columns of its tiles; as many programs of workers of so many threads on a
+    multiprocessor as its registers allow.
+    """
+    found = {**_find(_settings()[f"pass_hopper_{columns}"], n), **changes}
+    return {"per_processor": max(1, 65536 // (found["registers"] * threads * found["workers"])), **found}
+
+
 def dp4a_launch(n: int, wide: int) -> dict:
     """Settings of a product on plain cores; `wide` is the padded number of words of a row."""
     found = dict(_find(_settings()["dp4a"], n))
@@ -130,6 +152,12 @@ def groups_launch(n: int, m: int, half: int) -> dict:
     """As [`w4_launch`] for weights or values with groups."""
     found = w4_launch(n, m, half, "groups")
     return found if found["SPLIT"] == 1 else {**found, "stages": 2}  # more programs, less shared memory each
+
+
+def w8_row_launch(wide: int) -> dict:
+    """Settings of a product of one row with a weight of bytes; `wide` is the padded number of words of a row."""
+    found = dict(_find(_settings()["w8_row"], 1))
+    return {"BN": max(1, min(16, found.pop("words") // wide)), **found}
 
 
 def w8_launch(n: int) -> dict:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -15,13 +16,21 @@ import torch
 from torch import Tensor
 
 from optimum_freeact.kernels import reference
-from optimum_freeact.kernels.dispatch import DP4A_ROWS, hopper_kernel, triton_obstacle, wanted
+from optimum_freeact.kernels.dispatch import (
+    DP4A_ROWS,
+    STREAM,
+    hopper_kernel,
+    hopper_rounding,
+    is_hopper,
+    triton_obstacle,
+    wanted,
+)
 from optimum_freeact.kernels.tables import TENSORS, InputTables, branch_width
 
 
 logger = logging.getLogger(__name__)
 
-PASS = "round_pass"
+PASS, HOPPER_PASS = "round_pass", "round_pass_hopper"
 _failed: dict[str, str] = {}
 _lock = threading.Lock()
 
@@ -32,23 +41,36 @@ def failures() -> dict[str, str]:
 
 
 def make_ready(device: torch.device) -> None:
-    """Allocate what the kernels keep on a device, before any CUDA graph is captured there."""
+    """Allocate what the kernels keep on a device, before any CUDA graph is captured there, and have the product that streams its
+    weight compared with its specification, once; where it is wrong, Triton's takes its place.
+    """
     if device.type != "cuda" or "w4_linear[many]" in _failed:
         return
     from optimum_freeact.kernels.epilogue_triton import counters
 
     counters(device)
+    if STREAM in _failed or not is_hopper(device.index):
+        return
+    from optimum_freeact.kernels.self_check import stream_obstacle
+
+    obstacle = stream_obstacle(device.index)
+    if obstacle is not None:
+        _fail(STREAM, obstacle)
 
 
 def check_pass(device: torch.device) -> None:
-    """Have rounding in one pass compared with its specification, once; where it is wrong, three launches take its place."""
-    if device.type != "cuda" or PASS in _failed:
+    """Have rounding in one pass compared with its specification, once; where it is wrong, another kernel takes its place."""
+    if device.type != "cuda":
         return
     from optimum_freeact.kernels.self_check import pass_obstacle
 
-    obstacle = pass_obstacle(device.index)
-    if obstacle is not None:
-        _fail(PASS, obstacle)
+    names = {PASS: "rounding_pass_triton"}
+    if is_hopper(device.index):
+        names[HOPPER_PASS] = "rounding_pass_hopper"
+    for name, module in names.items():
+        obstacle = None if name in _failed else pass_obstacle(device.index, module)
+        if obstacle is not None:
+            _fail(name, obstacle)
 
 
 def _fail(name: str, reason: str) -> None:
@@ -74,6 +96,10 @@ def _attempt(name: str, kernel, fallback):
         except Exception as error:  # whatever a compiler raises
             _fail(name, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}")
     return fallback()
+
+
+def _in_one_pass(module: str, x: Tensor, types: Tensor | None, tables: InputTables) -> reference.Rows:
+    return import_module(f"optimum_freeact.kernels.{module}").round_rows(x, types, tables)
 
 
 def _round_rows(
@@ -109,18 +135,15 @@ def _round_rows(
         rows = reference.round_rows(x, types, tables.input_map(), clip, bits, symmetric, tables.branch, group=group)
         return reference.marked(rows, types, tables.rank, 0 if mean is None else len(mean), tables.branch)
 
-    def in_one_pass() -> reference.Rows:
-        from optimum_freeact.kernels import rounding_pass_triton
-
-        return rounding_pass_triton.round_rows(x, types, tables)
-
-    def rounded() -> reference.Rows:
-        return _attempt(f"round_rows[{a}x{b}]", kernel, plain)
-
+    ways = [(f"round_rows[{a}x{b}]", kernel)]
     if tables.one_pass and PASS not in _failed:
-        rows = _attempt(f"{PASS}[{a}x{b}]", in_one_pass, rounded)
-    else:
-        rows = rounded()
+        ways.append((f"{PASS}[{a}x{b}]", lambda: _in_one_pass("rounding_pass_triton", x, types, tables)))
+    if HOPPER_PASS not in _failed and hopper_rounding(x, tables):
+        ways.append((f"{HOPPER_PASS}[{a}x{b}]", lambda: _in_one_pass("rounding_pass_hopper", x, types, tables)))
+    attempt = plain
+    for name, way in ways:
+        attempt = partial(_attempt, name, way, attempt)
+    rows = attempt()
     return (
         rows.codes,
         rows.stats,

@@ -1,8 +1,9 @@
-"""The kernels for groups, and rounding in one pass, against their specification, once on each GPU before a model uses them.
+"""The kernels for groups, rounding in one pass and the stream, against their specification, once on each GPU before a model
+uses them.
 
 The first serve the default preset, and a kernel that compiles can still be wrong on a GPU or a Triton that it was not tested
 on. Where they disagree with torch, or do not run, torch takes their place and `freeact inspect` says why; rounding in one pass
-gives way to three launches, with a warning. It takes a few seconds when Triton has nothing in its cache, and a moment later on.
+gives way to three launches, and the product that streams its weight to Triton's, with a warning. It takes a few seconds when Triton has nothing in its cache, and a moment later on.
 """
 
 from __future__ import annotations
@@ -46,31 +47,63 @@ def groups_obstacle(index: int | None, special: Callable) -> str | None:
 
 @cache
 @torch.compiler.assume_constant_result
-def pass_obstacle(index: int | None) -> str | None:
-    """Why rows without a branch are not to be rounded in one pass on a CUDA device, or `None`."""
+def pass_obstacle(index: int | None, module: str) -> str | None:
+    """Why a module is not to round rows without a branch in one pass on a CUDA device, or `None`."""
     device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
     try:
         with torch.no_grad(), torch.cuda.device(device):
-            return pass_disagreement(device)
+            return pass_disagreement(device, module)
     except Exception as error:  # whatever a compiler raises
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
-def pass_disagreement(device: torch.device, rows: tuple[int, ...] = (1, 300)) -> str | None:
-    """What rounding in one pass does otherwise than its specification, by more than rounding at an edge, or `None`."""
-    from optimum_freeact.kernels import rounding_pass_triton
+PASS_WIDTHS = {"rounding_pass_triton": WIDTH, "rounding_pass_hopper": 14336}  # 112 lines of a tile of 128
 
-    found, tables = _input_side(device, rank=0, group=0)
-    for n, x, types in _rows(device, rows):
+
+def pass_disagreement(device: torch.device, module: str, rows: tuple[int, ...] = (1, 304)) -> str | None:
+    """What rounding in one pass does otherwise than its specification, by more than rounding at an edge, or `None`."""
+    width = PASS_WIDTHS[module]
+    found, tables = _input_side(device, rank=0, group=0, width=width)
+    for n, x, types in _rows(device, rows, width):
         want = reference.round_rows(x, types, found, tables.clip, 4, False, tables.branch, torch.float64)
         want = reference.marked(want, types, 0, len(tables.clip), tables.branch)
-        got = rounding_pass_triton.round_rows(x, types, tables)
+        got = import_module(f"optimum_freeact.kernels.{module}").round_rows(x, types, tables)
         for name, error in (
             ("codes", _relative(_dequantized(got), _dequantized(want))),
-            ("branch", _relative(got.branch, want.branch) if bool(types.any()) else 0.0),
+            ("marks", float((got.branch - want.branch).abs().max())),
         ):
             if not error <= ROUNDING_ERROR:  # nan too
-                return f"{name} of {n} rows: relative error {error:.2g}, at most {ROUNDING_ERROR:g} was expected"
+                return f"{name} of {n} rows: error {error:.2g}, at most {ROUNDING_ERROR:g} was expected"
+    return None
+
+
+@cache
+@torch.compiler.assume_constant_result
+def stream_obstacle(index: int | None) -> str | None:
+    """Why few rows are not to be multiplied by `w4_stream` on a Hopper GPU, or `None`."""
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    try:
+        from optimum_freeact.kernels import w4_stream
+
+        with torch.no_grad(), torch.cuda.device(device):
+            return product_disagreement(device, w4_stream.w4_linear)
+    except Exception as error:  # whatever a compiler raises
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def product_disagreement(device: torch.device, w4_linear: Callable, rows: tuple[int, ...] = (5, 16)) -> str | None:
+    """What a product of codes without groups does otherwise than its specification, with a branch and without, or `None`."""
+    whole = _weight(device)._replace(group_scale=None)
+    for weight in (whole, whole._replace(low_rank=None, low_rank_scale=None)):
+        for n, x, types in _rows(device, rows):
+            codes = (4 * x.float()).round_().clamp_(-8, 7).to(torch.int8)
+            scale, total = x[:, 0].float().abs() + 0.1, codes.sum(1).float()
+            branch = torch.nn.functional.pad(x[:, :RANK].float(), (0, 32 - RANK)).contiguous()
+            given = reference.Rows(codes, torch.stack((scale, scale / 2, total)), branch)
+            exact = reference.w4_linear(given, types, weight, torch.float64, torch.float64)
+            error = _relative(w4_linear(given, types, weight, torch.bfloat16), exact)
+            if not error <= PRODUCT_ERROR:  # nan too
+                return f"product of {n} rows: relative error {error:.2g}, at most {PRODUCT_ERROR:g} was expected"
     return None
 
 
@@ -79,11 +112,11 @@ def _dequantized(rows: reference.Rows) -> torch.Tensor:
     return rows.codes.double() * scale + offset
 
 
-def _rows(device: torch.device, rows: tuple[int, ...]):
+def _rows(device: torch.device, rows: tuple[int, ...], width: int = WIDTH):
     """Numbers of tokens, each with rows and types."""
     generator = torch.Generator().manual_seed(2)
     for n in rows:
-        x = torch.randn(n, WIDTH, generator=generator).bfloat16().to(device)
+        x = torch.randn(n, width, generator=generator).bfloat16().to(device)
         yield n, x, torch.randint(0, 2, (n,), generator=generator).to(device)
 
 
@@ -133,12 +166,14 @@ def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def _input_side(device: torch.device, rank: int = RANK, group: int = VALUE_GROUP) -> tuple[InputMap, InputTables]:
+def _input_side(
+    device: torch.device, rank: int = RANK, group: int = VALUE_GROUP, width: int = WIDTH
+) -> tuple[InputMap, InputTables]:
     """A map with all its parts but a channel scale, which no preset of ours has."""
     generator = torch.Generator().manual_seed(0)
-    left, right = (flat_rotation(size, generator).float() for size in factor_pair(WIDTH))
-    codes, scale = column_codes(torch.linalg.qr(torch.randn(WIDTH, RANK, generator=generator))[0])
-    mean, clip = torch.randn(2, WIDTH, generator=generator), torch.tensor([0.9, 0.8])
+    left, right = (flat_rotation(size, generator).float() for size in factor_pair(width))
+    codes, scale = column_codes(torch.linalg.qr(torch.randn(width, RANK, generator=generator))[0])
+    mean, clip = torch.randn(2, width, generator=generator), torch.tensor([0.9, 0.8])
     mean, basis, left, right = (tensor.to(device) for tensor in (mean, codes.float() * scale, left, right))
     codes, scale, clip = (tensor.to(device) for tensor in (codes, scale, clip))
     if rank == 0:

@@ -27,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from optimum_freeact.kernels.epilogue_triton import columns_of, scale_outputs
-from optimum_freeact.kernels.feed_hopper import prepare, produce, tile_order
+from optimum_freeact.kernels.feed_hopper import prepare, produce, send, tile_order
 from optimum_freeact.kernels.launches import launch_pdl
 from optimum_freeact.kernels.nibbles_gluon import half_codes, high_codes, low_codes, scaled_codes
 from optimum_freeact.kernels.reference import Rows, Weight
@@ -113,7 +113,7 @@ def _consume(
         tma.store_wait(0)  # the last results have left
         out.permute((1, 0)).store(y.to(out.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(y_desc, [block_n * BM, first], out)
+        send(y_desc, [block_n * BM, first], out)
     tma.store_wait(0)
 
 

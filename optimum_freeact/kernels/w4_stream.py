@@ -17,13 +17,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from optimum_freeact.kernels.epilogue_triton import COUNTERS, counters, scale_outputs
+from optimum_freeact.kernels.feed_hopper import barrier, bring
 from optimum_freeact.kernels.launches import launch_pdl, stream_launch
 from optimum_freeact.kernels.nibbles_gluon import high_codes, low_codes
 from optimum_freeact.kernels.reference import Rows, Weight
@@ -44,7 +44,7 @@ def _bring_weights(
         ready = full.index(slot)
         mbarrier.expect(ready, BN * BK)
         at = [(unit // STEPS) * BN, (unit % STEPS) * BK]
-        tma.async_copy_global_to_shared(w_desc, at, ready, w_ring.index(slot))
+        bring(w_desc, at, ready, w_ring.index(slot))
 
 
 @gluon.jit
@@ -55,6 +55,7 @@ def _bring_codes(
 ):  # fmt: skip
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     for unit in range(first, last):
         count = unit - first
         slot = count % STAGES
@@ -62,8 +63,8 @@ def _bring_codes(
         ready = full.index(slot)
         mbarrier.expect(ready, 2 * BM * BK)
         at = (unit % STEPS) * BK
-        tma.async_copy_global_to_shared(codes_desc, [0, at], ready, even_ring.index(slot))
-        tma.async_copy_global_to_shared(codes_desc, [0, HALF + at], ready, odd_ring.index(slot))
+        bring(codes_desc, [0, at], ready, even_ring.index(slot))
+        bring(codes_desc, [0, HALF + at], ready, odd_ring.index(slot))
 
 
 @gluon.jit
@@ -111,6 +112,12 @@ def _multiply(
         qscale = gl.load(qscale_ptr + outs, mask=is_out, other=0.0)
         if HAS_BIAS:
             bias = gl.load(bias_ptr + outs, mask=is_out, other=0.0)
+        if KINDS > 0:  # asked for together: at the end nothing would hide their way
+            one = gl.load(bias_ptr + m + outs, mask=is_out, other=0.0)
+        if KINDS > 1:
+            two = gl.load(bias_ptr + 2 * m + outs, mask=is_out, other=0.0)
+        if KINDS > 2:
+            three = gl.load(bias_ptr + 3 * m + outs, mask=is_out, other=0.0)
         if RANK > 0:
             scales = low_rank_scale_ptr
             if UNIT > 0:
@@ -144,7 +151,7 @@ def _multiply(
         if (begin > block * STEPS) | (end < (block + 1) * STEPS):  # other programs have the rest
             mine = (gl.program_id(0) * 2 + (begin == block * STEPS).to(gl.int32)) * 2 + WHICH
             gl.store(partial_ptr + mine * (OWN * BM) + part, acc)
-            gl.thread_barrier()
+            barrier()
             low_program = (block * STEPS) // per
             high_program = gl.minimum(((block + 1) * STEPS - 1) // per, gl.num_programs(0) - 1)
             arrived = gl.atomic_add(count_ptr + 2 * block + WHICH, 1, sem="acq_rel")
@@ -160,10 +167,14 @@ def _multiply(
             y += gl.expand_dims(offset, 0) * gl.expand_dims(row_sum.to(gl.float32), 1)
             y *= gl.expand_dims(qscale, 1)
             if HAS_BIAS:
-                y += gl.expand_dims(bias, 1)
-                for other in gl.static_range(1, KINDS + 1):
-                    change = gl.load(bias_ptr + other * m + outs, mask=is_out, other=0.0) - bias
-                    y += gl.where(gl.expand_dims(kind == other, 0), gl.expand_dims(change, 1), 0.0)
+                found = gl.expand_dims(bias, 1)
+                if KINDS > 0:
+                    found = gl.where(gl.expand_dims(kind >= 1, 0), gl.expand_dims(one, 1), found)
+                if KINDS > 1:
+                    found = gl.where(gl.expand_dims(kind >= 2, 0), gl.expand_dims(two, 1), found)
+                if KINDS > 2:
+                    found = gl.where(gl.expand_dims(kind >= 3, 0), gl.expand_dims(three, 1), found)
+                y += found
             if RANK > 0:
                 left_16 = left.to(gl.bfloat16)
                 y = warpgroup_mma(left_16, pairs.index(2 * WHICH).permute((1, 0)), y, is_async=True)
@@ -199,8 +210,6 @@ def _w4_stream(
         mbarrier.init(w_full.index(s), count=1)
         mbarrier.init(codes_full.index(s), count=1)
         mbarrier.init(empty.index(s), count=2)
-    if PDL:
-        gdc_launch_dependents()
     first = gl.program_id(0) * per
     last = gl.minimum(first + per, gl.cdiv(m, BN) * STEPS)
     given = (
@@ -255,6 +264,8 @@ def w4_linear(
     bias, low_rank = weight.type_bias, weight.low_rank
     launch = stream_launch(n, options or {})
     bm = launch["BM"]
+    if n > bm:
+        raise ValueError(f"{n} rows in a tile of BM={bm}.")
     per, programs = runs(m, half, processors(y.device), launch["whole"])
     stages = max(2, min(per, launch["room"] // (BK * (BN + 2 * bm))))
     partial = torch.empty(programs * 2 * BN * bm, dtype=torch.int32, device=y.device)
@@ -263,7 +274,7 @@ def w4_linear(
         described(weight.packed, BN, BK, BK), described(rows.codes, bm, BK, BK), rows.stats, rows.branch, types,
         weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, y, partial, counters(y.device), n, m,
         per, HALF=half, HAS_BIAS=bias is not None, KINDS=0 if bias is None or types is None else len(bias) - 1,
-        RANK=0 if low_rank is None else low_rank.shape[1], PR=32 if rows.branch is None else rows.branch.shape[1],
+        RANK=0 if low_rank is None else low_rank.shape[1], PR=16 if low_rank is None else rows.branch.shape[1],
         BM=bm, BN=BN, BK=BK, STAGES=stages, DEPTH=min(launch["depth"], stages - 1), UNIT=scale_outputs(weight),
         PDL=bool(pdl), num_warps=4, maxnreg=launch["registers"], **pdl,
     )  # fmt: skip

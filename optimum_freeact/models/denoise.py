@@ -13,7 +13,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from optimum_freeact.cache_name import NAMES, cache_name
-from optimum_freeact.type_rules import field_value, sub_configs
+from optimum_freeact.type_rules import ID_FIELDS, field_value, sub_configs
 
 
 def predictions(logits: torch.Tensor, before: torch.Tensor | None, shifted: bool) -> torch.Tensor:
@@ -63,6 +63,8 @@ def denoise(
         `ValueError`: if the model has no mask token, or the numbers do not divide.
     """
     mask_id = field_value(model.config, "mask_token_id")
+    told_ids = (field_value(model.config, field) for fields in ID_FIELDS.values() for field in fields)
+    never = sorted({i for i in told_ids if i is not None})  # a place for a picture stands for one that was given
     shifted = any(getattr(config, "shifted_logits", False) for config in sub_configs(model.config))
     block = block or new_tokens
     if mask_id is None:
@@ -90,7 +92,9 @@ def denoise(
             else:
                 told = model(input_ids=ids, use_cache=False, **arguments)
                 logits = predictions(told.logits, None, shifted)[:, start:stop]
-            ids[:, start:stop] = fill(ids[:, start:stop], logits, mask_id, per_block - step, temperature, generator)
+            ids[:, start:stop] = fill(
+                ids[:, start:stop], logits, mask_id, per_block - step, temperature, generator, never
+            )
     return ids
 
 
@@ -101,14 +105,17 @@ def fill(
     passes_left: int,
     temperature: float,
     generator: torch.Generator,
+    never: list[int] | None = None,
 ) -> torch.Tensor:
     """Fill in the surest of the masked places, so many that the rest suffices for the passes that are left.
 
     Args:
         ids (`torch.Tensor` of shape `(batch, tokens)`): Current ids.
         logits (`torch.Tensor` of shape `(batch, tokens, vocabulary)`): Of each position's own token.
+        never (`list[int]`, *optional*): Ids that are not written, besides the mask.
     """
-    logits = logits.float().index_fill(-1, torch.tensor([mask_id], device=logits.device), -torch.inf)
+    kept_out = torch.tensor([mask_id, *(never or [])], device=logits.device)
+    logits = logits.float().index_fill(-1, kept_out, -torch.inf)
     noisy = logits
     if temperature > 0:
         uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp_min(1e-9)

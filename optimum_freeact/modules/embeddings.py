@@ -43,6 +43,7 @@ class _ByteRows(nn.Module):
     def _make(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         self._is_hf_initialized = True
         self._aligned = False
+        self._unit: torch.Tensor | None = None
         self.weight = nn.Parameter(torch.zeros(rows, 1, columns, dtype=torch.int8), requires_grad=False)
         self.register_buffer("qscale", torch.ones(rows, 1, dtype=dtype))
 
@@ -54,6 +55,7 @@ class _ByteRows(nn.Module):
             self.weight.data = self.weight.data.clone()
         on_cpu = self.weight.device.type == "cpu" and self.weight.shape[2] % ALIGNMENT == 0  # rows of the input, too
         self._aligned = on_cpu and self.weight.data_ptr() % ALIGNMENT == 0
+        self._unit = torch.ones_like(self.qscale.flatten()) if self._aligned else None
 
     def _apply(self, fn, recurse: bool = True) -> _ByteRows:
         result, before = super()._apply(fn, recurse), self._aligned
@@ -120,7 +122,10 @@ class FreeActHead(_ByteRows, nn.Linear):
         if ops.serves_w8(flat):
             y = ops.w8_linear(flat.contiguous(), codes, scale)
         elif self._aligned and flat.dtype != torch.float64 and not (torch.is_grad_enabled() and x.requires_grad):
-            y = torch._weight_int8pack_mm(flat.contiguous(), codes, torch.ones_like(scale, dtype=x.dtype)) * scale
+            unit = self._unit  # a tensor that lies there: Inductor takes no other
+            if unit is None or unit.dtype != x.dtype:
+                unit = torch.ones_like(scale, dtype=x.dtype)
+            y = torch._weight_int8pack_mm(flat.contiguous(), codes, unit) * scale
         else:
             y = self._in_parts(flat, codes, scale)
         y = y.to(x.dtype) if self.bias is None else (y + self.bias).to(x.dtype)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from optimum_freeact.config import FreeActConfig
+from optimum_freeact.hf.auto import auto_class
 from optimum_freeact.kernels.dispatch import plan
 from optimum_freeact.modules.experts import FreeActExperts, find_experts, stand_ins
 from optimum_freeact.modules.layout import block_linears, find_blocks, is_excluded
@@ -74,7 +75,7 @@ def inspect_model(source: PretrainedConfig, folder: Path | None, device: torch.d
         device (`torch.device`): Where it would run.
 
     Raises:
-        `ValueError`: for another quantization method, a newer format, or no decoder blocks.
+        `ValueError`: for another quantization method, a newer format, no language model, or no decoder blocks.
     """
     found = getattr(source, "quantization_config", None)
     found = found if found is None or isinstance(found, dict) else found.to_dict()
@@ -84,8 +85,9 @@ def inspect_model(source: PretrainedConfig, folder: Path | None, device: torch.d
         )
     config = FreeActConfig() if found is None else FreeActConfig.from_dict(dict(found))
     files = [] if folder is None else sorted(folder.glob("*.safetensors"))
+    maker = auto_class(source)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source, dtype=getattr(source, "dtype", None) or torch.float32)
+        model = maker.from_config(source, dtype=getattr(source, "dtype", None) or torch.float32)
     prefix, blocks = find_blocks(model)
     if found is None:
         kinds, size, planned = _planned(prefix, blocks, config)

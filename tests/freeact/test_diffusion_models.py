@@ -287,6 +287,15 @@ def test_denoising_fills_all_places_and_keeps_the_prompt(kind):
         assert not (made == MASK).any()
 
 
+def test_placeholders_are_never_written():
+    """A place for a picture stands for one that was given; one more, and the model refuses the text."""
+    model, prompt = make(), sample_ids(2, 6)
+    written = denoise(model, prompt, 8, 8)[:, 6:]
+    model.config.image_token_id = int(written[0, 0])
+    again = denoise(model, prompt, 8, 8)[:, 6:]
+    assert not (again == model.config.image_token_id).any()
+
+
 def test_a_cache_holds_the_finished_text_only():
     """Blocks computed through the cache see what a block-wise mask would let them see."""
     model = make()

@@ -122,3 +122,15 @@ def test_a_traced_model_gives_the_same():
     want = logits(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(logits(compiled), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_compiles_on_a_cpu(dtype):
+    head = FreeActHead(64, 48, False, dtype)
+    codes, scale = row_codes(torch.randn(48, 64, dtype=dtype))
+    head.weight.data.copy_(codes)
+    head.qscale.copy_(scale)
+    head.prepare()
+    x = torch.randn(3, 64, dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(head, fullgraph=True)(x), head(x))

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from optimum_freeact.api import quantize
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.layout import find_blocks
 from optimum_freeact.modules.surgery import quantized_linears
+from optimum_freeact.report.inspection import inspect_model
 from optimum_freeact.type_state import given_types
 from tests.helpers.quantized import distance
 from tests.helpers.tiny_multimodal import AUDIO, IMAGE, MULTIMODAL, tiny_multimodal
@@ -67,6 +69,9 @@ def test_saved_and_loaded_again(family, tmp_path):
     again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(forward(again, inputs), expected)
     assert torch.equal(types(again), types(model))
+    found = inspect_model(AutoConfig.from_pretrained(tmp_path), tmp_path, torch.device("cpu"))
+    assert found.quantized
+    assert found.size.n_linears == len(quantized_linears(model))
 
 
 def test_left_padding_moves_types_and_sink():

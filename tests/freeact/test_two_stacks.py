@@ -11,7 +11,9 @@ from optimum_freeact.api import quantize
 from optimum_freeact.calibration.canvas import canvas_length, one_chain, with_noise
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.modules.surgery import quantized_linears
 from optimum_freeact.modules.twins import Twin
+from optimum_freeact.report.inspection import inspect_model
 from optimum_freeact.report.type_report import measure_types
 from optimum_freeact.token_types import TokenTyper
 from optimum_freeact.type_rules import resolve
@@ -164,6 +166,26 @@ def test_without_a_type_of_its_own_the_canvas_is_text():
     assert told == [("prompt", [[1] + [0] * 7]), ("canvas", None)]
 
 
+def test_compiled_and_trained_through_it_knows_its_canvas():
+    model = quantized()
+    told = seen_types(model)
+    prompt, canvas = ids_of(2, 12), ids_of(2, CANVAS, seed=1)
+    expected = logits(model, prompt, canvas)
+    with torch.no_grad():
+        read = model.model.encoder(input_ids=prompt)
+        found = torch.compile(model.model.decoder, backend="eager")(
+            cache=read.cache, decoder_attention_mask=torch.ones(2, 12 + CANVAS), decoder_input_ids=canvas
+        )
+    assert told[-1] == ("canvas", [[3] * CANVAS] * 2)
+    hidden = model.lm_head(found.last_hidden_state)
+    assert torch.allclose(torch.tanh(hidden / 30) * 30, expected, atol=1e-4)
+    model.gradient_checkpointing_enable()
+    model.train()
+    told.clear()
+    model(input_ids=prompt, decoder_input_ids=canvas).logits.sum().backward()
+    assert [kinds for name, kinds in told if name == "canvas"] == [[[3] * CANVAS] * 2] * 2  # computed twice
+
+
 def test_it_is_saved_once_and_read_again(tmp_path):
     model = quantized()
     prompt, canvas = ids_of(2, 12, seed=8), ids_of(2, CANVAS, seed=9)
@@ -174,6 +196,10 @@ def test_it_is_saved_once_and_read_again(tmp_path):
     assert twice == [f"model.encoder.language_model.layers.{i}.layer_scalar" for i in range(3)]
     again = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again, prompt, canvas), expected)
+    assert (
+        inspect_model(again.config, tmp_path, torch.device("cpu")).size.n_linears
+        == len(quantized_linears(again)) + 3 * 4 * 2
+    )
     again.save_pretrained(tmp_path / "again")
     inner = transformers.DiffusionGemmaModel.from_pretrained(tmp_path / "again").eval()
     with torch.no_grad():

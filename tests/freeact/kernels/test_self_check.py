@@ -85,9 +85,36 @@ def test_the_kernel_of_this_gpu_alone_is_compared_too(device):
 def test_rounding_in_one_pass_is_compared(device, monkeypatch):
     from optimum_freeact.kernels import rounding_pass_triton
 
-    assert self_check.pass_disagreement(torch.device(device), (1, 5)) is None
+    assert self_check.pass_disagreement(torch.device(device), "rounding_pass_triton", (1, 5)) is None
     right = rounding_pass_triton.round_rows
     monkeypatch.setattr(
         rounding_pass_triton, "round_rows", lambda x, types, tables: right(x, types.roll(1), tables)
     )  # the next row's mean
-    assert self_check.pass_disagreement(torch.device(device), (5,)).startswith("codes of 5 rows: relative error")
+    said = self_check.pass_disagreement(torch.device(device), "rounding_pass_triton", (5,))
+    assert said.startswith("codes of 5 rows: error")
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda y: y * 1.02, lambda y: y.roll(1, 1), lambda y: y * float("nan")], ids=["scale", "order", "nan"]
+)
+def test_the_product_of_few_rows_is_compared(device, wrong):
+    from optimum_freeact.kernels import w4_triton
+
+    found = self_check.product_disagreement(torch.device(device), w4_triton.w4_linear)
+    assert found is None
+    found = self_check.product_disagreement(torch.device(device), lambda *args: wrong(w4_triton.w4_linear(*args)))
+    assert found.startswith("product of 5 rows: relative error")
+
+
+@pytest.mark.parametrize("answer", [None, "product of 5 rows: relative error 1, at most 0.01 was expected"])
+def test_a_stream_that_disagrees_gives_way(monkeypatch, caplog, answer):
+    from optimum_freeact.kernels import epilogue_triton, ops
+
+    monkeypatch.setattr(ops, "_failed", {})
+    monkeypatch.setattr(ops, "is_hopper", lambda index: True)
+    monkeypatch.setattr(epilogue_triton, "counters", lambda device: None)
+    monkeypatch.setattr(self_check, "stream_obstacle", lambda index: answer)
+    for _ in range(2):
+        ops.make_ready(torch.device("cuda", 0))
+    assert ops.failures() == ({} if answer is None else {"w4_stream": answer})
+    assert [r.levelname for r in caplog.records] == ([] if answer is None else ["WARNING"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_freeact.kernels import reference
+from optimum_freeact.kernels import dispatch, reference
 from tests.freeact.kernels.cases import of_several_linears, random_weight, to
 from tests.freeact.kernels.test_hopper import needs_hopper
 from tests.freeact.kernels.test_w4_triton import random_rows
@@ -79,3 +79,51 @@ def test_the_same_bits_as_the_product_that_runs_elsewhere(n):
     types = torch.arange(n, device="cuda") % 2
     given = rows, types, weight, torch.float32
     assert float((kernel()(*given) - w4_triton.w4_linear(*given)).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d", "n_bias", "chosen"),
+    [
+        (3, 4096, 4096, 2, True),
+        (32, 2048, 4096, 0, True),
+        (2, 14336, 4096, 2, True),
+        (2, 4096, 4096, 2, False),  # plain cores
+        (1, 14336, 4096, 2, False),
+        (1, 4096, 14336, 2, True),  # long rows
+        (33, 14336, 4096, 2, False),
+        (0, 14336, 4096, 2, False),
+        (16, 1024, 4096, 2, False),  # too little work
+        (16, 14336, 4096, 5, False),  # more types than it selects
+        (16, 14336, 4864 - 128, 2, False),  # no whole pieces
+    ],
+)
+def test_when_it_is_chosen(monkeypatch, n, m, d, n_bias, chosen):
+    weight = random_weight(4, 32, rank=0, n_bias=n_bias)._replace(
+        packed=torch.empty(m, d // 2, dtype=torch.uint8, device="meta")
+    )
+    assert dispatch.stream_choice(n, weight) is chosen
+    monkeypatch.setattr(dispatch, "is_hopper", lambda index: True)
+    codes = torch.empty(n, d, dtype=torch.int8, device="meta")
+
+    class OnGpu:
+        is_cuda, device, dtype = True, torch.device("cuda", 0), codes.dtype
+
+        def __len__(self):
+            return n
+
+    rows = reference.Rows(OnGpu(), None, None)
+    assert (dispatch.hopper_kernel(rows, weight, torch.bfloat16) == "w4_stream") is chosen
+
+
+def test_equal_runs_cover_the_weight():
+    pytest.importorskip("triton.experimental.gluon")
+    from optimum_freeact.kernels import w4_stream
+
+    for m, half in ((14336, 2048), (4096, 7168), (4096, 2048), (6144, 2048), (28672, 2048), (33, 128)):
+        for whole in (0.8, 9.0):
+            per, programs = w4_stream.runs(m, half, 132, whole)
+            pieces = -(-m // 128) * (half // 128)
+            assert programs <= 132
+            assert (programs - 1) * per < pieces <= programs * per
+    assert w4_stream.runs(14336, 2048, 132, 0.8) == (16, 112)  # a block of outputs each, and no sums
+    assert w4_stream.runs(14336, 2048, 132, 9.0) == (14, 128)
