@@ -112,6 +112,12 @@ def _multiply(
         qscale = gl.load(qscale_ptr + outs, mask=is_out, other=0.0)
         if HAS_BIAS:
             bias = gl.load(bias_ptr + outs, mask=is_out, other=0.0)
+        if KINDS > 0:  # asked for together: at the end nothing would hide their way
+            one = gl.load(bias_ptr + m + outs, mask=is_out, other=0.0)
+        if KINDS > 1:
+            two = gl.load(bias_ptr + 2 * m + outs, mask=is_out, other=0.0)
+        if KINDS > 2:
+            three = gl.load(bias_ptr + 3 * m + outs, mask=is_out, other=0.0)
         if RANK > 0:
             scales = low_rank_scale_ptr
             if UNIT > 0:
@@ -161,10 +167,14 @@ def _multiply(
             y += gl.expand_dims(offset, 0) * gl.expand_dims(row_sum.to(gl.float32), 1)
             y *= gl.expand_dims(qscale, 1)
             if HAS_BIAS:
-                y += gl.expand_dims(bias, 1)
-                for other in gl.static_range(1, KINDS + 1):
-                    change = gl.load(bias_ptr + other * m + outs, mask=is_out, other=0.0) - bias
-                    y += gl.where(gl.expand_dims(kind == other, 0), gl.expand_dims(change, 1), 0.0)
+                found = gl.expand_dims(bias, 1)
+                if KINDS > 0:
+                    found = gl.where(gl.expand_dims(kind >= 1, 0), gl.expand_dims(one, 1), found)
+                if KINDS > 1:
+                    found = gl.where(gl.expand_dims(kind >= 2, 0), gl.expand_dims(two, 1), found)
+                if KINDS > 2:
+                    found = gl.where(gl.expand_dims(kind >= 3, 0), gl.expand_dims(three, 1), found)
+                y += found
             if RANK > 0:
                 left_16 = left.to(gl.bfloat16)
                 y = warpgroup_mma(left_16, pairs.index(2 * WHICH).permute((1, 0)), y, is_async=True)
