@@ -47,8 +47,11 @@ CANDIDATES: tuple[tuple[str, int | None, int, tuple[dict, ...]], ...] = (
         {"programs": 1584}, {"finish_warps": 8}, {"finish_warps": 2}, {"chunk": 64},
     )),
     ("pass", None, 2048, ({}, {"warps": 4, "registers": 255}, {"programs": 528}, {"ahead": True}, {"stages": 2})),
-    ("pass_hopper", None, 2048, (
-        {}, {"per_processor": 1}, {"registers_128": 168, "registers_64": 96}, {"registers_64": 64}, {"registers_128": 112},
+    ("pass_hopper_64", None, 2048, (
+        {}, {"deep": 1}, {"registers": 80}, {"soon": True}, {"workers": 2}, {"ahead": False},
+    )),
+    ("pass_hopper_128", None, 2048, (
+        {}, {"workers": 1, "deep": 1}, {"soon": False}, {"ahead": False}, {"deep": 1}, {"registers": 120},
     )),
     ("w4", 16, 16, (
         {}, {"BN": 32, "BK": 256}, {"BN": 32, "warps": 2, "stages": 5}, {"BK": 256, "stages": 3},
@@ -97,8 +100,10 @@ class Bench:
         """One launch."""
         if kernel == "round":
             return rounding_triton.round_rows(*self.rows(n, d), self.side(d), options=options)
-        if kernel in ("pass", "pass_hopper"):
-            module = import_module(f"optimum_freeact.kernels.rounding_{'pass_triton' if kernel == 'pass' else kernel}")
+        if kernel.startswith("pass"):
+            d = {"pass_hopper_64": 4096, "pass_hopper_128": 14336}.get(kernel, d)  # of other widths it has no say
+            name = "rounding_pass_triton" if kernel == "pass" else "rounding_pass_hopper"
+            module = import_module(f"optimum_freeact.kernels.{name}")
             return module.round_rows(*self.rows(n, d), self.side(d, 0), options=options)
         options = dict(options)
         if "words" in options:

@@ -66,8 +66,8 @@ def _dp4a_linear(
         FEW_KINDS: tl.constexpr = KINDS if KINDS <= MOST_KINDS else 0
         first, one, two, three, kind = biases_of(bias_ptr, types_ptr, tl.arange(0, 1), outs, N, m, HAS_BIAS, FEW_KINDS)
     if PDL:  # the weights are on their way while the codes are still being made
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     for t in tl.static_range(N):
         even = tl.load(codes_ptr + t * 2 * WORDS + k, mask=k < WORDS, other=0)
         odd = tl.load(codes_ptr + t * 2 * WORDS + WORDS + k, mask=k < WORDS, other=0)

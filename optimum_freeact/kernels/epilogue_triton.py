@@ -97,15 +97,16 @@ def branch_of_weight(
     """
     is_out = (outs < m)[:, None]
     c = tl.arange(0, PR)
-    codes, scales, columns = outs[:, None], c * 1.0, outs[:, None]
+    codes, scales, columns, units = outs[:, None], c * 1.0, outs[:, None], c
     if RANK > 0:
         codes = tl.load(low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out & (c < RANK)[None, :], other=0)
         scales = tl.load(low_rank_scale_ptr + c, mask=c < RANK, other=1.0)
     if MARKS > 0:
         mark = c - RANK
         is_mark = ((mark >= 0) & (mark < MARKS))[None, :]
-        columns = tl.load(columns_ptr + outs[:, None] * MARKS + mark[None, :], mask=is_out & is_mark, other=0.0)
-    return codes, scales, columns
+        columns = tl.load(columns_ptr + outs[:, None] * MARKS + mark[None, :], mask=is_out & is_mark, other=0)
+        units = tl.load(columns_ptr + m * MARKS + mark, mask=(mark >= 0) & (mark < MARKS), other=0)
+    return codes, scales, columns, units
 
 
 @triton.jit
@@ -128,12 +129,13 @@ def add_branch(
     (`reference.marked`): what types add is in a product that is made in any case.
     """
     if RANK + MARKS > 0:
-        codes, scales, columns = of_weight
+        codes, scales, columns, units = of_weight
         left = tl.zeros((y.shape[0], PR), tl.float32)
         if RANK > 0:
             right *= scales[:, None]
             left = codes.to(tl.float32)
         if MARKS > 0:
+            right *= tl.exp2(units.to(tl.float32))[:, None]
             left += columns.to(tl.float32)
         left = left.to(tl.bfloat16)
         upper = right.to(tl.bfloat16)

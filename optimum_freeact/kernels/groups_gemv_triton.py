@@ -90,8 +90,8 @@ def _groups_gemv(
         FEW_KINDS: tl.constexpr = KINDS if KINDS <= MOST_KINDS else 0
         first, one, two, three, kind = biases_of(bias_ptr, types_ptr, tl.arange(0, 1), outs, N, m, HAS_BIAS, FEW_KINDS)
     if PDL:  # the weights are on their way while the values are still being made
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     low, high = _raised(w, PLAIN)
     PIECE: tl.constexpr = BW // WIDE
     for t in tl.static_range(N):

@@ -19,7 +19,9 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 # `parts` programs for the same rows and about `fill` in all; `correct_rows` x `elements` of a program that corrects;
 # `programs` that finish, `finish_rows` at a time. Products: BM rows of codes, BN outputs, BK bytes, GROUP
 # blocks of outputs in a row. Stream: `room` bytes of shared memory for pieces of the weight, `depth` of them under way at a
-# time; outputs are not shared by programs where there is a block of them for at least `whole` of the multiprocessors. `pdl`: programmatic dependent launch.
+# time; outputs are not shared by programs where there is a block of them for at least `whole` of the multiprocessors. Rounding in one pass, on
+# Hopper by the columns of a tile: `workers` of a program, each with `deep` rows on their way; the next one is asked for `soon`, after
+# the first product; means are read a row `ahead`; what follows is let start `early`. `pdl`: programmatic dependent launch.
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
         (4, {"rows": 16, "chunk": 512, "parts": 64, "fill": 264, "project_warps": 8, "correct_rows": 16, "elements": 1,
@@ -33,11 +35,14 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": True}),
         (None, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": False}),
     ],
-    "pass_hopper": [
-        (64, {"registers_128": 128, "registers_64": 80, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False,
-              "pdl": True}),
-        (None, {"registers_128": 128, "registers_64": 80, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False,
-                "pdl": False}),
+    "pass_hopper_64": [
+        (64, {"registers": 80, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False, "pdl": True}),
+        (None, {"registers": 96, "workers": 1, "deep": 2, "soon": False, "ahead": True, "early": False, "pdl": False}),
+    ],
+    "pass_hopper_128": [
+        (64, {"registers": 128, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False, "pdl": True}),
+        (264, {"registers": 128, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False, "pdl": False}),
+        (None, {"registers": 128, "workers": 2, "deep": 2, "soon": True, "ahead": True, "early": False, "pdl": False}),
     ],
     "dp4a": [
         (1, {"words": 2048, "warps": 4, "pdl": True}),
@@ -109,16 +114,11 @@ def pass_launch(n: int, changes: dict) -> dict:
 
 
 def pass_hopper_launch(n: int, threads: int, columns: int, changes: dict) -> dict:
-    """The same for Hopper's kernel, by the columns of its tiles; as many programs of so many threads on a multiprocessor as its
-    registers allow.
+    """The same for Hopper's kernel, by the columns of its tiles; as many programs of workers of so many threads on a
+    multiprocessor as its registers allow.
     """
-    found = {**_find(_settings()["pass_hopper"], n), **changes}
-    registers = found[f"registers_{columns}"]
-    return {
-        "registers": registers,
-        "per_processor": max(1, 65536 // (registers * threads * found["workers"])),
-        **found,
-    }
+    found = {**_find(_settings()[f"pass_hopper_{columns}"], n), **changes}
+    return {"per_processor": max(1, 65536 // (found["registers"] * threads * found["workers"])), **found}
 
 
 def dp4a_launch(n: int, wide: int) -> dict:

@@ -135,7 +135,7 @@ class Weight(NamedTuple):
             scales of shape `(m / SCALE_OUTPUTS, r)` where several linears are one.
         type_bias (`float32`, shape `(n_means or 1, m)`, *optional*): Output bias of each token type.
         group_scale (`int8`, shape `(m, groups)`, *optional*): By which a group's codes are multiplied before `qscale`.
-        type_columns (`bfloat16`, shape `(m, 2 (n_means - 1))`, *optional*): See [`type_columns`]; for Triton, which makes
+        type_columns (`int8`, shape `(m + 1, 2 (n_means - 1))`, *optional*): See [`type_columns`]; for Triton, which makes
             them of the biases where they are missing.
     """
 
@@ -149,15 +149,28 @@ class Weight(NamedTuple):
     type_columns: torch.Tensor | None = None
 
 
+def in_fours(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros behind the last dimension up to a multiple of four: so many bytes of a branch are read at once."""
+    missing = -tensor.shape[-1] % 4
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+
+
 def type_columns(bias: torch.Tensor | None) -> torch.Tensor | None:
-    """How much the biases `(n_means, m)` of further types exceed the first's, as columns `(m, 2 (n_means - 1))` that meet the
-    marks of a row ([`marked`]): for each type the numbers in bfloat16, and what that lost of them.
+    """How much the biases `(n_means, m)` of further types exceed the first's, as columns that meet the marks of a row ([`marked`]).
+
+    Two for each type, `int8`, `(m + 1, 2 (n_means - 1))`: the number in units of a power of two, and what that lost of it in units
+    smaller by 256. The last line holds the exponents.
     """
     if bias is None or n_marks(len(bias)) == 0:
         return None
     change = (bias[1:] - bias[0]).mT
-    upper = change.to(torch.bfloat16)
-    return torch.stack((upper, (change - upper.to(change.dtype)).to(torch.bfloat16)), -1).flatten(1)
+    exponent = torch.frexp(change.abs().amax(0) / 127).exponent.clamp(-100, 100)
+    steps = torch.ldexp(change, -exponent)
+    coarse = steps.round().clamp(-127, 127)
+    fine = ((steps - coarse) * 256).round().clamp(-127, 127)
+    digits = torch.stack((coarse, fine), -1).flatten(1)
+    exponents = torch.stack((exponent, exponent - 8), -1).flatten()[None]
+    return torch.cat((digits, exponents.to(digits.dtype))).to(torch.int8)
 
 
 def w4_product(codes: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:

@@ -15,13 +15,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from optimum_freeact.kernels.feed_hopper import barrier as meet
+from optimum_freeact.kernels.feed_hopper import bring
 from optimum_freeact.kernels.grids_triton import MAGIC, MAGIC_BITS
 from optimum_freeact.kernels.launches import launch_pdl, pass_hopper_launch
 from optimum_freeact.kernels.reference import HEADROOM, Rows
@@ -29,9 +30,6 @@ from optimum_freeact.kernels.tables import InputTables, padded
 from optimum_freeact.kernels.w4_hopper import processors
 
 
-# names since Triton 3.7, and until then
-meet = getattr(gl, "barrier", None) or gl.thread_barrier
-bring = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 STEP = gl.constexpr(MAGIC.value)
 STEP_BITS = gl.constexpr(MAGIC_BITS.value)
 
@@ -63,18 +61,30 @@ def _saturated(z, factor, shift):
 
 
 @gluon.jit
-def _rows_of_worker(
-    given, WHICH: gl.constexpr,
-    HAS_TYPES: gl.constexpr, HAS_MEAN: gl.constexpr, MARKED: gl.constexpr, PR: gl.constexpr, A: gl.constexpr, B: gl.constexpr,
-    PA: gl.constexpr, QMIN: gl.constexpr, QMAX: gl.constexpr, SYMMETRIC: gl.constexpr, LIMIT: gl.constexpr, KIND: gl.constexpr,
-    WARPS: gl.constexpr, WORKERS: gl.constexpr, DEEP: gl.constexpr, SOON: gl.constexpr, AHEAD: gl.constexpr,
-    WRITTEN: gl.constexpr,
-):  # fmt: skip
+def _rows_of_worker(given, WHICH: gl.constexpr, SETTINGS: gl.constexpr):
     """Every WORKERS-th of a program's rows, one after the other, DEEP of them on their way at a time."""
     (
         x_desc, types_ptr, mean_ptr, reach_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr, branch_ptr, n, n_means, n_clips,
         ring, left, right, peaks, lows, highs, sums, ready, kinds,
     ) = given  # fmt: skip
+    HAS_MEAN: gl.constexpr = SETTINGS[0]
+    HAS_TYPES: gl.constexpr = SETTINGS[1]
+    MARKED: gl.constexpr = SETTINGS[2]
+    PR: gl.constexpr = SETTINGS[3]
+    A: gl.constexpr = SETTINGS[4]
+    B: gl.constexpr = SETTINGS[5]
+    PA: gl.constexpr = SETTINGS[6]
+    QMIN: gl.constexpr = SETTINGS[7]
+    QMAX: gl.constexpr = SETTINGS[8]
+    SYMMETRIC: gl.constexpr = SETTINGS[9]
+    LIMIT: gl.constexpr = SETTINGS[10]
+    KIND: gl.constexpr = SETTINGS[11]
+    WARPS: gl.constexpr = SETTINGS[12]
+    WORKERS: gl.constexpr = SETTINGS[13]
+    DEEP: gl.constexpr = SETTINGS[14]
+    SOON: gl.constexpr = SETTINGS[15]
+    AHEAD: gl.constexpr = SETTINGS[16]
+    WRITTEN: gl.constexpr = SETTINGS[17]
     D: gl.constexpr = A * B
     HALF: gl.constexpr = B // 2
     LINE: gl.constexpr = 256 // B  # lines of a tile that a warp reads at a time, eight numbers a thread
@@ -228,32 +238,15 @@ def _round_tiles(
         x_desc, types_ptr, mean_ptr, reach_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr, branch_ptr, n, n_means, n_clips,
         ring, left, right, peaks, lows, highs, sums, ready, (kind_0, kind_1),
     )  # fmt: skip
+    settings: gl.constexpr = (
+        HAS_MEAN, HAS_TYPES, MARKED, PR, A, B, PA, QMIN, QMAX, SYMMETRIC, LIMIT, KIND, WARPS, WORKERS, DEEP, SOON, AHEAD, WRITTEN,
+    )  # fmt: skip
     if WORKERS == 1:
-        _rows_of_worker(
-            given, 0, HAS_TYPES, HAS_MEAN, MARKED, PR, A, B, PA, QMIN, QMAX, SYMMETRIC, LIMIT, KIND, WARPS, WORKERS, DEEP,
-            SOON, AHEAD, WRITTEN,
-        )  # fmt: skip
+        _rows_of_worker(given, 0, settings)
     else:
         gl.warp_specialize(
-            [
-                (
-                    _rows_of_worker,
-                    (
-                        given, 0, HAS_TYPES, HAS_MEAN, MARKED, PR, A, B, PA, QMIN, QMAX, SYMMETRIC, LIMIT, KIND, WARPS,
-                        WORKERS, DEEP, SOON, AHEAD, WRITTEN,
-                    ),
-                ),
-                (
-                    _rows_of_worker,
-                    (
-                        given, 1, HAS_TYPES, HAS_MEAN, MARKED, PR, A, B, PA, QMIN, QMAX, SYMMETRIC, LIMIT, KIND, WARPS,
-                        WORKERS, DEEP, SOON, AHEAD, WRITTEN,
-                    ),
-                ),
-            ],
-            [WARPS],
-            [REGISTERS],
-        )  # fmt: skip
+            [(_rows_of_worker, (given, 0, settings)), (_rows_of_worker, (given, 1, settings))], [WARPS], [REGISTERS]
+        )
 
 
 def _written(pa: int, b: int) -> gl.DistributedLinearLayout:

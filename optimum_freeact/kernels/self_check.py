@@ -60,7 +60,7 @@ def pass_obstacle(index: int | None, module: str) -> str | None:
 PASS_WIDTHS = {"rounding_pass_triton": WIDTH, "rounding_pass_hopper": 14336}  # 112 lines of a tile of 128
 
 
-def pass_disagreement(device: torch.device, module: str, rows: tuple[int, ...] = (1, 300)) -> str | None:
+def pass_disagreement(device: torch.device, module: str, rows: tuple[int, ...] = (1, 304)) -> str | None:
     """What rounding in one pass does otherwise than its specification, by more than rounding at an edge, or `None`."""
     width = PASS_WIDTHS[module]
     found, tables = _input_side(device, rank=0, group=0, width=width)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from optimum_freeact.kernels.reference import n_marks
+from optimum_freeact.kernels.reference import in_fours, n_marks
 from optimum_freeact.transforms.affine_map import InputMap
 
 
@@ -178,6 +178,8 @@ def make_tables(
     """Tables of a stored map with Kronecker factors (float32) and of the codes of its basis, shape `(d, r)`; `group` as in
     [`InputTables`].
     """
+    if basis is not None and basis_scale is not None:
+        basis, basis_scale = in_fours(basis), in_fours(basis_scale)
     left, left_factor = half_factor(found.left)
     right, right_factor = half_factor(found.right)
     a, b = len(left), len(right)

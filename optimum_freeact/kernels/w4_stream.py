@@ -55,6 +55,7 @@ def _bring_codes(
 ):  # fmt: skip
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     for unit in range(first, last):
         count = unit - first
         slot = count % STAGES
@@ -111,6 +112,12 @@ def _multiply(
         qscale = gl.load(qscale_ptr + outs, mask=is_out, other=0.0)
         if HAS_BIAS:
             bias = gl.load(bias_ptr + outs, mask=is_out, other=0.0)
+        if KINDS > 0:  # asked for together: at the end nothing would hide their way
+            one = gl.load(bias_ptr + m + outs, mask=is_out, other=0.0)
+        if KINDS > 1:
+            two = gl.load(bias_ptr + 2 * m + outs, mask=is_out, other=0.0)
+        if KINDS > 2:
+            three = gl.load(bias_ptr + 3 * m + outs, mask=is_out, other=0.0)
         if RANK > 0:
             scales = low_rank_scale_ptr
             if UNIT > 0:
@@ -160,10 +167,14 @@ def _multiply(
             y += gl.expand_dims(offset, 0) * gl.expand_dims(row_sum.to(gl.float32), 1)
             y *= gl.expand_dims(qscale, 1)
             if HAS_BIAS:
-                y += gl.expand_dims(bias, 1)
-                for other in gl.static_range(1, KINDS + 1):
-                    change = gl.load(bias_ptr + other * m + outs, mask=is_out, other=0.0) - bias
-                    y += gl.where(gl.expand_dims(kind == other, 0), gl.expand_dims(change, 1), 0.0)
+                found = gl.expand_dims(bias, 1)
+                if KINDS > 0:
+                    found = gl.where(gl.expand_dims(kind >= 1, 0), gl.expand_dims(one, 1), found)
+                if KINDS > 1:
+                    found = gl.where(gl.expand_dims(kind >= 2, 0), gl.expand_dims(two, 1), found)
+                if KINDS > 2:
+                    found = gl.where(gl.expand_dims(kind >= 3, 0), gl.expand_dims(three, 1), found)
+                y += found
             if RANK > 0:
                 left_16 = left.to(gl.bfloat16)
                 y = warpgroup_mma(left_16, pairs.index(2 * WHICH).permute((1, 0)), y, is_async=True)
@@ -199,8 +210,6 @@ def _w4_stream(
         mbarrier.init(w_full.index(s), count=1)
         mbarrier.init(codes_full.index(s), count=1)
         mbarrier.init(empty.index(s), count=2)
-    if PDL:
-        gdc_launch_dependents()
     first = gl.program_id(0) * per
     last = gl.minimum(first + per, gl.cdiv(m, BN) * STEPS)
     given = (
@@ -265,7 +274,7 @@ def w4_linear(
         described(weight.packed, BN, BK, BK), described(rows.codes, bm, BK, BK), rows.stats, rows.branch, types,
         weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, y, partial, counters(y.device), n, m,
         per, HALF=half, HAS_BIAS=bias is not None, KINDS=0 if bias is None or types is None else len(bias) - 1,
-        RANK=0 if low_rank is None else low_rank.shape[1], PR=16 if low_rank is None else rows.branch.shape[1],
+        RANK=0 if low_rank is None else low_rank.shape[1], PR=16 if low_rank is None or rows.branch is None else rows.branch.shape[1],
         BM=bm, BN=BN, BK=BK, STAGES=stages, DEPTH=min(launch["depth"], stages - 1), UNIT=scale_outputs(weight),
         PDL=bool(pdl), num_warps=4, maxnreg=launch["registers"], **pdl,
     )  # fmt: skip

@@ -92,8 +92,8 @@ def _w4_linear(
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
         of_weight = branch_of_weight(low_rank_ptr, scales, columns_ptr, outs, m, RANK, MARKS, PR)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     for step in range(part * PER_PART, tl.minimum((part + 1) * PER_PART, STEPS)):
         at = step * BK
         if HALF % BK == 0:

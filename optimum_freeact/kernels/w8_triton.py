@@ -63,8 +63,8 @@ def _w8_row(
     w = tl.load(w_ptr + at, mask=(k < WORDS)[None, :], other=0, eviction_policy="evict_first")
     scale = tl.load(scale_ptr + outs, mask=is_out, other=0.0).to(tl.float32)
     if PDL:  # the weights are on their way while the row is still being made
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + tl.arange(0, 4 * BW), mask=tl.arange(0, 4 * BW) < 4 * WORDS, other=0.0).to(tl.float32)
     evens, odds = tl.split(tl.reshape(x, (BW, 2, 2)))  # in one piece, then apart: columns of a word lie side by side
     x_0, x_2 = tl.split(evens)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_freeact.kernels.reference import SCALE_OUTPUTS, Weight, type_columns
+from optimum_freeact.kernels.reference import SCALE_OUTPUTS, Weight, in_fours, type_columns
 
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class JoinedLinears:
             packed.flatten(1),
             torch.cat([w.qscale for w in weights]),
             torch.cat([w.row_sum for w in weights]),
-            whole["low_rank"],
+            None if whole["low_rank"] is None else in_fours(whole["low_rank"]),
             torch.cat(scales) if scales else None,
             bias,
             whole["weight_group_scale"],

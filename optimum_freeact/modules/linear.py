@@ -12,7 +12,7 @@ from torch import nn
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.dispatch import int_linear, plan
 from optimum_freeact.kernels.native import NativeWeight
-from optimum_freeact.kernels.reference import Rows, Weight, type_columns
+from optimum_freeact.kernels.reference import Rows, Weight, in_fours, type_columns
 from optimum_freeact.modules.activation import FreeActInput, KernelRows
 from optimum_freeact.modules.joined import keep_in_place
 from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes
@@ -89,6 +89,7 @@ class FreeActLinear(nn.Linear):
         self._native: NativeWeight | None = None
         self._bias_rows: torch.Tensor | None = None
         self._type_columns: torch.Tensor | None = None
+        self._branch: tuple[torch.Tensor, torch.Tensor] | None = None  # where kernels want it wider than it is stored
         self.span = (0, out_features)  # of the outputs where several linears are one product
 
     @torch.no_grad()
@@ -190,7 +191,9 @@ class FreeActLinear(nn.Linear):
         elif chosen.name == "triton":
             ops.make_ready(self.weight.device)
             self._type_columns = type_columns(self._bias_rows)
-            keep_in_place(self._row_sum, self._bias_rows, self._type_columns)
+            if self.low_rank is not None and self.low_rank.shape[1] % 4:
+                self._branch = in_fours(self.low_rank), in_fours(self.low_rank_scale)
+            keep_in_place(self._row_sum, self._bias_rows, self._type_columns, *(self._branch or ()))
             self.source.join_readers()
         else:
             self._native = NativeWeight(self.kernel_weight(), self.weight_group_scale)
@@ -202,18 +205,18 @@ class FreeActLinear(nn.Linear):
 
     def _forget(self) -> None:
         """What was made of the stored tensors is no longer theirs."""
-        self._codes = self._row_sum = self._native = self._bias_rows = self._type_columns = None
+        self._codes = self._row_sum = self._native = self._bias_rows = self._type_columns = self._branch = None
         self.source._joined = None
 
     def kernel_weight(self) -> Weight:
         """What is stored, as kernels read it; the packed codes are not copied."""
         row_sum = self.codes().sum(1, dtype=torch.int32) if self._row_sum is None else self._row_sum
+        branch = (self.low_rank, self.low_rank_scale) if self._branch is None else self._branch
         return Weight(
             self.weight.data.flatten(1),
             self.qscale.flatten(),
             row_sum,
-            self.low_rank,
-            self.low_rank_scale,
+            *branch,
             self.bias_rows(),
             self.weight_group_scale,
             self._type_columns,

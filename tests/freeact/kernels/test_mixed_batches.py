@@ -11,6 +11,7 @@ ON_GPU = torch.cuda.is_available()
 # rows, inputs, outputs: those of a GPU reach each kernel, the last one the kernel with roles on Hopper
 SIZES = [(1, 576, 192), (3, 96, 40), (16, 192, 64), (70, 96, 40)]
 LARGE = [(1, 4096, 512), (16, 4096, 4096), (40, 2048, 512), (300, 576, 1536), (300, 2048, 2048), (2048, 2048, 14336)]
+LARGE += [(300, 4096, 512), (600, 14336, 256)]
 
 
 def outputs(x, types, tables, weight):

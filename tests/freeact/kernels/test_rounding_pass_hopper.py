@@ -103,8 +103,10 @@ def test_constant_zero_huge_and_absent_rows():
     rows = rounded(side, x, None)
     want = reference.round_rows(x.double(), None, side.found, side.clip, 4, False, dtype=torch.float64)
     assert rows.stats[0, 0] == pytest.approx(1, rel=1e-6)
-    for value, wanted in zip(values(rows), values(want), strict=True):
-        assert (value - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+    for value, wanted, step in zip(values(rows), values(want), want.stats[0].double(), strict=True):
+        off = (value - wanted).abs()  # the same, or on the edge between two codes
+        assert (off > 1e-3 * wanted.abs().max()).float().mean() <= 0.05
+        assert off.max() <= 1.001 * step
     assert rounded(side, x[:0], None).codes.shape == (0, 4096)
 
 

@@ -118,3 +118,25 @@ def test_a_mixed_batch_has_the_bits_of_batches_of_one_type(device, name, n, rank
     for kind in types.unique().tolist():
         alone, _ = both(device, name, rows, torch.full_like(types, kind), weight)
         assert torch.equal(alone[types == kind], mixed[types == kind])
+
+
+def test_digits_of_a_types_biases_are_what_they_add():
+    """Two bytes a number and a power of two for all: within a part in thirty thousand of the largest."""
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(4, 300, generator=generator) * torch.tensor([1.0, 1e-3, 0.0, 5e4])[:, None]
+    columns = reference.type_columns(bias)
+    assert columns.dtype == torch.int8
+    assert columns.shape == (301, 6)
+    found = torch.ldexp(columns[:-1].double(), columns[-1].double()).unflatten(1, (3, 2)).sum(2)
+    change = (bias[1:] - bias[0]).mT.double()
+    assert ((found - change).abs().amax(0) <= change.abs().amax(0) / 30000).all()
+    assert reference.type_columns(bias[:1]) is None
+    assert (reference.type_columns(torch.zeros(2, 8))[:-1] == 0).all()
+
+
+def test_a_branch_is_widened_to_fours_with_zeros():
+    wide = reference.in_fours(torch.ones(3, 13))
+    assert wide.shape == (3, 16)
+    assert wide.sum() == 39
+    whole = torch.ones(3, 12)
+    assert reference.in_fours(whole) is whole

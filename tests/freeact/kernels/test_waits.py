@@ -81,3 +81,41 @@ def test_kernels_wait_for_their_products():
         for products, left in found:
             assert int(products) >= least, "this Triton multiplies another way: look at it anew"
             assert set(left.split()) == {"0"}
+
+
+ORDER = (
+    BEFORE
+    + """
+def compiled(self, *args, grid, warmup, **options):
+    made = run(self, *args, grid=grid, warmup=True, **options)
+    ptx = made.asm["ptx"]
+    wait, let = (ptx.find("griddepcontrol." + name) for name in ("wait", "launch_dependents"))
+    print("ORDER", self.__name__, 0 < wait < let)
+    return made
+JITFunction.run = compiled
+from optimum_freeact.kernels import dp4a_triton, groups_gemv_triton, rounding_pass_triton, w4_groups_triton, w4_triton, w8_triton
+from optimum_freeact.kernels.reference import Rows
+from tests.freeact.kernels.cases import input_side, random_weight
+for module in (dp4a_triton, groups_gemv_triton, rounding_pass_triton, w4_groups_triton, w4_triton, w8_triton):
+    module.launch_pdl = lambda wanted: {"launch_pdl": True} if wanted else {}
+types = torch.zeros(16, dtype=torch.int64)
+for n, plain, grouped in ((1, dp4a_triton, groups_gemv_triton), (16, w4_triton, w4_groups_triton)):
+    rows = Rows(torch.empty(n, 512, dtype=torch.int8), torch.empty(3, n), None)
+    plain.w4_linear(rows, types[:n], random_weight(256, 512, rank=0), torch.bfloat16)
+    values = Rows(torch.empty(n, 512, dtype=torch.float16), torch.empty(1, n), None)
+    grouped.w4_linear(values, types[:n], random_weight(256, 512, rank=0, group=32), torch.bfloat16)
+rounding_pass_triton.round_rows(torch.empty(16, 512, dtype=torch.bfloat16), types, input_side(512, rank=0, channel=False).tables)
+w8_triton.w8_linear(torch.empty(1, 512, dtype=torch.bfloat16), torch.empty(256, 512, dtype=torch.int8), torch.empty(256, dtype=torch.bfloat16))
+"""
+)
+
+
+def test_products_let_the_next_kernel_start_only_once_their_input_is_there():
+    """Kernels of others that start early read, without a wait, whatever the kernel before the one before them wrote."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed: pip install 'hf-concord[kernels]'")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", ORDER], capture_output=True, text=True, env=environment, check=False)
+    found = dict(re.findall(r"ORDER (\w+) (\w+)", done.stdout))
+    assert len(found) == 6, done.stderr[-2000:]
+    assert set(found.values()) == {"True"}, found
