@@ -206,12 +206,13 @@ def scale_adapters(model, share: float) -> None:
 def measure(model, tokenizer, data, text, layer: int | None, tag: dict, scored: dict) -> list[dict]:
     """Rows of one model: per language, between languages, perplexity."""
     rows = []
+    part = {name: group for group, names in reversed(scored.items()) for name in names}  # the first group that has it
     for test, suffix in ((data.test, ""), (data.new_words, "_new_words")):
         if len(test) == 0:
             continue
         report = evaluate_model(model, tokenizer, test, layer=layer, batch_size=100, texts={})
         rows += [
-            {**tag, "metric": metric + suffix, "language": name, "value": value}
+            {**tag, "metric": metric + suffix, "language": name, "part": part[name], "value": value}
             for name, found in report.languages.items()
             for metric, value in found.items()
             if metric in (("accuracy",) if suffix else ("accuracy", "margin", "retrieval_at_1"))
