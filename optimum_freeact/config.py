@@ -45,8 +45,8 @@ class FreeActConfig(QuantizationConfigMixin):
             bytes of its linears, with all else that is stored but the codes; the default is not to.
         loudness_limit (`float` or `"auto"`, *optional*): Beyond so many times what is usual in its type, a calibration token's
             energy counts for no more: a few far louder tokens, which act as attention sinks somewhere inside a sequence, decide
-            neither the type's mean nor how weights are rounded. `"auto"` is 2 for models with types beyond text and sink,
-            and no limit for others; the default is no limit.
+            neither the type's mean nor how weights are rounded. `"auto"`, the default of our presets, is 2 for models that have
+            types beyond text and sink (whether they are used or not), and no limit for others; `None` is no limit.
         embedding_bits (`int`, *optional*, defaults to 16): 8 stores embeddings and output head in one byte a number and one
             scale a row, tied ones once; 16 leaves them as they are. Refused for embeddings that compute something of their own.
         type_rank (`int`, *optional*, defaults to 0): So many further directions of that branch for each token type alone, its

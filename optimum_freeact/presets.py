@@ -23,6 +23,7 @@ OURS = {
     "transform": "hadamard",
     "channel_scale": "none",
     "centring": "per_type",
+    "loudness_limit": "auto",
     "rounding": "gptq",
     "rounding_passes": 2,
     "activation_clip": "search",

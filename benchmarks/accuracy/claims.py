@@ -80,21 +80,30 @@ def _nll(rows: list[dict], model: str, method: str, setting: str) -> list[dict]:
 
 
 def _ratio(rows, model: str, name: str, ours: str, theirs: tuple[str, ...], target: float) -> dict | None:
+    """A ratio of means over the seeds that both sides have, against the best rival."""
     mine = excess(rows, model, ours, SETTING)
     # one that failed is a row without a value, and no claim is made; files from before a rival was tried do not name it
     named = {row["method"] for row in rows if row["model"] == model}
     theirs = tuple(method for method in theirs if method in named or method in REQUIRED)
-    rivals = {method: excess(rows, model, method, SETTING) for method in theirs}
+    rivals = {
+        method: {seed: value for seed, value in excess(rows, model, method, SETTING).items() if seed in mine}
+        for method in theirs
+    }
     if not mine or not rivals or not all(rivals.values()):
         return None
     best = min(rivals, key=lambda method: statistics.fmean(rivals[method].values()))
-    theirs_mean = statistics.fmean(rivals[best].values())
+    rival = rivals[best]
+    mine = {seed: mine[seed] for seed in rival}
+    theirs_mean = statistics.fmean(rival.values())
     if theirs_mean <= 0:
         return None
     how = (
         f"(nll[{ours}] - nll[fp]) / (nll[{best}] - nll[fp]) at {SETTING}, mean over texts and seeds "
-        f"{', '.join(map(str, mine))}: {_spread(mine)} / {_spread(rivals[best])} nats"
+        f"{', '.join(map(str, mine))}: {_spread(mine)} / {_spread(rival)} nats"
     )
+    if len(mine) > 1 and min(rival.values()) > 0:
+        single = [mine[seed] / rival[seed] for seed in mine]
+        how += f"; single seeds give {min(single):.3g} to {max(single):.3g}"
     if len(theirs) > 1:
         how += f"; {best} is the best of {', '.join(theirs)}"
     value = statistics.fmean(mine.values()) / theirs_mean

@@ -291,9 +291,6 @@ class Plan:
             return
         from optimum_freeact.config_fields import DEFAULTS
 
-        shrunk = {"preset": "freeact-fast", "rounding_shrinkage": True}
-        name = "freeact-fast rounding_shrinkage=True"
-        self.add("ablation", name, ("w4a4",), self.seeds[0], shrunk, rank=Rank.ABLATION)
         for preset, name, value in (*(("freeact", *change) for change in ABLATIONS), *OF_OTHERS):
             if value != {**DEFAULTS, **PRESETS[preset]}[name] and _divides({name: value}, widths):
                 shown = f"{preset} {name}={'+'.join(value) if isinstance(value, list) else value}"

@@ -27,7 +27,7 @@ from benchmarks.token_types.vision_world import IMAGE_ID
 from tools.assets import fetch
 
 
-FAST, TWO = {"preset": "freeact-fast"}, {"token_types": ["text", "sink"]}
+FAST, TWO = {"preset": "freeact-fast", "loudness_limit": None}, {"token_types": ["text", "sink"]}
 CASES: dict[str, dict] = {
     "freeact-fast": FAST,
     "freeact-fast centring=none": {**FAST, "centring": "none"},
@@ -37,7 +37,7 @@ CASES: dict[str, dict] = {
     "freeact-fast types=text+sink": {**FAST, **TWO},
     "freeact-fast types=text+sink centring=none": {**FAST, **TWO, "centring": "none"},
     "freeact-fast types=text+sink loudness_limit=2": {**FAST, **TWO, "loudness_limit": 2.0},
-    "freeact": {"preset": "freeact"},
+    "freeact": {"preset": "freeact", "loudness_limit": None},
     "freeact loudness_limit=2": {"preset": "freeact", "loudness_limit": 2.0},
 }
 

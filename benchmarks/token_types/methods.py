@@ -39,11 +39,15 @@ ABLATIONS: dict[str, dict] = {
     "freeact-fast types=text": {**_FAST, "token_types": ["text"]},
     "freeact-fast centring=shared": {**_FAST, "centring": "shared"},
     "freeact-fast centring=none": {**_FAST, "centring": "none"},
-    "freeact-fast loudness_limit=2": {**_FAST, "loudness_limit": 2.0},
+    "freeact-fast loudness_limit=None": {**_FAST, "loudness_limit": None},
     "freeact-fast loudness_limit=8": {**_FAST, "loudness_limit": 8.0},
-    "freeact-fast types=text+sink loudness_limit=2": {**_FAST, "token_types": ["text", "sink"], "loudness_limit": 2.0},
+    "freeact-fast types=text+sink loudness_limit=None": {
+        **_FAST,
+        "token_types": ["text", "sink"],
+        "loudness_limit": None,
+    },
     "freeact-fast types=text+sink centring=none": {**_FAST, "token_types": ["text", "sink"], "centring": "none"},
-    "freeact loudness_limit=2": {"preset": "freeact", "loudness_limit": 2.0},
+    "freeact loudness_limit=None": {"preset": "freeact", "loudness_limit": None},
     "freeact-fast low_rank=48": {**_FAST, "low_rank": 48},
     "freeact-fast type_rank=4": {**_FAST, "type_rank": 4},
     "freeact-fast low_rank=12 type_rank=4": {**_FAST, "low_rank": 12, "type_rank": 4},
@@ -72,11 +76,11 @@ LEARNED = tuple(
     if fields.get("calibration") == "learned" or fields["preset"] in ("flatquant", "freeact-paper")
 )
 EARLY = (  # ablations that say where the difference comes from
-    "freeact-fast loudness_limit=2",
+    "freeact-fast loudness_limit=None",
     "freeact-fast types=text+sink",
-    "freeact-fast types=text+sink loudness_limit=2",
+    "freeact-fast types=text+sink loudness_limit=None",
     "freeact-fast centring=none",
-    "freeact loudness_limit=2",
+    "freeact loudness_limit=None",
     "freeact-fast types=text+sink centring=none",
     "freeact-fast types=text",
     "freeact-paper exclusive=none",

@@ -100,7 +100,7 @@ def measure(
                 "spread": noise(ones, threes),
             }
             yield {"metric": "one_type_time_ratio", **head, **dict(zip(("value", "worst"), halves(ones), strict=True))}
-            if n > 1:
+            if n > 1 and shape == shapes[0]:  # what a mixed batch computes is a matter of kernels, not of sizes
                 chosen = next((layers, state) for kind, layers, state in made if kind == 3)
                 yield from ({**row, **head} for row in differences(*chosen, *_inputs(shape, n, device)))
         del made

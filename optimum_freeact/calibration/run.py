@@ -17,7 +17,7 @@ from optimum_freeact.calibration.discover import add_discovered
 from optimum_freeact.calibration.masking import mask_if_needed
 from optimum_freeact.calibration.prepared import batches, is_prepared, size_of
 from optimum_freeact.calibration.ranks import Ranks
-from optimum_freeact.config import FreeActConfig
+from optimum_freeact.config import LOUDNESS_LIMIT, FreeActConfig
 from optimum_freeact.modules.embeddings import find_embeddings, replace_embeddings
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
@@ -25,7 +25,7 @@ from optimum_freeact.modules.kv_means import cache_means
 from optimum_freeact.modules.layout import find_blocks, find_decoder, is_plain_linear, unquantized_parameters
 from optimum_freeact.modules.twins import find_encoder, find_reader, tie_quantized
 from optimum_freeact.token_types import TokenTyper, install_typing
-from optimum_freeact.type_rules import resolve
+from optimum_freeact.type_rules import known_rules, resolve
 from optimum_freeact.type_state import attach_state
 
 
@@ -77,6 +77,8 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
     config.token_types, config.type_rules = resolve(
         model, config.token_types, config.type_rules, config.typer, vocab_size
     )
+    if config.loudness_limit == "auto" and known_rules(model):
+        config.loudness_limit = LOUDNESS_LIMIT  # such tokens are there, also where no type is made of them
     is_ids = isinstance(data, torch.Tensor) or is_prepared(data)
     samples = load_samples(
         data,

@@ -44,6 +44,9 @@ def _dp4a_linear(
     PR: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr,
     PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    given = 0
+    if N == 1 and KINDS > 0:  # first of all: where the biases lie hangs on it
+        given = tl.load(types_ptr)
     outs = tl.program_id(0) * BN + tl.arange(0, BN)
     is_out = outs < m
     k = tl.arange(0, BW)
@@ -61,7 +64,7 @@ def _dp4a_linear(
         scales = scales_of(low_rank_scale_ptr, tl.program_id(0) * BN, RANK, UNIT)
         low_rank_scale = tl.load(scales + c, mask=c < RANK, other=0.0)
     if N == 1:
-        bias = bias_of_one(bias_ptr, types_ptr, outs, m, n_bias, HAS_BIAS, KINDS > 0)
+        bias = bias_of_one(bias_ptr, given, outs, m, n_bias, HAS_BIAS)
     else:
         FEW_KINDS: tl.constexpr = KINDS if KINDS <= MOST_KINDS else 0
         first, one, two, three, kind = biases_of(bias_ptr, types_ptr, tl.arange(0, 1), outs, N, m, HAS_BIAS, FEW_KINDS)

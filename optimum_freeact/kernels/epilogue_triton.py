@@ -65,13 +65,11 @@ def biases_of(
 
 
 @triton.jit
-def bias_of_one(bias_ptr, types_ptr, outs, m, n_bias, HAS_BIAS: tl.constexpr, TYPED: tl.constexpr):
-    """Biases of the only token's type: as many bytes as with one type."""
+def bias_of_one(bias_ptr, given, outs, m, n_bias, HAS_BIAS: tl.constexpr):
+    """Biases of the only token's type `given`: as many bytes as with one type."""
     bias = outs * 0.0
     if HAS_BIAS:
-        if TYPED:
-            bias_ptr += tl.minimum(tl.load(types_ptr), n_bias - 1) * m
-        bias = tl.load(bias_ptr + outs, mask=outs < m, other=0.0)
+        bias = tl.load(bias_ptr + tl.minimum(given, n_bias - 1) * m + outs, mask=outs < m, other=0.0)
     return bias
 
 

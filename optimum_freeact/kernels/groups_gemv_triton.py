@@ -65,6 +65,9 @@ def _groups_gemv(
     """GB bytes of a row of the weight share a scale; HALF where the row does."""
     GROUPS: tl.constexpr = HALF // GB
     WIDE: tl.constexpr = BW // GB if BW > GB else 1
+    given = 0
+    if N == 1 and KINDS > 0:  # first of all: where the biases lie hangs on it
+        given = tl.load(types_ptr)
     outs = tl.program_id(0) * BN + tl.arange(0, BN)
     is_out = outs < m
     safe = tl.where(is_out, outs, 0).to(tl.int64)
@@ -85,7 +88,7 @@ def _groups_gemv(
         scales = scales_of(low_rank_scale_ptr, tl.program_id(0) * BN, RANK, UNIT)
         low_rank_scale = tl.load(scales + c, mask=c < RANK, other=0.0)
     if N == 1:
-        bias = bias_of_one(bias_ptr, types_ptr, outs, m, n_bias, HAS_BIAS, KINDS > 0)
+        bias = bias_of_one(bias_ptr, given, outs, m, n_bias, HAS_BIAS)
     else:
         FEW_KINDS: tl.constexpr = KINDS if KINDS <= MOST_KINDS else 0
         first, one, two, three, kind = biases_of(bias_ptr, types_ptr, tl.arange(0, 1), outs, N, m, HAS_BIAS, FEW_KINDS)

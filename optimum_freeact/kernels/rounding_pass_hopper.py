@@ -15,13 +15,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from optimum_freeact.kernels.feed_hopper import barrier as meet
+from optimum_freeact.kernels.feed_hopper import bring
 from optimum_freeact.kernels.grids_triton import MAGIC, MAGIC_BITS
 from optimum_freeact.kernels.launches import launch_pdl, pass_hopper_launch
 from optimum_freeact.kernels.reference import HEADROOM, Rows
@@ -29,9 +30,6 @@ from optimum_freeact.kernels.tables import InputTables, padded
 from optimum_freeact.kernels.w4_hopper import processors
 
 
-# names since Triton 3.7, and until then
-meet = getattr(gl, "barrier", None) or gl.thread_barrier
-bring = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 STEP = gl.constexpr(MAGIC.value)
 STEP_BITS = gl.constexpr(MAGIC_BITS.value)
 

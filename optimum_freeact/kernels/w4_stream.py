@@ -274,7 +274,7 @@ def w4_linear(
         described(weight.packed, BN, BK, BK), described(rows.codes, bm, BK, BK), rows.stats, rows.branch, types,
         weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, y, partial, counters(y.device), n, m,
         per, HALF=half, HAS_BIAS=bias is not None, KINDS=0 if bias is None or types is None else len(bias) - 1,
-        RANK=0 if low_rank is None else low_rank.shape[1], PR=16 if low_rank is None else rows.branch.shape[1],
+        RANK=0 if low_rank is None else low_rank.shape[1], PR=16 if low_rank is None or rows.branch is None else rows.branch.shape[1],
         BM=bm, BN=BN, BK=BK, STAGES=stages, DEPTH=min(launch["depth"], stages - 1), UNIT=scale_outputs(weight),
         PDL=bool(pdl), num_warps=4, maxnreg=launch["registers"], **pdl,
     )  # fmt: skip

@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from optimum_freeact.api import quantize
 from optimum_freeact.calibration.closed_form import GroupFit
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.surgery import replace_group
 from optimum_freeact.moments import Moments
 from optimum_freeact.type_state import TypeState
-from tests.helpers.quantized import distance, logits, quantized
+from tests.helpers.quantized import distance, logits, quantized, settings
+from tests.helpers.tiny_models import tiny
 
 
 N, D, LOUD = 512, 32, 1000.0
@@ -79,4 +81,21 @@ def test_auto_is_for_types_that_are_told(types, rules, limit):
     fields = {"token_types": types, "type_rules": rules}
     assert FreeActConfig(loudness_limit="auto", **fields).loudest == limit
     assert FreeActConfig(loudness_limit=3.0, **fields).loudest == 3.0
-    assert FreeActConfig(**fields).loudest is None
+    assert FreeActConfig(**fields).loudest == limit
+    assert FreeActConfig("quarot", **fields).loudest is None
+    assert FreeActConfig(loudness_limit=None, **fields).loudest is None
+
+
+def test_the_default_limits_models_that_have_such_tokens_whether_or_not_they_are_a_type():
+    """Text and sink alone put a picture's loud tokens into the mean of text."""
+    found = {}
+    for mask_token_id in (None, 99):
+        model = tiny("llama")
+        if mask_token_id is not None:
+            model.config.mask_token_id = mask_token_id
+        model = quantize(model, settings(token_types=["text", "sink"]))
+        found[mask_token_id] = model.hf_quantizer.quantization_config
+    assert [config.token_types for config in found.values()] == [["text", "sink"]] * 2
+    assert found[None].loudest is None
+    assert found[99].loudest == 2.0
+    assert found[99].to_dict()["loudness_limit"] == 2.0
