@@ -18,13 +18,13 @@ def ratio(rows: list[dict], k: int, m: int, n: int) -> float | None:
     return theirs / ours if ours and theirs else None
 
 
-def model_values(rows: list[dict], metric: str, layers: int) -> dict[str, list[float]]:
+def model_values(rows: list[dict], metric: str, layers: int, ours: str = OURS) -> dict[str, list[float]]:
     """Values of a metric per provider, of all ways to run the model."""
     found: dict[str, list[float]] = {}
     for row in rows:
         if row.get("what") == "model" and row["metric"] == metric and row.get("layers") == layers and row["value"]:
             found.setdefault(row["provider"], []).append(row["value"])
-    return found if {"bf16", OURS} <= found.keys() else {}
+    return found if {"bf16", ours} <= found.keys() else {}
 
 
 def linear_claims(rows: list[dict]) -> list[dict]:
