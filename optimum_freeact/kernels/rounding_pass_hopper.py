@@ -169,9 +169,10 @@ def _rows_of_worker(given, WHICH: gl.constexpr, SETTINGS: gl.constexpr):
         total = gl.sum(gl.where(warp * 16 < A, sums.load(everywhere), 0), 0)
         found = bits.to(gl.int8).reshape([PA, B // 8, 4, 2]).permute((0, 2, 1, 3)).reshape([PA, B])
         found = gl.convert_layout(found, WRITTEN)  # the same numbers in each thread, in another order
-        gl.store(codes_ptr + row.to(gl.int64) * D + target, found, mask=written)
+        # a compiled loop's `row` is a tensor
+        gl.store(codes_ptr + row.to(gl.int64) * D + target, found, mask=written)  # type: ignore[attr-defined]
         if not good:
-            gl.store(codes_ptr + row.to(gl.int64) * D + target, found ^ found, mask=written)
+            gl.store(codes_ptr + row.to(gl.int64) * D + target, found ^ found, mask=written)  # type: ignore[attr-defined]
             total = 0
         nan = gl.where(good, 0.0, float("nan"))
         gl.store(stats_ptr + row, scale * undo + nan)
