@@ -26,6 +26,7 @@ from optimum_freeact.kernels.feed_hopper import bring
 from optimum_freeact.kernels.grids_triton import MAGIC, MAGIC_BITS
 from optimum_freeact.kernels.launches import launch_pdl, pass_hopper_launch
 from optimum_freeact.kernels.reference import HEADROOM, Rows
+from optimum_freeact.kernels.rounding_triton import outputs
 from optimum_freeact.kernels.tables import InputTables, padded
 from optimum_freeact.kernels.w4_hopper import processors
 
@@ -268,11 +269,7 @@ def round_rows(
     """As `rounding_pass_triton.round_rows`, for tables that `dispatch.hopper_rounding` names."""
     n, d = x.shape
     n_means = 1 if tables.mean is None else len(tables.mean)
-    rows = Rows(
-        torch.empty(n, d, dtype=torch.int8, device=x.device),
-        torch.empty(3, n, dtype=torch.float32, device=x.device),
-        torch.empty(n, tables.branch, dtype=torch.float32, device=x.device) if tables.has_branch else None,
-    )
+    rows = outputs(x, tables)
     if n == 0:
         return rows
     if len(tables.clip) == 1 and n_means == 1:

@@ -17,6 +17,7 @@ import triton.language as tl
 from optimum_freeact.kernels.grids_triton import MAGIC_BITS, grid_of, stepped
 from optimum_freeact.kernels.launches import launch_pdl, pass_launch
 from optimum_freeact.kernels.reference import HEADROOM, Rows
+from optimum_freeact.kernels.rounding_triton import outputs
 from optimum_freeact.kernels.tables import InputTables, padded
 from optimum_freeact.kernels.triton_state import INTERPRETED
 
@@ -127,11 +128,7 @@ def round_rows(
     """
     n, d = x.shape
     n_means = 1 if tables.mean is None else len(tables.mean)
-    rows = Rows(
-        torch.empty(n, d, dtype=torch.int8, device=x.device),
-        torch.empty(3, n, dtype=torch.float32, device=x.device),
-        torch.empty(n, tables.branch, dtype=torch.float32, device=x.device) if tables.has_branch else None,
-    )
+    rows = outputs(x, tables)
     if n == 0:
         return rows
     if len(tables.clip) == 1 and n_means == 1:
