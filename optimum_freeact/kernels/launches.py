@@ -35,6 +35,10 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": True}),
         (None, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": False}),
     ],
+    "pass_small": [
+        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": True}),
+        (None, {"programs": 1056, "warps": 2, "stages": 1, "ahead": False, "registers": 128, "pdl": False}),
+    ],
     "pass_hopper_64": [
         (64, {"registers": 80, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False, "pdl": True}),
         (None, {"registers": 96, "workers": 1, "deep": 2, "soon": False, "ahead": True, "early": False, "pdl": False}),
@@ -54,9 +58,12 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (None, {"BM": 32, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 128, "pdl": True}),
     ],
     "w4": [
-        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
-        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
-        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "pdl": False}),
+        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "early": True, "registers": None, "pdl": True}),
+        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "early": True, "registers": None, "pdl": True}),
+        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "early": False, "registers": None, "pdl": False}),
+    ],
+    "w4_small": [
+        (None, {"BM": 64, "BN": 64, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "early": False, "registers": 128, "pdl": False}),
     ],
     "gemv": [
         (None, {"bytes": 16384, "warps": 4, "pdl": True}),
@@ -69,9 +76,12 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (None, {"words": 8192, "warps": 8, "pdl": True}),
     ],
     "groups": [
-        (16, {"BM": 16, "BN": 64, "BK": 256, "GROUP": 1, "warps": 4, "stages": 3, "pdl": True}),
-        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 3, "pdl": True}),
-        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 3, "pdl": False}),
+        (16, {"BM": 16, "BN": 64, "BK": 256, "GROUP": 1, "warps": 4, "stages": 3, "early": True, "registers": None, "pdl": True}),
+        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 3, "early": True, "registers": None, "pdl": True}),
+        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 3, "early": False, "registers": None, "pdl": False}),
+    ],
+    "groups_small": [
+        (None, {"BM": 64, "BN": 64, "BK": 64, "GROUP": 8, "warps": 4, "stages": 3, "early": False, "registers": 128, "pdl": False}),
     ],
 }  # fmt: skip
 
@@ -108,9 +118,13 @@ def round_launch(n: int, d: int, changes: dict) -> dict:
     return {**found, "steps": -(-d // (found["chunk"] * parts))}
 
 
-def pass_launch(n: int, changes: dict) -> dict:
-    """Settings to round `n` rows in one pass; `changes` override."""
-    return {**_find(_settings()["pass"], n), **changes}
+SMALL_TILE = 2048  # numbers of a padded tile, up to which two warps round a row
+
+
+def pass_launch(n: int, tile: int, changes: dict) -> dict:
+    """Settings to round `n` rows, each a padded tile of so many numbers, in one pass; `changes` override."""
+    name = "pass_small" if tile <= SMALL_TILE else "pass"
+    return {**_find(_settings()[name], n), **changes}
 
 
 def pass_hopper_launch(n: int, threads: int, columns: int, changes: dict) -> dict:
@@ -138,10 +152,15 @@ def gemv_launch(n: int, wide: int) -> dict:
     return {"BN": max(1, min(16, found.pop("bytes") // wide)), **found}
 
 
+SMALL_BLOCKS = 400  # below, large blocks would leave multiprocessors without one, or with a last one alone
+
+
 def w4_launch(n: int, m: int, half: int, name: str = "w4") -> dict:
     """Settings of a product on tensor cores for `n` rows, `m` outputs and rows of `half` bytes."""
     found = dict(_find(_settings()[name], n))
     blocks = -(-n // found["BM"]) * -(-m // found["BN"])
+    if found["BM"] > 64 and blocks < SMALL_BLOCKS:
+        return {"SPLIT": 1, **_find(_settings()[f"{name}_small"], n)}
     split = 1
     while n <= found["BM"] and n <= 64 and blocks * split < 198 and half // (split * 2) >= 4 * found["BK"]:
         split *= 2
