@@ -102,9 +102,7 @@ def branch_of_weight(
     if MARKS > 0:
         mark = c - RANK
         is_mark = (mark >= 0) & (mark < MARKS)
-        columns = tl.load(
-            columns_ptr + outs[:, None] * MARKS + mark[None, :], mask=is_out & is_mark[None, :], other=0
-        )
+        columns = tl.load(columns_ptr + outs[:, None] * MARKS + mark[None, :], mask=is_out & is_mark[None, :], other=0)
         powers = tl.exp2(tl.load(columns_ptr + m * MARKS + mark, mask=is_mark, other=0).to(tl.float32))
         if RANK > 0:
             numbers |= columns  # no place has both
@@ -126,7 +124,7 @@ def branch_of_rows(branch_ptr, tokens, n, USED: tl.constexpr, PR: tl.constexpr):
 
 @triton.jit
 def add_branch(
-    y, of_weight, right, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr
+    y, of_weight, right, RANK: tl.constexpr, MARKS: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """Y (outs, tokens) plus the low-rank branch, and how much the biases of further types differ from the first's.
 

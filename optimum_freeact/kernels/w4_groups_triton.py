@@ -144,7 +144,7 @@ def _w4_groups(
             acc += tl.load(partial_ptr + (other * m_blocks * BN * BM + here), cache_modifier=".cg")
     y = acc * scale[None, :] * qscale[:, None]
     y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
-    y = add_branch(y, of_weight, right, RANK, MARKS, PR, DOT)
+    y = add_branch(y, of_weight, right, RANK, MARKS, DOT)
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 

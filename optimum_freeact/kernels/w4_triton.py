@@ -128,7 +128,7 @@ def _w4_linear(
     y += offset[None, :] * row_sum.to(tl.float32)[:, None]
     y *= qscale[:, None]
     y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
-    y = add_branch(y, of_weight, right, RANK, MARKS, PR, DOT)
+    y = add_branch(y, of_weight, right, RANK, MARKS, DOT)
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 
