@@ -95,20 +95,23 @@ def branch_of_weight(
     """
     is_out = (outs < m)[:, None]
     c = tl.arange(0, PR)
+    in_rank = c < RANK
+    mark = c - RANK
+    is_mark = (mark >= 0) & (mark < MARKS)
     numbers, scales = outs[:, None], c * 1.0
     if RANK > 0:
-        numbers = tl.load(low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out & (c < RANK)[None, :], other=0)
-        scales = tl.load(low_rank_scale_ptr + c, mask=c < RANK, other=1.0)
+        place = low_rank_ptr + outs[:, None] * RANK + c[None, :]
+        scales = tl.load(low_rank_scale_ptr + c, mask=in_rank, other=1.0)
     if MARKS > 0:
-        mark = c - RANK
-        is_mark = (mark >= 0) & (mark < MARKS)
-        columns = tl.load(columns_ptr + outs[:, None] * MARKS + mark[None, :], mask=is_out & is_mark[None, :], other=0)
         powers = tl.exp2(tl.load(columns_ptr + m * MARKS + mark, mask=is_mark, other=0).to(tl.float32))
+        columns = columns_ptr + outs[:, None] * MARKS + mark[None, :]
         if RANK > 0:
-            numbers |= columns  # no place has both
+            place = tl.where(in_rank[None, :], place, columns)
             scales *= powers
         else:
-            numbers, scales = columns, powers
+            place, scales = columns, powers
+    if RANK + MARKS > 0:
+        numbers = tl.load(place, mask=is_out & (in_rank | is_mark)[None, :], other=0)
     return numbers, scales
 
 
