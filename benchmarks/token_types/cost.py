@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     tokens, shapes = [int(n) for n in options.tokens.split(",")], options.shapes.split(",")
     head = {"model": "layers", "group": "time", "setting": "w4a4", "seed": 0}
     if options.warm:
-        for _ in measure(device, tokens, shapes, options.presets.split(","), 1, 1):
+        for _ in measure(device, tokens, shapes, options.presets.split(","), 1, 2):  # halves need two
             pass
         return 0
     name = "token_types_cost" if device == "cuda" else "token_types_cost_cpu"
