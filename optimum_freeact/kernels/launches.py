@@ -18,7 +18,7 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 # Per kernel: (rows at most, settings). Rounding: `rows` x `chunk` numbers at a time of a program of the projection, at most
 # `parts` programs for the same rows and about `fill` in all; `correct_rows` x `elements` of a program that corrects;
 # `programs` that finish, `finish_rows` at a time. Products: BM rows of codes, BN outputs, BK bytes, GROUP
-# blocks of outputs in a row. Stream: `room` bytes of shared memory for pieces of the weight, `depth` of them under way at a
+# blocks of outputs in a row; what the weight brings to the end is asked for `early`, before the codes, or after them. Stream: `room` bytes of shared memory for pieces of the weight, `depth` of them under way at a
 # time; outputs are not shared by programs where there is a block of them for at least `whole` of the multiprocessors. Rounding in one pass, on
 # Hopper by the columns of a tile: `workers` of a program, each with `deep` rows on their way; the next one is asked for `soon`, after
 # the first product; means are read a row `ahead`; what follows is let start `early`. `pdl`: programmatic dependent launch.
@@ -152,7 +152,9 @@ def gemv_launch(n: int, wide: int) -> dict:
     return {"BN": max(1, min(16, found.pop("bytes") // wide)), **found}
 
 
-SMALL_BLOCKS = 400  # below, large blocks would leave multiprocessors without one, or with a last one alone
+# Below so many blocks of many rows smaller ones are taken: large ones would leave multiprocessors without one, and what follows a
+# product, whose way nothing hides but other blocks, would count
+SMALL_BLOCKS = 400
 
 
 def w4_launch(n: int, m: int, half: int, name: str = "w4") -> dict:
