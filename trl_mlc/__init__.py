@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # for type checkers and editors; names are imported on first 
     from trl_mlc.cpo import MLCCPOTrainer as MLCCPOTrainer
     from trl_mlc.dpo import MLCDPOConfig as MLCDPOConfig
     from trl_mlc.dpo import MLCDPOTrainer as MLCDPOTrainer
+    from trl_mlc.evaluation.report import EvaluationReport as EvaluationReport
     from trl_mlc.evaluation.report import evaluate_model as evaluate_model
     from trl_mlc.kto import MLCKTOConfig as MLCKTOConfig
     from trl_mlc.kto import MLCKTOTrainer as MLCKTOTrainer
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # for type checkers and editors; names are imported on first 
     from trl_mlc.orpo import MLCORPOTrainer as MLCORPOTrainer
     from trl_mlc.parallel import from_flat_columns as from_flat_columns
     from trl_mlc.parallel import join_translations as join_translations
+    from trl_mlc.parallel import shuffled_translations as shuffled_translations
     from trl_mlc.reward import MLCRewardConfig as MLCRewardConfig
     from trl_mlc.reward import MLCRewardTrainer as MLCRewardTrainer
     from trl_mlc.scan import LayerScore as LayerScore
@@ -32,6 +34,7 @@ if TYPE_CHECKING:  # for type checkers and editors; names are imported on first 
 
 _HOMES = {
     "ConsistencyLoss": "trl_mlc.losses",
+    "EvaluationReport": "trl_mlc.evaluation.report",
     "LayerScore": "trl_mlc.scan",
     "MLCArguments": "trl_mlc.arguments",
     "MLCCPOConfig": "trl_mlc.cpo",
@@ -52,6 +55,7 @@ _HOMES = {
     "from_flat_columns": "trl_mlc.parallel",
     "join_translations": "trl_mlc.parallel",
     "scan_layers": "trl_mlc.scan",
+    "shuffled_translations": "trl_mlc.parallel",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605

@@ -105,7 +105,9 @@ class MLCArguments:
     mlc_layer: Layer = _option("auto", "Index into hidden_states, or 'auto' to choose it by retrieval.")
     mlc_scan_prompts: int = _option(64, "Training rows used by mlc_layer='auto' and for the first language means.")
     mlc_pooling: str = _option("last", "'last' token of the prompt or 'mean' of its tokens.")
-    mlc_objective: str = _option("rank1", "'rank1' (the paper's loss) or 'cosine' (its ablation).")
+    mlc_objective: str = _option(
+        "rank1", "'rank1' (the paper's loss), 'cosine' (its ablation), 'none' (only the guards)."
+    )
     mlc_temperature: float = _option(0.2, "Temperature of the softmax over singular values.")
     mlc_sigma_norm: str = _option("top", "'top' divides by the first singular value, 'none' is the printed formula.")
     mlc_signed: bool = _option(False, "Also penalise opposite directions.")
@@ -155,6 +157,8 @@ class MLCArguments:
                 f"mlc_extractor_dim={self.mlc_extractor_dim}, mlc_extractor_frozen={self.mlc_extractor_frozen}; "
                 "drop one of them."
             )
+        if not str(self.mlc_anchor).strip():
+            raise ValueError(f"mlc_anchor must name the language of the prompt column, got {self.mlc_anchor!r}.")
         self._check_host_options()
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:

@@ -22,7 +22,7 @@ USAGE = """usage: trl-mlc {sft,dpo,evaluate,scan} [--config FILE.yaml] [options]
 
   sft, dpo   train as `trl sft` and `trl dpo` do, with the mlc_ options; data needs a prompt_translations column;
              --resume_from_checkpoint last goes on from the newest whole checkpoint, if there is one
-  evaluate   score a model in every language; --before REPORT.json --figure OUT.png compares with an earlier report
+  evaluate   score a model in every language; --before REPORT.json compares with an earlier report, --figure draws it
   scan       print, per layer and pooling, how well translations find each other
 
 `trl-mlc COMMAND --help` lists the options; a YAML file names them the same way. `trl-mlc --version` names versions."""
@@ -130,7 +130,7 @@ def evaluate(arguments: list[str]) -> None:
         batch_size=options.batch_size,
     )
     report.settings["model"] = options.model_name_or_path
-    print(report.table())
+    print(report.table(before))
     if options.output:
         report.save(options.output)
     if options.figure and before is not None:
@@ -159,9 +159,9 @@ def scan(arguments: list[str]) -> None:
     scores = scan_layers(decoder_of(model), groups, options.poolings)
     print(f"{len(groups)} prompts, {len(groups[0])} languages, chance {1 / len(groups):.3f}")
     print(f"{'layer':>5} {'pooling':>8} {'retrieval@1':>12} {'cosine':>8} {'cross-prompt':>13}")
-    best = best_layer(scores)
+    best = {p: best_layer([s for s in scores if s.pooling == p]) for p in options.poolings}
     for score in scores:
-        mark = "  <- auto" if score is best else ""
+        mark = f"  <- auto, with mlc_pooling {score.pooling}" if score is best[score.pooling] else ""
         print(
             f"{score.layer:>5} {score.pooling:>8} {score.retrieval:>12.3f} {score.cosine:>8.3f} "
             f"{score.cross_prompt_cosine:>13.3f}{mark}"
@@ -171,7 +171,7 @@ def scan(arguments: list[str]) -> None:
     if options.figure:
         from trl_mlc.plots import plot_layers
 
-        plot_layers([s for s in scores if s.pooling == best.pooling], options.figure)
+        plot_layers([s for s in scores if s.pooling == best_layer(scores).pooling], options.figure)
 
 
 def main(arguments: list[str] | None = None) -> int:

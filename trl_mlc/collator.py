@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Container
 
 import torch
+
+from trl_mlc.devices import sent
 
 
 KEY = "mlc_prompts"
@@ -42,8 +45,9 @@ def collate_prompts(rows: list[dict], pad_token_id: int) -> dict:
         pad_token_id (`int`).
 
     Returns:
-        `dict`: `input_ids`, `attention_mask` (P, T); `row`, `slot`, `language` (P,), all int64; the list `lengths` of
-        their tokens, which no device need be asked for; ints `n_rows`, `width` (largest group). A batch without any prompt holds one padding prompt with row -1, so that every process runs
+        `dict`: `input_ids`, `attention_mask` (P, T); `row`, `slot`, `language` (P,), all int64; lists `lengths` (of
+        their tokens) and `places` (row and language), for which no device need be asked; ints `n_rows`, `width`
+        (largest group). A batch without any prompt holds one padding prompt with row -1, so that every process runs
         the same number of forwards.
     """
     flat = [
@@ -63,30 +67,33 @@ def collate_prompts(rows: list[dict], pad_token_id: int) -> dict:
         "slot": slot,
         "language": language,
         "lengths": lengths,
+        "places": [(n, language) for _, n, _, language in flat],
         "n_rows": len(rows),
         "width": max(1, *(len(r[IDS]) for r in rows)) if rows else 1,
     }
 
 
-def select_prompts(prompts: dict, keep: torch.Tensor) -> dict:
-    """The prompts where `keep` (P,) is true, groups closed up; the first one with row -1 if there is none."""
-    indices = keep.nonzero().squeeze(1).tolist()
-    found = _prompts_at(prompts, indices or [0])
-    if not indices:
-        return {**found, "row": torch.full_like(found["row"], -1), "slot": torch.zeros_like(found["slot"]), "width": 1}
-    row = found["row"]  # in ascending order, as collated
-    before = torch.searchsorted(row, row)  # prompts of earlier rows
-    slot = torch.arange(len(row), device=row.device) - before
-    return {**found, "slot": slot, "width": int(slot.max()) + 1}
-
-
-def _prompts_at(prompts: dict, indices: list[int]) -> dict:
-    def chosen(value):
-        if isinstance(value, torch.Tensor):
-            return value[torch.tensor(indices, device=value.device)]
-        return [value[i] for i in indices] if isinstance(value, list) else value
-
-    return {key: chosen(value) for key, value in prompts.items()}
+def select_prompts(prompts: dict, languages: Container[int]) -> dict:
+    """The prompts in `languages`, groups closed up; the first one with row -1 if there is none. No device is waited for."""
+    indices = [i for i, (_, language) in enumerate(prompts["places"]) if language in languages]
+    places = [prompts["places"][i] for i in indices] or [(-1, 0)]
+    slots, seen = [], Counter[int]()
+    for row, _ in places:
+        slots.append(seen[row])
+        seen[row] += 1
+    device = prompts["input_ids"].device
+    chosen, row, slot = sent(torch.tensor([indices or [0], [row for row, _ in places], slots]), device)
+    found = {key: prompts[key][chosen] for key in ("input_ids", "attention_mask", "language")}
+    lengths = [prompts["lengths"][i] for i in indices or [0]]
+    return {
+        **prompts,
+        **found,
+        "row": row,
+        "slot": slot,
+        "lengths": lengths,
+        "places": places,
+        "width": max(slots) + 1,
+    }
 
 
 def to_groups(vectors: torch.Tensor, prompts: dict) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,7 +62,9 @@ class EvaluateOptions(ReadOptions):
     )
     pooling: str = field(default="last", metadata={"help": "'last' or 'mean'."})
     batch_size: int = field(default=16, metadata={"help": "Sequences per forward."})
-    before: str | None = field(default=None, metadata={"help": "An earlier report to compare the figure with."})
+    before: str | None = field(
+        default=None, metadata={"help": "An earlier report to compare with, in the table and the figure."}
+    )
 
 
 @dataclass

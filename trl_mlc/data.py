@@ -83,8 +83,8 @@ def encode_prompts_of(dataset, tokenizer, args, table: LanguageTable, name: str 
         if name != "train":
             return dataset
         raise ValueError(
-            f"The training data has columns {sorted(columns)} but no {COLUMN!r}; add it (see trl_mlc.parallel) or set "
-            "mlc_weight=0."
+            f"The training data has columns {sorted(columns)} but no {COLUMN!r}; add it (join_translations), gather flat "
+            "columns (from_flat_columns, --flat_prefix prompt_), or set mlc_weight=0."
         )
     numbers = table.add(languages_in(dataset, args.mlc_languages))
     options = {

@@ -44,16 +44,19 @@ def choose_layer(decoder: nn.Module, rows: Iterable[dict], args: MLCArguments, i
                 "mlc_layer='auto' needs at least two rows with a common language besides the anchor; name a layer "
                 f"from 1 to {n_layers(decoder)}."
             )
-        best = best_layer(scan_layers(decoder, groups, poolings=[args.mlc_pooling]))
+        scores = scan_layers(decoder, groups, poolings=[args.mlc_pooling])
+        best = best_layer(scores)
         logger.warning(
             "mlc_layer='auto' chose layer %d of %d: retrieval %.2f over %d prompts (chance %.2f), cosine between "
-            "different prompts %.3f.",
+            "different prompts %.3f. Of all layers, %s pooled (retrieval, that cosine): %s",
             best.layer,
             n_layers(decoder),
             best.retrieval,
             len(groups),
             1 / len(groups),
             best.cross_prompt_cosine,
+            args.mlc_pooling,
+            "; ".join(f"{s.layer}: {s.retrieval:.2f}, {s.cross_prompt_cosine:.3f}" for s in scores),
         )
         chosen = [best.layer]
     return broadcast_object_list(chosen, from_process=0)[0]

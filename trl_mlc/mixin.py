@@ -168,18 +168,15 @@ class MLCMixin(Host):
             self._mlc_pass.request(None)
             return
         if self.model.training and self.args.mlc_languages_per_step is not None:
-            prompts = select_prompts(prompts, self._mlc_of_this_step(prompts["language"]))
+            prompts = select_prompts(prompts, self._mlc_of_this_step())
         self._mlc_asked = prompts
         self._mlc_pass.request(prompts, self._mlc_means.of(prompts["language"]) if self._mlc_means else None)
 
-    def _mlc_of_this_step(self, languages: torch.Tensor) -> torch.Tensor:
-        """Which prompts are in this step's languages; the same on every process, and after a resume."""
+    def _mlc_of_this_step(self) -> set[int]:
+        """The languages of this step; the same on every process, and after a resume."""
         others = range(1, len(self._mlc_languages))
         count = min(self.args.mlc_languages_per_step - 1, len(others))
-        drawn = random.Random(f"{self.args.seed}-{self.state.global_step}").sample(others, count)
-        table = torch.zeros(len(self._mlc_languages), dtype=torch.bool, device=languages.device)
-        table[[0, *drawn]] = True
-        return table[languages]
+        return {0, *random.Random(f"{self.args.seed}-{self.state.global_step}").sample(others, count)}
 
     def _mlc_add(self, loss: torch.Tensor, prompts: dict | None, accumulated: int) -> torch.Tensor:
         training = self.model.training

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from trl_mlc.devices import sent
 from trl_mlc.early_exit import hidden_state_at
 from trl_mlc.pooling import POOLINGS
 
@@ -103,21 +104,16 @@ def encode_packed(
     place = step + torch.tensor(starts).repeat_interleave(counts)
     positions.view(-1)[place] = step
     taken.view(-1)[place] = step + (torch.arange(len(lengths)) * input_ids.shape[1]).repeat_interleave(counts)
-    ids, positions = input_ids.flatten()[_sent(taken, device)], _sent(positions, device)
+    ids, positions = input_ids.flatten()[sent(taken, device)], sent(positions, device)
     parts = zip(ids.split(rows_at_once(width)), positions.split(rows_at_once(width)), strict=True)
     states = torch.cat([hidden_state_at(decoder, a, None, layer, b) for a, b in parts])
     states = states.flatten(0, 1)  # (rows * width, d)
-    first, count = (_sent(torch.tensor(numbers), device).unsqueeze(1) for numbers in (starts, lengths))
+    first, count = (sent(torch.tensor(numbers), device).unsqueeze(1) for numbers in (starts, lengths))
     if pooling == "last":
         return states[(first + count - 1).squeeze(1)]
     steps = torch.arange(max(lengths), device=device).unsqueeze(0)
     inside = steps < count  # (P, T)
     return POOLINGS[pooling](states[torch.where(inside, first + steps, first)], inside)
-
-
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device; a GPU is not waited for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @torch.no_grad()

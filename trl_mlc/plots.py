@@ -21,6 +21,7 @@ TITLES = {
     "perplexity": "perplexity",
 }
 BEFORE, AFTER = "#9aa5b1", "#0b6e4f"
+PANELS_IN_A_ROW = 4
 
 
 def plot_languages(
@@ -41,8 +42,14 @@ def plot_languages(
     metrics = shared if metrics is None else [m for m in metrics if m in shared]
     if not metrics:
         raise ValueError(f"The reports share languages {languages} and metrics {shared}; nothing to draw.")
-    figure = Figure(figsize=(2.6 * len(metrics) + 0.8, 0.32 * len(languages) + 1.4), layout="constrained")
-    for i, (panel, metric) in enumerate(zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics)):
+    columns = min(len(metrics), PANELS_IN_A_ROW)
+    lines = -(-len(metrics) // columns)
+    size = (2.6 * columns + 0.8, (0.26 * len(languages) + 0.7) * lines + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for panel in panels[len(metrics) :]:
+        panel.remove()
+    for i, (panel, metric) in enumerate(zip(panels, metrics, strict=False)):
         for row, name in enumerate(languages):
             pair = [report.languages[name].get(metric) for report in (before, after)]
             if None in pair:
@@ -51,7 +58,7 @@ def plot_languages(
             panel.scatter(pair[0], row, color=BEFORE, s=26, zorder=2, label="before" if row == 0 else None)
             panel.scatter(pair[1], row, color=AFTER, s=26, zorder=3, label="after" if row == 0 else None)
         panel.set_title(TITLES[metric], fontsize=9)
-        panel.set_yticks(range(len(languages)), languages if i == 0 else [""] * len(languages))
+        panel.set_yticks(range(len(languages)), languages if i % columns == 0 else [""] * len(languages))
         panel.set_ylim(len(languages) - 0.5, -0.5)
         panel.grid(axis="x", color="#eceff2")
         panel.spines[["top", "right", "left"]].set_visible(False)

@@ -66,8 +66,8 @@ def mlc_term(representations: torch.Tensor, prompts: dict, args: MLCArguments) -
     n = compared.sum().float()
     across = cross_prompt_cosine(groups.detach(), mask)
     pairs = torch.isfinite(across).float()
-    sums = [found.per_group.detach()[compared].sum(), found.energy[compared].sum(), found.min_cosine[compared].sum()]
-    sums += [mask[compared].sum(), torch.nan_to_num(across), repulsion.detach()]
-    sums.append(contrast.detach() * pairs)
+    each = (found.per_group.detach(), found.energy, found.min_cosine, mask.sum(1).float())
+    sums = [torch.where(compared, value, 0.0).sum() for value in each]  # indexing by a mask would wait for a GPU
+    sums += [torch.nan_to_num(across), repulsion.detach(), contrast.detach() * pairs]
     counts = [n, n, n, n, pairs, pairs * (args.mlc_repulsion > 0), pairs * (args.mlc_contrast > 0)]
     return MLCTerm(loss, torch.stack([s.float() for s in sums]), torch.stack(counts), NAMES)

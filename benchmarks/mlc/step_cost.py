@@ -5,23 +5,25 @@
 
 Rows look like preference data: answers several times as long as prompts, both of log-normal length. Prompts are real
 parallel text (concepts of CLDR, as many as reach the length in English), so each language has its own number of tokens;
-answers are English prose. Every variant makes the same optimizer steps on the same rows, one after another, the stock
-trainer first and last. Each variant makes its steps twice, and the second time is timed: on a GPU every shape of a batch
-that was not seen before costs plans and kernels, and the stock trainer would pay for most of them as the first to come. A
-variant's time is the median over pairs of consecutive steps, of which one in each has the term; the first time is kept, too.
+answers are English prose. All variants are built first, each with weights of its own, and take turns: every optimizer step
+is made by one after the other, on the same rows, in an order that rotates, so that what a machine does meanwhile falls on
+all. The whole is gone through several times. The first time is kept apart: on a GPU every shape of a batch that was not
+seen before costs plans and kernels. A step's time is the median over the other times, and a variant's the mean over its
+steps, of which every second one has the term (`mlc_every`), each in languages of its own draw. Peak memory is what a variant keeps (weights,
+reference, optimizer) and the most that one of its steps allocates above that.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import random
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from anywhere
@@ -34,6 +36,7 @@ from benchmarks._results import RESULTS, command_line, write
 from benchmarks.mlc.concepts import load_concepts
 from benchmarks.mlc.step_cost_claims import claims
 from tools.assets import fetch
+from trl_mlc.collator import KEY, select_prompts
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
 
 
@@ -63,7 +66,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", help="of the weights; computation is bfloat16 on a GPU")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=16, help="timed steps per variant, an even number")
+    parser.add_argument("--steps", type=int, default=12, help="different steps, an even number")
+    parser.add_argument("--rounds", type=int, default=3, help="how often the steps are timed, after a first time")
+    parser.add_argument("--stop-seconds", type=float, default=float("inf"), help="begin no round that would end later")
     parser.add_argument("--prompt-tokens", type=int, default=48, help="median, in English")
     parser.add_argument("--response-tokens", type=int, default=192, help="median")
     parser.add_argument("--no-checkpointing", action="store_true", help="TRL checkpoints activations by default")
@@ -73,8 +78,8 @@ def parse() -> argparse.Namespace:
     if options.random and options.layer == "auto":
         parser.error("--random needs --layer: on random weights, 'auto' chooses nothing.")
     if options.tiny:
-        options.model, options.dtype, options.batch, options.steps = "smollm2", "float32", 1, 4
-        options.prompt_tokens, options.response_tokens = 8, 24
+        options.model, options.dtype, options.batch, options.steps, options.rounds = "smollm2", "float32", 1, 4, 2
+        options.prompt_tokens, options.response_tokens, options.random, options.layer = 8, 24, True, 3
         options.variants = ["stock", "default", "three-languages"]
     return options
 
@@ -109,11 +114,13 @@ def make_rows(tokenizer, options, count: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def random_weights(folder: str, dtype: str, target: str) -> str:
-    """A model of the folder's config with random weights, saved in `target`."""
+def random_weights(folder: str, dtype: str, target: str, layers: int | None = None) -> str:
+    """A model of the folder's config (with fewer layers, if asked) and random weights, saved in `target`."""
     torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder)
+    config.update({"num_hidden_layers": layers} if layers else {})
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(target)
     return target
 
@@ -138,35 +145,69 @@ def build(folder: str, tokenizer, data: Dataset, variant: str, options, scratch:
     return MLCDPOTrainer(model, ref_model=reference, args=args, train_dataset=data, processing_class=tokenizer)
 
 
-def time_steps(trainer: MLCDPOTrainer, warmup: int, steps: int) -> tuple[list[float], list[float], int | None]:
-    """Seconds of each optimizer step after a warm-up, for the first and the second time, and the peak of allocated bytes."""
-    gpu = torch.cuda.is_available()
+class Lane(NamedTuple):
+    """One variant, ready to make its steps."""
+
+    trainer: MLCDPOTrainer
+    model: Any
+    optimizer: torch.optim.Optimizer
+    batches: list[dict]
+
+
+def lane(trainer: MLCDPOTrainer, steps: int) -> Lane:
+    """The first batches of a trainer, and what `train()` does before its first step."""
+    torch.manual_seed(0)  # of the order of rows
     batches = iter(trainer.get_train_dataloader())
     optimizer = trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
-    model, runs = trainer.model.train(), []
-    if trainer.args.gradient_checkpointing:  # what `train()` does before its first step
+    model = trainer.model.train()
+    if trainer.args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    whole = [next(batches) for _ in range(warmup + steps)]
-    for timed in (False, True):  # the same steps twice: a shape is not new when it is timed
-        trainer.state.global_step, seconds = 0, []
-        for i, batch in enumerate(whole):
-            if gpu and i == warmup and timed:
-                torch.cuda.reset_peak_memory_stats()
-            batch = copy.deepcopy(batch)  # the loss takes the prompts out of it
-            if gpu:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            trainer.training_step(model, batch)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if gpu:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-            trainer.state.global_step += 1
-        runs.append(seconds[warmup:])
-    return *runs, torch.cuda.max_memory_allocated() if gpu else None
+    return Lane(trainer, model, optimizer, [next(batches) for _ in range(steps)])
+
+
+def step(lane: Lane, number: int) -> tuple[float, int | None]:
+    """Seconds of one optimizer step, and the bytes it allocates on a GPU above what was there."""
+    gpu = torch.cuda.is_available()
+    lane.trainer.state.global_step = number
+    batch = copy.deepcopy(lane.batches[number])  # the loss takes the prompts out of it
+    if gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    lane.trainer.training_step(lane.model, batch)
+    torch.nn.utils.clip_grad_norm_(lane.model.parameters(), 1.0)
+    lane.optimizer.step()
+    lane.optimizer.zero_grad()
+    if gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return seconds, torch.cuda.max_memory_allocated() - before if gpu else None
+
+
+def kept_bytes(lane: Lane) -> int:
+    """What a variant holds between steps: weights of both models and the optimizer's state."""
+    held = [*lane.model.parameters(), *lane.model.buffers()]
+    held += [*lane.trainer.ref_model.parameters(), *lane.trainer.ref_model.buffers()]
+    held += [v for state in lane.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    return sum(storages.values())
+
+
+def summary(rounds: list[list[float]], extra: list[int | None], kept: int) -> list[dict]:
+    """Rows of one variant: `rounds[0]` are the seconds of its steps for the first time, the others are timed."""
+    first, *timed = rounds
+    rows = [{"metric": "seconds_per_step_of_new_shapes", "value": statistics.fmean(first)}]
+    if timed:
+        typical = [statistics.median(times) for times in zip(*timed, strict=True)]
+        means = [statistics.fmean(times) for times in timed]
+        spread = {"spread": statistics.stdev(means)} if len(means) > 1 else {}
+        rows.append({"metric": "seconds_per_step", "value": statistics.fmean(typical), **spread, "rounds": len(timed)})
+        rows += [{"metric": "seconds_of_step", "step": i, "value": value} for i, value in enumerate(typical)]
+    most = [e for e in extra if e is not None]
+    memory = {} if most else {"note": "allocated bytes are counted on a GPU only"}
+    return [*rows, {"metric": "peak_bytes", "value": kept + max(most) if most else None, **memory}]
 
 
 def token_counts(trainer: MLCDPOTrainer) -> dict[str, float]:
@@ -180,45 +221,78 @@ def token_counts(trainer: MLCDPOTrainer) -> dict[str, float]:
     return found
 
 
+def tokens_of_step(lane: Lane, number: int) -> int:
+    """Tokens of the parallel prompts that a step runs."""
+    trainer, prompts = lane.trainer, lane.batches[number].get(KEY)
+    if prompts is None or number % trainer.args.mlc_every:
+        return 0
+    if trainer.args.mlc_languages_per_step is not None:
+        trainer.state.global_step = number
+        prompts = select_prompts(prompts, trainer._mlc_of_this_step())
+    return sum(prompts["lengths"])
+
+
+def check_same_rows(lanes: dict[str, Lane]) -> None:
+    """Raise unless all variants step on the same pairs."""
+    one, *others = lanes.values()
+    for other in others:
+        if not all(
+            torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one.batches, other.batches, strict=True)
+        ):
+            raise RuntimeError("The variants do not step on the same rows.")
+
+
 def main() -> None:
-    options = parse()
+    options, began = parse(), time.perf_counter()
     folder = options.model if Path(options.model).is_dir() else str(fetch(options.model))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    drawn = tempfile.TemporaryDirectory()
+    scratch = tempfile.TemporaryDirectory()
     if options.random:
-        folder = random_weights(folder, options.dtype, drawn.name)
-    warmup = 2 if options.tiny else 4
-    data = make_rows(tokenizer, options, (warmup + options.steps) * options.batch)
+        folder = random_weights(folder, options.dtype, scratch.name, 4 if options.tiny else None)
+    data = make_rows(tokenizer, options, options.steps * options.batch)
     name = "mlc_step_cost" + ("_tiny" if options.tiny else "")
     source = "benchmarks.mlc." + ("no_claims" if options.tiny else "step_cost_claims")
-    rows = []
-    for run, variant in enumerate([*options.variants, "stock"]):
-        with tempfile.TemporaryDirectory() as scratch:
-            trainer = build(folder, tokenizer, data, variant, options, scratch)
-            first, seconds, peak = time_steps(trainer, warmup, options.steps)
-        tag = {
-            "variant": variant,
-            "run": run,
-            "batch": options.batch,
-            "model": Path(options.model).name,
-            "dtype": options.dtype,
-        }
-        tag["weights"] = "random" if options.random else "trained"
-        tag["checkpointing"] = str(not options.no_checkpointing)
-        for metric, times in (("seconds_per_step", seconds), ("seconds_per_step_of_new_shapes", first)):
-            pairs = [statistics.fmean(pair) for pair in zip(times[::2], times[1::2], strict=True)]  # mlc_every is 2
-            typical, spread = statistics.median(pairs), statistics.stdev(pairs)
-            rows.append({**tag, "metric": metric, "value": typical, "spread": spread})
-            print(f"{variant:28} {typical:.4f} s/step +- {spread:.4f}  {metric}", peak, flush=True)
-        memory = {} if peak is not None else {"note": "allocated bytes are counted on a GPU only"}
-        rows.append({**tag, "metric": "peak_bytes", "value": peak, **memory})
-        rows += [{**tag, "metric": name, "value": value} for name, value in token_counts(trainer).items()]
-        if trainer._mlc_pass is not None:
-            rows.append({**tag, "metric": "layer", "value": trainer._mlc_pass.layer})
-        del trainer
-        gc.collect()
-        torch.cuda.empty_cache()
-        write(name, rows, source, command_line(), [0], folder=options.folder)  # after each: a stop loses only the rest
+    lanes = {}
+    for variant in options.variants:
+        lanes[variant] = lane(build(folder, tokenizer, data, variant, options, scratch.name), options.steps)
+    check_same_rows(lanes)
+    tag = {"batch": options.batch, "model": Path(options.model).name, "dtype": options.dtype}
+    tag |= {"weights": "random" if options.random else "trained", "checkpointing": str(not options.no_checkpointing)}
+    facts = []
+    for variant, made in lanes.items():
+        facts += [{"variant": variant, "metric": m, "value": v} for m, v in token_counts(made.trainer).items()]
+        for i in range(options.steps):
+            found = {"metric": "parallel_tokens_of_step", "step": i, "value": tokens_of_step(made, i)}
+            facts += [{"variant": variant, **found}] if made.trainer._mlc_pass is not None else []
+        if made.trainer._mlc_pass is not None:
+            facts.append({"variant": variant, "metric": "layer", "value": made.trainer._mlc_pass.layer})
+    seconds: dict[str, list[list[float]]] = {variant: [] for variant in lanes}
+    extra: dict[str, list[int | None]] = {variant: [] for variant in lanes}
+    for turn in range(options.rounds + 1):
+        start = time.perf_counter()
+        for variant in lanes:
+            seconds[variant].append([])
+        for number in range(options.steps):
+            order = [*lanes][(shift := (turn + number) % len(lanes)) :] + [*lanes][:shift]
+            for variant in order:
+                took, bytes_above = step(lanes[variant], number)
+                seconds[variant][turn].append(took)
+                extra[variant] += [bytes_above] if turn else []
+        rows = [
+            {**tag, "variant": variant, **row}
+            for variant in lanes
+            for row in summary(seconds[variant], extra[variant], kept_bytes(lanes[variant]))
+        ]
+        rows += [{**tag, **fact} for fact in facts]
+        write(name, rows, source, command_line(), [0], folder=options.folder)  # a stop loses only what comes after
+        for variant in lanes:
+            print(f"{turn} {variant:20}", " ".join(f"{s:.3f}" for s in seconds[variant][turn]), flush=True)
+        now = time.perf_counter()
+        if now - began + (now - start) > options.stop_seconds:
+            break
+    for row in rows:
+        if row["metric"] in ("seconds_per_step", "peak_bytes"):
+            print(f"{row['variant']:28} {row['metric']} {row['value']} +- {row.get('spread', 0):.4f}")
     for found in claims(rows):
         print(f"{found['id']:35} {found['value']:.3f} {found['compare']} {found['target']} holds={found['holds']}")
 

@@ -21,6 +21,7 @@ from trl_mlc.arguments import MLCArguments
         ({"mlc_languages_per_step": 1}, "at least 2, got 1"),
         ({"mlc_every": 0}, "at least 1, got 0"),
         ({"mlc_extractor_dim": 0, "mlc_extractor_lr": 1e-4}, "nothing to train"),
+        ({"mlc_anchor": " "}, "must name the language of the prompt column, got ' '"),
         ({"mlc_center_momentum": 1.0}, r"\[0, 1\), got 1.0"),
     ],
 )

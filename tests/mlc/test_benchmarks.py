@@ -25,6 +25,24 @@ def test_step_cost_claims_are_ratios_to_the_fastest_stock_step_of_the_run():
     assert "mlc.peak_memory" not in found
 
 
+def test_a_step_that_something_held_up_once_does_not_count():
+    from benchmarks.mlc.step_cost import summary
+
+    rounds = [[9.0, 9.0], [1.0, 2.0], [1.0, 70.0], [50.0, 2.0]]  # the first time is kept apart
+    rows = {(r["metric"], r.get("step")): r for r in summary(rounds, [3, 5, 4], 100)}
+    assert rows["seconds_per_step", None]["value"] == 1.5
+    assert rows["seconds_per_step", None]["rounds"] == 3
+    assert rows["seconds_per_step", None]["spread"] == pytest.approx(statistics.stdev([1.5, 35.5, 26.0]))
+    assert [rows["seconds_of_step", i]["value"] for i in (0, 1)] == [1.0, 2.0]
+    assert rows["seconds_per_step_of_new_shapes", None]["value"] == 9.0
+    assert rows["peak_bytes", None]["value"] == 105
+    alone = summary(rounds[:1], [], 100)
+    assert [(r["metric"], r["value"]) for r in alone] == [
+        ("seconds_per_step_of_new_shapes", 9.0),
+        ("peak_bytes", None),
+    ]
+
+
 def test_transfer_claims_are_means_over_seeds():
     numbers = {  # variance seen, held out, English accuracy, perplexity, transfer
         "aligned": [(1.0, 0.4, 0.99, 10.0, 0.80), (2.0, 0.6, 0.97, 10.0, 0.82)],

@@ -1,6 +1,7 @@
 """The command line, on a tiny model and a file of rows."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -36,12 +37,14 @@ def test_dpo_from_yaml_then_evaluate_and_scan(tiny, data, tmp_path, capsys):
     assert main(["evaluate", *shared, *after]) == 0
     assert json.loads((tmp_path / "after.json").read_text())["languages"].keys() == {"en", "ar", "bn", "sw"}
     assert (tmp_path / "change.png").stat().st_size > 1000
+    numbers = [json.loads(Path(path).read_text())["languages"]["sw"]["margin"] for path in (first, second)]
+    assert f"{numbers[0]:.3f} -> {numbers[1]:.3f}" in capsys.readouterr().out
 
-    capsys.readouterr()
-    assert main(["scan", "--model_name_or_path", tiny, *shared, "--poolings", "last"]) == 0
+    assert main(["scan", "--model_name_or_path", tiny, *shared]) == 0
     printed = capsys.readouterr().out
     assert "8 prompts, 4 languages, chance 0.125" in printed
-    assert printed.count("<- auto") == 1
+    marked = [line.split()[1] for line in printed.splitlines() if "<- auto, with mlc_pooling" in line]
+    assert marked == ["last", "mean"]  # auto looks at the pooling that is trained with, and at no other
 
 
 def test_sft_from_flags_with_evaluation(tiny, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -101,6 +102,20 @@ def test_report_of_a_tiny_model(conversational, tiny, tokenizer, tmp_path):
         evaluate_model(model, tokenizer, data, languages=["xx"])
 
 
+def test_a_table_beside_an_earlier_report_shows_both():
+    before = EvaluationReport({"en": {"prompts": 4, "accuracy": 0.5}}, {"mean_accuracy": 0.5})
+    after = EvaluationReport({"en": {"prompts": 4, "accuracy": 1.0}, "sw": {"prompts": 4}}, {"mean_accuracy": 1.0})
+    lines = after.table(before).splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["language", "prompts", "accuracy"],
+        ["en", "4", "0.500", "->", "1.000"],
+        ["sw", "4", "-"],
+    ]
+    assert lines[3] == "mean_accuracy: 0.5000 -> 1.0000"
+    assert len({len(line) for line in lines[:3]}) == 1
+    assert "->" not in after.table()
+
+
 def test_scan_prefers_the_layer_that_retrieves(tokenizer, tiny):
     decoder = AutoModelForCausalLM.from_pretrained(tiny).model
     groups = [[[5 + n, 6, 7 + n], [5 + n, 6, 7 + n], [9, 8 + n, 7]] for n in range(5)]
@@ -125,7 +140,7 @@ def test_scan_uses_the_largest_block_without_gaps():
 
 def test_figures_are_drawn_from_reports(tiny, tokenizer, tmp_path):
     pytest.importorskip("matplotlib")
-    from trl_mlc.plots import plot_languages, plot_layers
+    from trl_mlc.plots import TITLES, plot_languages, plot_layers
 
     before = EvaluationReport({"en": {"accuracy": 0.9}, "sw": {"accuracy": 0.4}}, {})
     after = EvaluationReport({"en": {"accuracy": 0.9}, "sw": {"accuracy": 0.8}}, {})
@@ -133,6 +148,13 @@ def test_figures_are_drawn_from_reports(tiny, tokenizer, tmp_path):
     decoder = AutoModelForCausalLM.from_pretrained(tiny).model
     plot_layers(scan_layers(decoder, [[[5 + n, 6], [9, n]] for n in range(4)], ["last"]), tmp_path / "layers.svg")
     assert (tmp_path / "languages.png").read_bytes()[:4] == b"\x89PNG"
+    all_metrics = EvaluationReport({"en": dict.fromkeys(TITLES, 0.5), "sw": dict.fromkeys(TITLES, 0.4)}, {})
+    plot_languages(all_metrics, all_metrics, tmp_path / "all.svg")
+    (width, height) = (
+        float(n)
+        for n in re.search(r'width="([0-9.]+)pt" height="([0-9.]+)pt"', (tmp_path / "all.svg").read_text()).groups()
+    )
+    assert width < 4 * height  # seven panels in two rows
     assert "</svg>" in (tmp_path / "layers.svg").read_text()
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_languages(before, EvaluationReport({"fr": {}}, {}), tmp_path / "none.png")

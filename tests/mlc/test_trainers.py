@@ -12,6 +12,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from tests.mlc.conftest import rows, run_options
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
+from trl_mlc.scan import best_layer, complete_groups, scan_layers
 from trl_mlc.sft import MLCSFTConfig, MLCSFTTrainer
 
 
@@ -234,6 +235,16 @@ def test_every_variant_trains(variant, tiny, tokenizer, preferences, options, on
         assert all(torch.equal(v, fresh[k]) for k, v in other._mlc_pass.extractor.state_dict().items())
     if "mlc_extractor_lr" in variant:
         assert [g["initial_lr"] for g in other.optimizer.param_groups] == [1e-2, 1e-2, 1e-3]
+
+
+def test_auto_takes_the_layer_that_a_scan_finds_and_shows_all(tiny, tokenizer, preferences, options, caplog):
+    with caplog.at_level("WARNING", logger="trl_mlc.first_states"):
+        args = MLCDPOConfig(**options, mlc_layer="auto", mlc_scan_prompts=8)
+        trainer = MLCDPOTrainer(tiny, args=args, train_dataset=preferences(), processing_class=tokenizer)
+    groups = complete_groups(list(trainer.train_dataset), 8)
+    scores = scan_layers(trainer.model.model, groups, poolings=["last"])
+    assert trainer._mlc_pass.layer == best_layer(scores).layer
+    assert [f"{s.layer}: {s.retrieval:.2f}, {s.cross_prompt_cosine:.3f}" in caplog.text for s in scores] == [True] * 4
 
 
 def test_bfloat16_keeps_every_token_id(tiny, tokenizer, preferences, options):

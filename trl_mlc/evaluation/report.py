@@ -62,15 +62,26 @@ class EvaluationReport:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is no report of `trl-mlc evaluate --output` ({error}).") from error
 
-    def table(self) -> str:
-        """The report as aligned text, one language per line."""
+    def table(self, before: EvaluationReport | None = None) -> str:
+        """The report as aligned text, one language per line; with an earlier report, each number as `before -> now`."""
         columns = list(dict.fromkeys(name for found in self.languages.values() for name in found))
-        width = max(9, *(len(name) for name in self.languages))
-        lines = ["language".ljust(width) + "".join(name[:14].rjust(16) for name in columns)]
+        first = max(9, *(len(name) for name in self.languages))
+
+        def cell(found: dict[str, float], earlier: dict[str, float], name: str, digits: int) -> str:
+            if name not in found:
+                return "-"
+            now = f"{found[name]:.{0 if name == 'prompts' else digits}f}"
+            return f"{earlier[name]:.{digits}f} -> {now}" if name in earlier and name != "prompts" else now
+
+        rows = []
         for language, found in self.languages.items():
-            cells = (f"{found[c]:.3f}" if c in found else "-" for c in columns)
-            lines.append(language.ljust(width) + "".join(cell.rjust(16) for cell in cells))
-        return "\n".join([*lines, *(f"{name}: {value:.4f}" for name, value in self.overall.items())])
+            earlier = before.languages.get(language, {}) if before else {}
+            rows.append([language, *(cell(found, earlier, name, 3) for name in columns)])
+        table = [["language", *columns], *rows]
+        widths = [first, *(max(len(row[i]) for row in table) for i in range(1, len(columns) + 1))]
+        lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+        earlier = before.overall if before else {}
+        return "\n".join([*lines, *(f"{name}: {cell(self.overall, earlier, name, 4)}" for name in self.overall)])
 
 
 def evaluate_model(
