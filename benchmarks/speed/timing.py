@@ -76,6 +76,13 @@ def _timed(calls: Sequence, stream: torch.cuda.Stream, rounds: int, at_least: fl
     return statistics.median(found), (max(found) - min(found)) / 2
 
 
+def cold_bytes() -> int:
+    """Bytes of weights to go through so that a use finds nothing of the one before in the GPU's second-level cache: five times
+    that cache, whatever it throws out first.
+    """
+    return max(250_000_000, 5 * torch.cuda.get_device_properties(0).L2_cache_size)
+
+
 def copies_for(n_bytes: int, cache: int = 300_000_000, most: int = 48) -> int:
     """How many different buffers of `n_bytes` to go through so that none is found in a cache."""
     return max(1, min(most, -(-cache // max(n_bytes, 1))))
