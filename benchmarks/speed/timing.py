@@ -63,7 +63,9 @@ def _timed(calls: Sequence, rounds: int, at_least: float) -> tuple[float, float]
 
     graph = _captured(calls, 1)
     graph.replay()
-    once = seconds(graph)  # of a replay: the calls one by one may take a host's time, and so few of them would be all beginning
+    once = seconds(
+        graph
+    )  # a replay: the calls one by one may take a host's time, and a graph of few is mostly its beginning
     repeats = max(1, min(50, round(at_least / max(once, 1e-6))))
     if repeats > 1:
         graph = _captured(calls, repeats)
