@@ -17,6 +17,7 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 
 
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
+_unknown: list[Exception] = []  # why compiled kernels of this Triton are not started here
 
 
 def kinds(given: Sequence) -> list:
@@ -38,7 +39,7 @@ def kinds(given: Sequence) -> list:
 
 def start(kernel, grid: tuple[int, ...], given: Sequence, **constants) -> None:
     """`kernel[grid](*given, **constants)`: `given` are the kernel's first arguments, all that are no constants."""
-    if INTERPRETED:
+    if INTERPRETED or _unknown:
         kernel[grid](*given, **constants)
         return
     key = (id(kernel), driver.active.get_current_device(), *constants.values(), *kinds(given))
@@ -49,4 +50,8 @@ def start(kernel, grid: tuple[int, ...], given: Sequence, **constants) -> None:
         _compiled[key] = made, rest
         return
     made, rest = known
-    made[(*grid, 1, 1)](*given, *rest)
+    try:
+        made[(*grid, 1, 1)](*given, *rest)
+    except (TypeError, AttributeError) as error:  # a Triton that starts them in another way
+        _unknown.append(error)
+        kernel[grid](*given, **constants)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,3 +126,24 @@ def test_the_second_launch_has_what_the_first_had():
     for name in ("_w4_groups", "_groups_gemv", "_dp4a_linear", "_w8_row", "_w8_linear"):
         assert name in launched, sorted(launched)
     assert done.stdout.count("OTHER") == 3
+
+
+def test_a_triton_that_starts_compiled_kernels_otherwise_is_asked_as_usual(monkeypatch):
+    launcher = pytest.importorskip("optimum_freeact.kernels.launcher", exc_type=ImportError)
+    monkeypatch.setattr(launcher, "INTERPRETED", False)
+    monkeypatch.setattr(launcher, "_compiled", {})
+    monkeypatch.setattr(launcher, "_unknown", [])
+    monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
+    asked = []
+
+    class Kernel:
+        arg_names = ("n", "SIZE")
+
+        def __getitem__(self, grid):
+            return lambda *given, **constants: asked.append((grid, given, constants)) or object()
+
+    kernel = Kernel()
+    for n in (32, 48, 64):
+        launcher.start(kernel, (n,), (n,), SIZE=4)
+    assert asked == [((n,), (n,), {"SIZE": 4}) for n in (32, 48, 64)]
+    assert len(launcher._unknown) == 1  # the second time, and no third
