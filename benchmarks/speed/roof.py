@@ -71,10 +71,9 @@ def cycled_rows(
             calls[f"{OURS} product", n] = layers.part_product(n, OURS)
         for (provider, n), each in calls.items():
             value, spread = graph_microseconds(each)
-            weight = (2 if provider == "bf16" else 0.5) * k * m
             yield {
-                "what": "cycled", "provider": provider, "n": n, "k": k, "m": m, "least_bytes": cycled,
-                "bytes": int(weight * len(each)), "metric": "microseconds", "value": value, "spread": spread,
+                "what": "cycled", "provider": provider, "n": n, "k": k, "m": m, "megabytes": cycled // 10**6,
+                "metric": "microseconds", "value": value, "spread": spread,
             }  # fmt: skip
 
 
