@@ -114,6 +114,20 @@ def test_left_padding_moves_types_and_sink():
     assert not types(model)[:, :3].any()
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_packed_sequences_get_what_they_get_alone(name):
+    """Two texts in one row, with the four rows of positions that these models take them by."""
+    model, inputs = tiny_multimodal(name)
+    model = quantize(model, settings(inputs))
+    ids = torch.arange(6, 18)[None]
+    positions = torch.tensor([*range(5), *range(7)]).expand(4, 1, 12)
+    got = forward(model, {"input_ids": ids, "position_ids": positions, "use_cache": False})
+    assert types(model).tolist() == [[1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]]
+    for part, told in zip(ids.split([5, 7], 1), got.split([5, 7], 1), strict=True):
+        alone = forward(model, {"input_ids": part, "use_cache": False})
+        torch.testing.assert_close(told, alone, rtol=1e-4, atol=1e-4)
+
+
 def test_padding_takes_no_part_in_calibration():
     """The same samples with padding of any content give the same model."""
     model, inputs = tiny_multimodal("llava")
