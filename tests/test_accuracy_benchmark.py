@@ -1,26 +1,16 @@
 """The accuracy benchmark: claims follow from rows, no text is calibrated and scored on, and a miniature runs whole."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from benchmarks._results import problems, read
-from benchmarks.accuracy import jobs, run, scoring
+from benchmarks.accuracy import perform, run, runner, scoring
 from benchmarks.accuracy.claims import QUALITY, claims, excess, expected
-from benchmarks.accuracy.jobs import (
-    CLAIMED,
-    GRIDS,
-    OF_OTHERS,
-    QUAROTS,
-    SLICES,
-    VARIANTS,
-    Job,
-    Plan,
-    Text,
-    absent,
-    bits,
-)
+from benchmarks.accuracy.jobs import SLICES, Job, Text, absent, bits
+from benchmarks.accuracy.plan import CLAIMED, GRIDS, OF_OTHERS, QUAROTS, VARIANTS, Plan
 from optimum_freeact import score_text
 from optimum_freeact.config_fields import DEFAULTS
 from optimum_freeact.presets import PRESETS
@@ -317,11 +307,11 @@ def test_a_variant_changes_constants_for_its_job_only():
     from optimum_freeact.transforms import fit
 
     before = (closed_form.BALANCE, fit.SUBSPACE_ITERATIONS)
-    jobs._set_constants({"calibration.closed_form.BALANCE": "changed"})
+    perform._set_constants({"calibration.closed_form.BALANCE": "changed"})
     assert (closed_form.BALANCE, fit.SUBSPACE_ITERATIONS) == ("changed", before[1])
-    jobs._set_constants({"transforms.fit.SUBSPACE_ITERATIONS": "too"})
+    perform._set_constants({"transforms.fit.SUBSPACE_ITERATIONS": "too"})
     assert (closed_form.BALANCE, fit.SUBSPACE_ITERATIONS) == (before[0], "too")
-    jobs._set_constants({})
+    perform._set_constants({})
     assert (closed_form.BALANCE, fit.SUBSPACE_ITERATIONS) == before
 
 
@@ -339,11 +329,11 @@ def test_a_job_survives_json_and_its_key_knows_no_folders():
     plan = a_plan()
     plan.presets()
     job = plan.jobs[0]
-    again = Job.from_json(json.dumps(run.dataclasses.asdict(job)))
+    again = Job.from_json(json.dumps(dataclasses.asdict(job)))
     assert again == job
-    moved = run.dataclasses.replace(job, model_path="b", texts=(Text("handbook", "c", (0, 10), 20),))
+    moved = dataclasses.replace(job, model_path="b", texts=(Text("handbook", "c", (0, 10), 20),))
     assert moved.key == job.key
-    assert run.dataclasses.replace(job, seed=7).key != job.key
+    assert dataclasses.replace(job, seed=7).key != job.key
 
 
 def test_an_absent_job_leaves_rows_that_say_why():
@@ -413,14 +403,14 @@ def test_methods_that_a_change_does_not_touch_may_come_from_an_earlier_commit(co
 
 
 def test_a_failing_job_is_listed_and_the_rest_is_written(commit, tmp_path, monkeypatch, capsys):
-    perform = run.perform
+    whole = runner.perform
 
     def failing(job):
         if job.method == "quarot":
             raise RuntimeError("no memory in /some/where/deep.py")
-        return perform(job)
+        return whole(job)
 
-    monkeypatch.setattr(run, "perform", failing)
+    monkeypatch.setattr(runner, "perform", failing)
     assert tiny_run(tmp_path, "--only", "rtn,quarot", "--schemes", "w4a4") == 1
     document = read(tmp_path / "accuracy.json")
     assert problems(document) == []

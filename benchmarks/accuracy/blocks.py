@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import _results
-from benchmarks.accuracy.jobs import QUAROTS, SLICES, bits
+from benchmarks.accuracy.jobs import SLICES, bits
+from benchmarks.accuracy.plan import QUAROTS
 from benchmarks.accuracy.run import fetch_model, pairs, read_texts
 
 

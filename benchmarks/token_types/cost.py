@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     tokens, shapes = [int(n) for n in options.tokens.split(",")], options.shapes.split(",")
     head = {"model": "layers", "group": "time", "setting": "w4a4", "seed": 0}
     if options.warm:
-        for _ in measure(device, tokens, shapes, options.presets.split(","), 1, 1):
+        for _ in measure(device, tokens, shapes, options.presets.split(","), 1, 2):  # halves need two
             pass
         return 0
     name = "token_types_cost" if device == "cuda" else "token_types_cost_cpu"
@@ -77,12 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     for told in measure(device, tokens, shapes, options.presets.split(","), options.repeats, options.copies):
         rows.append({**head, **told})
-        if told["metric"].endswith("_time_ratio"):
-            kind = told["metric"].removesuffix("_time_ratio")
-            place = f"{told['method']:13s} {told['shape']:5s} {told['tokens']:5d} tokens"
-            noise = told.get("spread", told.get("worst", 1) - 1)
-            after = time.perf_counter() - begun
-            print(f"{after:4.0f} s {place} {kind:12s} {told['value']:.4f} ± {noise:.4f}", flush=True)
+        if told["metric"].endswith("_ratio"):
+            kind = told["metric"].removesuffix("_ratio").removesuffix("_time")
+            place = f"{told['method']:15s} {told['shape']:5s} {told['tokens']:5d} tokens"
+            noise = f" ± {told['spread']:.4f}" if "spread" in told else ""
+            print(f"{time.perf_counter() - begun:4.0f} s {place} {kind:14s} {told['value']:.4f}{noise}", flush=True)
         if told["metric"] == "one_type_time_ratio":  # the last number of a size: what is there by now
             write()
     print(f"Wrote {write().name}.")

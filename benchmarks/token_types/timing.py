@@ -99,7 +99,9 @@ def measure(
                 "value": ratio(ones, threes),
                 "spread": noise(ones, threes),
             }
-            yield {"metric": "one_type_time_ratio", **head, **dict(zip(("value", "worst"), halves(ones), strict=True))}
+            middle, worst = halves(ones)
+            yield {"metric": "one_type_worst_ratio", **head, "value": worst}
+            yield {"metric": "one_type_time_ratio", **head, "value": middle}
             if n > 1 and shape == shapes[0]:  # what a mixed batch computes is a matter of kernels, not of sizes
                 chosen = next((layers, state) for kind, layers, state in made if kind == 3)
                 yield from ({**row, **head} for row in differences(*chosen, *_inputs(shape, n, device)))

@@ -90,21 +90,29 @@ def chosen_bias(first, one, two, three, kind, KINDS: tl.constexpr):
 def branch_of_weight(
     low_rank_ptr, low_rank_scale_ptr, columns_ptr, outs, m, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr
 ):  # fmt: skip
-    """What the weight has of the branch as it lies in memory: codes, their scales, columns of types. Nothing is done with it yet,
-    which would wait for it.
+    """What the weight has of the branch: its codes and the columns of types beside them, `int8` (outs, PR), and their scales. One
+    matrix, so that it goes through shared memory once.
     """
     is_out = (outs < m)[:, None]
     c = tl.arange(0, PR)
-    codes, scales, columns, units = outs[:, None], c * 1.0, outs[:, None], c
+    in_rank = c < RANK
+    mark = c - RANK
+    is_mark = (mark >= 0) & (mark < MARKS)
+    numbers, scales = outs[:, None], c * 1.0
     if RANK > 0:
-        codes = tl.load(low_rank_ptr + outs[:, None] * RANK + c[None, :], mask=is_out & (c < RANK)[None, :], other=0)
-        scales = tl.load(low_rank_scale_ptr + c, mask=c < RANK, other=1.0)
+        place = low_rank_ptr + outs[:, None] * RANK + c[None, :]
+        scales = tl.load(low_rank_scale_ptr + c, mask=in_rank, other=1.0)
     if MARKS > 0:
-        mark = c - RANK
-        is_mark = ((mark >= 0) & (mark < MARKS))[None, :]
-        columns = tl.load(columns_ptr + outs[:, None] * MARKS + mark[None, :], mask=is_out & is_mark, other=0)
-        units = tl.load(columns_ptr + m * MARKS + mark, mask=(mark >= 0) & (mark < MARKS), other=0)
-    return codes, scales, columns, units
+        powers = tl.exp2(tl.load(columns_ptr + m * MARKS + mark, mask=is_mark, other=0).to(tl.float32))
+        columns = columns_ptr + outs[:, None] * MARKS + mark[None, :]
+        if RANK > 0:
+            place = tl.where(in_rank[None, :], place, columns)
+            scales *= powers
+        else:
+            place, scales = columns, powers
+    if RANK + MARKS > 0:
+        numbers = tl.load(place, mask=is_out & (in_rank | is_mark)[None, :], other=0)
+    return numbers, scales
 
 
 @triton.jit
@@ -119,7 +127,7 @@ def branch_of_rows(branch_ptr, tokens, n, USED: tl.constexpr, PR: tl.constexpr):
 
 @triton.jit
 def add_branch(
-    y, of_weight, right, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr
+    y, of_weight, right, RANK: tl.constexpr, MARKS: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """Y (outs, tokens) plus the low-rank branch, and how much the biases of further types differ from the first's.
 
@@ -127,18 +135,13 @@ def add_branch(
     (`reference.marked`): what types add is in a product that is made in any case.
     """
     if RANK + MARKS > 0:
-        codes, scales, columns, units = of_weight
-        left = tl.zeros((y.shape[0], PR), tl.float32)
-        if RANK > 0:
-            right *= scales[:, None]
-            left = codes.to(tl.float32)
-        if MARKS > 0:
-            right *= tl.exp2(units.to(tl.float32))[:, None]
-            left += columns.to(tl.float32)
-        left = left.to(tl.bfloat16)
+        numbers, scales = of_weight
+        right *= scales[:, None]
+        left = numbers.to(tl.float32).to(tl.bfloat16)
         upper = right.to(tl.bfloat16)
-        lower = (right - upper.to(tl.float32)).to(tl.bfloat16)
-        y = tl.dot(left.to(DOT), lower.to(DOT), y)
+        if RANK > 0:  # marks are ones and their scales powers of two: nothing is left of them
+            lower = (right - upper.to(tl.float32)).to(tl.bfloat16)
+            y = tl.dot(left.to(DOT), lower.to(DOT), y)
         y = tl.dot(left.to(DOT), upper.to(DOT), y)
     return y
 

@@ -111,8 +111,9 @@ def prepare(
                 )  # fmt: skip
                 right *= column_scale
                 upper = right.to(gl.bfloat16)
-                pair.index(0).slice(k * PART, PART, 0).store((right - upper.to(gl.float32)).to(gl.bfloat16))
                 pair.index(1).slice(k * PART, PART, 0).store(upper)
+                if RANK > 0:  # of marks, which are ones times powers of two, nothing is left
+                    pair.index(0).slice(k * PART, PART, 0).store((right - upper.to(gl.float32)).to(gl.bfloat16))
             for k in gl.static_range(BN // PART):
                 rows = block_m * BN + k * PART + part
                 inside = gl.expand_dims(rows < m, 1)

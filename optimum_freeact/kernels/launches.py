@@ -18,7 +18,7 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 # Per kernel: (rows at most, settings). Rounding: `rows` x `chunk` numbers at a time of a program of the projection, at most
 # `parts` programs for the same rows and about `fill` in all; `correct_rows` x `elements` of a program that corrects;
 # `programs` that finish, `finish_rows` at a time. Products: BM rows of codes, BN outputs, BK bytes, GROUP
-# blocks of outputs in a row. Stream: `room` bytes of shared memory for pieces of the weight, `depth` of them under way at a
+# blocks of outputs in a row; what the weight brings to the end is asked for `early`, before the codes, or after them. Stream: `room` bytes of shared memory for pieces of the weight, `depth` of them under way at a
 # time; outputs are not shared by programs where there is a block of them for at least `whole` of the multiprocessors. Rounding in one pass, on
 # Hopper by the columns of a tile: `workers` of a program, each with `deep` rows on their way; the next one is asked for `soon`, after
 # the first product; means are read a row `ahead`; what follows is let start `early`. `pdl`: programmatic dependent launch.
@@ -35,6 +35,10 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": True}),
         (None, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": False}),
     ],
+    "pass_small": [
+        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": True}),
+        (None, {"programs": 1056, "warps": 2, "stages": 1, "ahead": False, "registers": 128, "pdl": False}),
+    ],
     "pass_hopper_64": [
         (64, {"registers": 80, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False, "pdl": True}),
         (None, {"registers": 96, "workers": 1, "deep": 2, "soon": False, "ahead": True, "early": False, "pdl": False}),
@@ -49,14 +53,17 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (None, {"words": 2048, "warps": 2, "pdl": True}),
     ],
     "stream": [
-        (8, {"BM": 8, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "pdl": True}),
-        (16, {"BM": 16, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "pdl": True}),
-        (None, {"BM": 32, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 128, "pdl": True}),
+        (8, {"BM": 8, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "soon": False, "pdl": True}),
+        (16, {"BM": 16, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "soon": False, "pdl": True}),
+        (None, {"BM": 32, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 128, "soon": False, "pdl": True}),
     ],
     "w4": [
-        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
-        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "pdl": True}),
-        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "pdl": False}),
+        (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "early": True, "registers": None, "pdl": True}),
+        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "early": True, "registers": None, "pdl": True}),
+        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "early": False, "registers": None, "pdl": False}),
+    ],
+    "w4_small": [
+        (None, {"BM": 64, "BN": 64, "BK": 64, "GROUP": 8, "warps": 4, "stages": 4, "early": False, "registers": 128, "pdl": False}),
     ],
     "gemv": [
         (None, {"bytes": 16384, "warps": 4, "pdl": True}),
@@ -69,9 +76,12 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (None, {"words": 8192, "warps": 8, "pdl": True}),
     ],
     "groups": [
-        (16, {"BM": 16, "BN": 64, "BK": 256, "GROUP": 1, "warps": 4, "stages": 3, "pdl": True}),
-        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 3, "pdl": True}),
-        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 3, "pdl": False}),
+        (16, {"BM": 16, "BN": 64, "BK": 256, "GROUP": 1, "warps": 4, "stages": 3, "early": True, "registers": None, "pdl": True}),
+        (64, {"BM": 64, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 3, "early": True, "registers": None, "pdl": True}),
+        (None, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "warps": 4, "stages": 3, "early": False, "registers": None, "pdl": False}),
+    ],
+    "groups_small": [
+        (None, {"BM": 64, "BN": 64, "BK": 64, "GROUP": 8, "warps": 4, "stages": 3, "early": False, "registers": 128, "pdl": False}),
     ],
 }  # fmt: skip
 
@@ -108,9 +118,13 @@ def round_launch(n: int, d: int, changes: dict) -> dict:
     return {**found, "steps": -(-d // (found["chunk"] * parts))}
 
 
-def pass_launch(n: int, changes: dict) -> dict:
-    """Settings to round `n` rows in one pass; `changes` override."""
-    return {**_find(_settings()["pass"], n), **changes}
+SMALL_TILE = 2048  # numbers of a padded tile, up to which two warps round a row
+
+
+def pass_launch(n: int, tile: int, changes: dict) -> dict:
+    """Settings to round `n` rows, each a padded tile of so many numbers, in one pass; `changes` override."""
+    name = "pass_small" if tile <= SMALL_TILE else "pass"
+    return {**_find(_settings()[name], n), **changes}
 
 
 def pass_hopper_launch(n: int, threads: int, columns: int, changes: dict) -> dict:
@@ -138,10 +152,17 @@ def gemv_launch(n: int, wide: int) -> dict:
     return {"BN": max(1, min(16, found.pop("bytes") // wide)), **found}
 
 
+# Below so many blocks of many rows smaller ones are taken: large ones would leave multiprocessors without one, and what follows a
+# product, whose way nothing hides but other blocks, would count
+SMALL_BLOCKS = 400
+
+
 def w4_launch(n: int, m: int, half: int, name: str = "w4") -> dict:
     """Settings of a product on tensor cores for `n` rows, `m` outputs and rows of `half` bytes."""
     found = dict(_find(_settings()[name], n))
     blocks = -(-n // found["BM"]) * -(-m // found["BN"])
+    if found["BM"] > 64 and blocks < SMALL_BLOCKS:
+        return {"SPLIT": 1, **_find(_settings()[f"{name}_small"], n)}
     split = 1
     while n <= found["BM"] and n <= 64 and blocks * split < 198 and half // (split * 2) >= 4 * found["BK"]:
         split *= 2

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from optimum_freeact.kernels.grids_triton import MAGIC_BITS, grid_of, stepped
-from optimum_freeact.kernels.launches import launch_pdl, pass_launch
+from optimum_freeact.kernels.launches import SMALL_TILE, launch_pdl, pass_launch
 from optimum_freeact.kernels.reference import HEADROOM, Rows
 from optimum_freeact.kernels.rounding_triton import outputs
 from optimum_freeact.kernels.tables import InputTables, padded
@@ -39,7 +39,7 @@ def _round_tiles(
     branch_ptr, n, n_means, n_clips,
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, MARKED: tl.constexpr, PR: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    SYMMETRIC: tl.constexpr, LIMIT: tl.constexpr, TOO_MUCH: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
+    SYMMETRIC: tl.constexpr, LIMIT: tl.constexpr, TOO_MUCH: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, MEAN_AHEAD: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Whole rows, one after the other. All that concerns a row is a scalar, so that no layout has it twice."""
     D: tl.constexpr = A * B
@@ -55,10 +55,15 @@ def _round_tiles(
     column = i[:, None] * HALF + tl.where(j < HALF, j, j - HALF + A * HALF)[None, :]
     if HAS_CHANNEL:
         reach_channel = tl.load(reach_ptr + n_means)
+    start = tl.program_id(0)
+    coming_kind = 0
+    if HAS_TYPES:  # there since the model's own hook ran, long before
+        coming_kind = tl.load(types_ptr + start).to(tl.int32)
+    if HAS_MEAN and MEAN_AHEAD:
+        mean = _tile(mean_ptr + tl.minimum(coming_kind, n_means - 1) * D, place, inside, WHOLE)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    start = tl.program_id(0)
     if AHEAD:
         coming = _tile(x_ptr + tl.cast(start, tl.int64) * D, place, inside, WHOLE)
     for row in tl.range(start, n, tl.num_programs(0), num_stages=STAGES):
@@ -69,18 +74,21 @@ def _round_tiles(
             )
         else:
             x = _tile(x_ptr + tl.cast(row, tl.int64) * D, place, inside, WHOLE)
-        kind, clip_kind = 0, 0
-        if HAS_TYPES:
-            given = tl.load(types_ptr + row).to(tl.int32)
-            kind, clip_kind = tl.minimum(given, n_means - 1), tl.minimum(given, n_clips - 1)
-        clip = tl.load(clip_ptr + clip_kind)
+        kind = tl.minimum(coming_kind, n_means - 1)
+        clip = tl.load(clip_ptr + tl.minimum(coming_kind, n_clips - 1))
+        if HAS_MEAN:
+            reach = tl.load(reach_ptr + kind)
+            if not MEAN_AHEAD:
+                mean = _tile(mean_ptr + kind * D, place, inside, WHOLE)
+        if HAS_TYPES:  # the next row's type is on its way while this one is rounded
+            coming_kind = tl.load(types_ptr + tl.minimum(row + tl.num_programs(0), n - 1)).to(tl.int32)
         u = x.to(tl.float32)
         bound = tl.max(tl.abs(u))
         if HAS_CHANNEL:
             bound *= reach_channel
         if HAS_MEAN:
-            u -= _tile(mean_ptr + kind * D, place, inside, WHOLE).to(tl.float32)
-            bound += tl.load(reach_ptr + kind)
+            u -= mean.to(tl.float32)
+            bound += reach
         if HAS_CHANNEL:
             u *= _tile(channel_ptr, place, inside, WHOLE)
         undo = tl.maximum(bound, 1e-30) / LIMIT
@@ -95,6 +103,8 @@ def _round_tiles(
             low, high = tl.min(lowest), tl.max(highest)
         else:  # one look at all warps for both
             low, high = tl.reduce((lowest, highest), None, _extremes)
+        if HAS_MEAN and MEAN_AHEAD and HAS_TYPES:
+            mean = _tile(mean_ptr + tl.minimum(coming_kind, n_means - 1) * D, place, inside, WHOLE)
         # what is not finite anywhere in a row was spread over all of it by the rotation, so the extremes tell
         good = tl.abs(high - low) < float("inf")
         scale, offset = grid_of(low, high, clip, 1.0 / undo, QMIN, QMAX, SYMMETRIC)
@@ -134,7 +144,8 @@ def round_rows(
     if len(tables.clip) == 1 and n_means == 1:
         types = None
     qmax = (1 << (tables.bits - 1)) - 1
-    launch = pass_launch(n, options or {})
+    tile = padded(tables.a) * padded(tables.b)
+    launch = pass_launch(n, tile, options or {})
     pdl = launch_pdl(launch["pdl"])
     _round_tiles[(min(n, launch["programs"]),)](
         x, types, tables.mean, tables.channel_scale, tables.reach, tables.left, tables.right, tables.factor, tables.clip,
@@ -142,7 +153,7 @@ def round_rows(
         HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None, HAS_CHANNEL=tables.channel_scale is not None,
         MARKED=rows.branch is not None, PR=tables.branch, A=tables.a, B=tables.b, PA=padded(tables.a),
         PB=padded(tables.b), QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, LIMIT=HEADROOM, TOO_MUCH=0 if INTERPRETED else (d * MAGIC_BITS.value + 2**31) % 2**32 - 2**31,
-        STAGES=launch["stages"], AHEAD=launch["ahead"], PLAIN=INTERPRETED, PDL=bool(pdl), num_warps=launch["warps"],
+        STAGES=launch["stages"], AHEAD=launch["ahead"], MEAN_AHEAD=tile <= SMALL_TILE, PLAIN=INTERPRETED, PDL=bool(pdl), num_warps=launch["warps"],
         maxnreg=launch["registers"], **pdl,
     )  # fmt: skip
     return rows

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from optimum_freeact.kernels.epilogue_triton import (
-    FEW_ROWS,
     add_bias,
     add_branch,
     arrived_last,
@@ -74,7 +73,7 @@ def _w4_groups(
     bias_ptr, columns_ptr, y_ptr, n, m, n_bias, partial_ptr, count_ptr,
     HALF: tl.constexpr, GB: tl.constexpr, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr,
     PR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-    UNIT: tl.constexpr, PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    UNIT: tl.constexpr, EARLY: tl.constexpr, PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """GB bytes of a row of the weight share a scale; 0 where the row does."""
     pid = tl.program_id(0)
@@ -96,12 +95,10 @@ def _w4_groups(
     acc = tl.zeros((BN, BM), tl.float32)
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     PER_PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    # what the weight brings to the end is on its way while the rows are still being made; of several programs the last needs it
-    EARLY: tl.constexpr = BM <= FEW_ROWS and SPLIT == 1
     scales = low_rank_scale_ptr
     if RANK > 0:
         scales = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
-    if EARLY:
+    if EARLY:  # what the weight brings to the end is on its way while the rows are still being made
         qscale = tl.load(qscale_ptr + outs, mask=outs < m, other=0.0)
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
         of_weight = branch_of_weight(low_rank_ptr, scales, columns_ptr, outs, m, RANK, MARKS, PR)
@@ -134,20 +131,20 @@ def _w4_groups(
         tl.store(own, acc)
         if not arrived_last(count_ptr + pid, SPLIT):
             return
-    # all that is still missing is asked for at once, before any of it is looked at
+    # all that is still missing is asked for at once, before any of it is looked at; last what goes through shared memory, which waits
+    scale = tl.load(scale_ptr + tokens, mask=tokens < n, other=0.0)
+    right = branch_of_rows(branch_ptr, tokens, n, RANK + MARKS > 0, PR)
     if not EARLY:
         qscale = tl.load(qscale_ptr + outs, mask=outs < m, other=0.0)
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
         of_weight = branch_of_weight(low_rank_ptr, scales, columns_ptr, outs, m, RANK, MARKS, PR)
-    scale = tl.load(scale_ptr + tokens, mask=tokens < n, other=0.0)
-    right = branch_of_rows(branch_ptr, tokens, n, RANK + MARKS > 0, PR)
     if SPLIT > 1:
         acc = tl.zeros((BN, BM), tl.float32)
         for other in range(SPLIT):  # in their order, so that the sum does not depend on who came last
             acc += tl.load(partial_ptr + (other * m_blocks * BN * BM + here), cache_modifier=".cg")
     y = acc * scale[None, :] * qscale[:, None]
     y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
-    y = add_branch(y, of_weight, right, RANK, MARKS, PR, DOT)
+    y = add_branch(y, of_weight, right, RANK, MARKS, DOT)
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 
@@ -178,7 +175,7 @@ def w4_linear(
         rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, groups, low_rank, weight.low_rank_scale,
         bias, columns, y, n, m, kinds + 1, partial, count, HALF=half, GB=group_bytes,
         HAS_BIAS=bias is not None, KINDS=kinds, MARKS=0 if columns is None else columns.shape[1], RANK=0 if low_rank is None else low_rank.shape[1], PR=width, BM=launch["BM"],
-        BN=launch["BN"], BK=launch["BK"], GROUP=launch["GROUP"], SPLIT=split, UNIT=scale_outputs(weight), PLAIN=INTERPRETED, DOT=DOT_TYPE,
-        PDL=bool(pdl), num_warps=launch["warps"], num_stages=launch["stages"], **pdl,
+        BN=launch["BN"], BK=launch["BK"], GROUP=launch["GROUP"], SPLIT=split, UNIT=scale_outputs(weight), EARLY=launch["early"], PLAIN=INTERPRETED, DOT=DOT_TYPE,
+        PDL=bool(pdl), num_warps=launch["warps"], num_stages=launch["stages"], maxnreg=launch["registers"], **pdl,
     )  # fmt: skip
     return y

@@ -35,7 +35,7 @@ from optimum_freeact.kernels.reference import Rows, Weight
 
 @gluon.jit
 def _consume(
-    given, WHICH: gl.constexpr, HALF: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_BRANCH: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    given, WHICH: gl.constexpr, HALF: gl.constexpr, HAS_BIAS: gl.constexpr, RANK: gl.constexpr, HAS_BRANCH: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr, VALUES: gl.constexpr, GB: gl.constexpr,
 ):  # fmt: skip
     """One half of a tile's outputs."""
@@ -105,7 +105,8 @@ def _consume(
             y += gl.expand_dims(bias, 1)
         if HAS_BRANCH:
             own = left.slice(WHICH * OWN, OWN, 0)
-            y = warpgroup_mma(own, pair.index(0).permute((1, 0)), y, is_async=True)
+            if RANK > 0:
+                y = warpgroup_mma(own, pair.index(0).permute((1, 0)), y, is_async=True)
             y = warpgroup_mma(own, pair.index(1).permute((1, 0)), y, is_async=True)
             y = warpgroup_mma_wait(0, [y])
         mbarrier.arrive(free)
@@ -151,8 +152,8 @@ def _w4_hopper(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (given, 0, HALF, HAS_BIAS, RANK + MARKS > 0, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
-            (_consume, (given, 1, HALF, HAS_BIAS, RANK + MARKS > 0, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
+            (_consume, (given, 0, HALF, HAS_BIAS, RANK, RANK + MARKS > 0, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
+            (_consume, (given, 1, HALF, HAS_BIAS, RANK, RANK + MARKS > 0, BM, BN, BK, STAGES, GROUP, VALUES, GB)),
             (
                 produce,
                 (

@@ -71,7 +71,7 @@ def _bring_codes(
 def _multiply(
     given, WHICH: gl.constexpr,
     STEPS: gl.constexpr, HAS_BIAS: gl.constexpr, KINDS: gl.constexpr, RANK: gl.constexpr, PR: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, PDL: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, SOON: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One half of each piece's outputs."""
     (
@@ -91,15 +91,18 @@ def _multiply(
     is_token = tokens < n
     if KINDS > 0:  # there since the model's own hook ran, long before
         kind = gl.minimum(gl.load(types_ptr + tokens, mask=is_token, other=0).to(gl.int32), KINDS)
-    if PDL:
-        gdc_wait()
-    scale = gl.load(stats_ptr + tokens, mask=is_token, other=0.0) * 0.0625
-    offset = gl.load(stats_ptr + n + tokens, mask=is_token, other=0.0)
-    if RANK > 0:
-        c = gl.arange(0, PR, gl.SliceLayout(0, load_layout))
-        rows = gl.arange(0, BM, gl.SliceLayout(1, load_layout))
-        wanted = gl.expand_dims(rows < n, 1) & gl.expand_dims(c < RANK, 0)
-        coordinates = gl.load(branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0), mask=wanted, other=0.0)
+    c = gl.arange(0, PR, gl.SliceLayout(0, load_layout))
+    rows = gl.arange(0, BM, gl.SliceLayout(1, load_layout))
+    wanted = gl.expand_dims(rows < n, 1) & gl.expand_dims(c < RANK, 0)
+    if not SOON:
+        if PDL:
+            gdc_wait()
+        scale = gl.load(stats_ptr + tokens, mask=is_token, other=0.0) * 0.0625
+        offset = gl.load(stats_ptr + n + tokens, mask=is_token, other=0.0)
+        if RANK > 0:
+            coordinates = gl.load(
+                branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0), mask=wanted, other=0.0
+            )
     unit = first
     while unit < last:
         block = unit // STEPS
@@ -122,17 +125,28 @@ def _multiply(
             scales = low_rank_scale_ptr
             if UNIT > 0:
                 scales = low_rank_scale_ptr + (first_out // UNIT) * RANK
-            right = coordinates * gl.expand_dims(gl.load(scales + c, mask=c < RANK, other=0.0), 0)
-            upper = right.to(gl.bfloat16)
-            pairs.index(2 * WHICH).store((right - upper.to(gl.float32)).to(gl.bfloat16))
-            pairs.index(2 * WHICH + 1).store(upper)
-            fence_async_shared()
+            column_scale = gl.load(scales + c, mask=c < RANK, other=0.0)
             r = gl.arange(0, PR, gl.SliceLayout(0, branch_left))
             lines = first_out + gl.arange(0, OWN, gl.SliceLayout(1, branch_left))
             is_line = gl.expand_dims(lines < m, 1) & gl.expand_dims(r < RANK, 0)
             left = gl.load(
                 low_rank_ptr + gl.expand_dims(lines * RANK, 1) + gl.expand_dims(r, 0), mask=is_line, other=0
             )
+        if SOON:  # what the weight brings is on its way by now; later waits are over at once
+            if PDL:
+                gdc_wait()
+            scale = gl.load(stats_ptr + tokens, mask=is_token, other=0.0) * 0.0625
+            offset = gl.load(stats_ptr + n + tokens, mask=is_token, other=0.0)
+            if RANK > 0:
+                coordinates = gl.load(
+                    branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0), mask=wanted, other=0.0
+                )
+        if RANK > 0:
+            right = coordinates * gl.expand_dims(column_scale, 0)
+            upper = right.to(gl.bfloat16)
+            pairs.index(2 * WHICH).store((right - upper.to(gl.float32)).to(gl.bfloat16))
+            pairs.index(2 * WHICH + 1).store(upper)
+            fence_async_shared()
         acc = gl.zeros((OWN, BM), gl.int32, acc_layout)
         for at in range(begin, end):
             slot = (at - first) % STAGES
@@ -195,7 +209,7 @@ def _w4_stream(
     bias_ptr, y_ptr, partial_ptr, count_ptr, n, m, per,
     HALF: gl.constexpr, HAS_BIAS: gl.constexpr, KINDS: gl.constexpr, RANK: gl.constexpr, PR: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
-    UNIT: gl.constexpr, PDL: gl.constexpr,
+    UNIT: gl.constexpr, SOON: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     STEPS: gl.constexpr = HALF // BK
     branch: gl.constexpr = gl.NVMMASharedLayout(2 * PR if PR < 64 else 128, 16)
@@ -218,8 +232,8 @@ def _w4_stream(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_multiply, (given, 0, STEPS, HAS_BIAS, KINDS, RANK, PR, BM, BN, STAGES, UNIT, PDL)),
-            (_multiply, (given, 1, STEPS, HAS_BIAS, KINDS, RANK, PR, BM, BN, STAGES, UNIT, PDL)),
+            (_multiply, (given, 0, STEPS, HAS_BIAS, KINDS, RANK, PR, BM, BN, STAGES, UNIT, SOON, PDL)),
+            (_multiply, (given, 1, STEPS, HAS_BIAS, KINDS, RANK, PR, BM, BN, STAGES, UNIT, SOON, PDL)),
             (_bring_weights, (w_desc, w_ring, w_full, empty, first, last, STEPS, BN, BK, STAGES, DEPTH)),
             (
                 _bring_codes,
@@ -276,6 +290,6 @@ def w4_linear(
         per, HALF=half, HAS_BIAS=bias is not None, KINDS=0 if bias is None or types is None else len(bias) - 1,
         RANK=0 if low_rank is None else low_rank.shape[1], PR=16 if low_rank is None or rows.branch is None else rows.branch.shape[1],
         BM=bm, BN=BN, BK=BK, STAGES=stages, DEPTH=min(launch["depth"], stages - 1), UNIT=scale_outputs(weight),
-        PDL=bool(pdl), num_warps=4, maxnreg=launch["registers"], **pdl,
+        SOON=launch["soon"], PDL=bool(pdl), num_warps=4, maxnreg=launch["registers"], **pdl,
     )  # fmt: skip
     return y

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from optimum_freeact.kernels.epilogue_triton import (
-    FEW_ROWS,
     add_bias,
     add_branch,
     arrived_last,
@@ -66,7 +65,7 @@ def _w4_linear(
     bias_ptr, columns_ptr, y_ptr, n, m, n_bias, partial_ptr, count_ptr,
     HALF: tl.constexpr, HAS_BIAS: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-    UNIT: tl.constexpr, PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    UNIT: tl.constexpr, EARLY: tl.constexpr, PLAIN: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     part = tl.program_id(1)
@@ -82,12 +81,10 @@ def _w4_linear(
     acc = tl.zeros((BN, BM), tl.int32)
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     PER_PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    # what the weight brings to the end is on its way while the rows are still being made; of several programs the last needs it
-    EARLY: tl.constexpr = BM <= FEW_ROWS and SPLIT == 1
     scales = low_rank_scale_ptr
     if RANK > 0:
         scales = scales_of(low_rank_scale_ptr, pid_m * BN, RANK, UNIT)
-    if EARLY:
+    if EARLY:  # what the weight brings to the end is on its way while the rows are still being made
         qscale, row_sum = of_outputs(qscale_ptr, row_sum_ptr, outs, m)
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
         of_weight = branch_of_weight(low_rank_ptr, scales, columns_ptr, outs, m, RANK, MARKS, PR)
@@ -113,16 +110,16 @@ def _w4_linear(
         tl.store(own, acc)
         if not arrived_last(count_ptr + pid, SPLIT):
             return
-    # all that is still missing is asked for at once, before any of it is looked at
-    if not EARLY:
-        qscale, row_sum = of_outputs(qscale_ptr, row_sum_ptr, outs, m)
-        biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
-        of_weight = branch_of_weight(low_rank_ptr, scales, columns_ptr, outs, m, RANK, MARKS, PR)
+    # all that is still missing is asked for at once, before any of it is looked at; last what goes through shared memory, which waits
     is_token = tokens < n
     scale = tl.load(stats_ptr + tokens, mask=is_token, other=0.0)
     offset = tl.load(stats_ptr + n + tokens, mask=is_token, other=0.0)
     total = tl.load(stats_ptr + 2 * n + tokens, mask=is_token, other=0.0)
     right = branch_of_rows(branch_ptr, tokens, n, RANK + MARKS > 0, PR)
+    if not EARLY:
+        qscale, row_sum = of_outputs(qscale_ptr, row_sum_ptr, outs, m)
+        biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
+        of_weight = branch_of_weight(low_rank_ptr, scales, columns_ptr, outs, m, RANK, MARKS, PR)
     if SPLIT > 1:
         acc = tl.zeros((BN, BM), tl.int32)
         for other in range(SPLIT):
@@ -131,7 +128,7 @@ def _w4_linear(
     y += offset[None, :] * row_sum.to(tl.float32)[:, None]
     y *= qscale[:, None]
     y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
-    y = add_branch(y, of_weight, right, RANK, MARKS, PR, DOT)
+    y = add_branch(y, of_weight, right, RANK, MARKS, DOT)
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 
@@ -162,7 +159,7 @@ def w4_linear(
         rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, weight.row_sum, low_rank,
         weight.low_rank_scale, bias, columns, y, n, m, kinds + 1, partial, count, HALF=half,
         HAS_BIAS=bias is not None, KINDS=kinds, MARKS=0 if columns is None else columns.shape[1], RANK=rank, PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
-        GROUP=launch["GROUP"], SPLIT=split, UNIT=scale_outputs(weight), PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
-        num_warps=launch["warps"], num_stages=launch["stages"], **pdl,
+        GROUP=launch["GROUP"], SPLIT=split, UNIT=scale_outputs(weight), EARLY=launch["early"], PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
+        num_warps=launch["warps"], num_stages=launch["stages"], maxnreg=launch["registers"], **pdl,
     )  # fmt: skip
     return y

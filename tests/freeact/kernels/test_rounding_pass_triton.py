@@ -76,7 +76,7 @@ def test_half_precision_rows(device):
 
 
 @pytest.mark.parametrize(
-    "launch", [{"programs": 3}, {"programs": 3, "ahead": True}, {"warps": 4, "stages": 2}], ids=str
+    "launch", [{"programs": 3}, {"programs": 3, "ahead": True}, {"warps": 4, "stages": 2}, {"warps": 1}], ids=str
 )
 def test_programs_go_through_rows(device, launch):
     own, kernel = own_and_kernel_error(device, 96, 10, launch=launch)

@@ -76,6 +76,26 @@ def test_everything_that_follows(device, name, n, rank, n_bias):
     assert (got - want).norm() <= 2e-5 * want.norm()
 
 
+LARGE = {"BM": 128, "BN": 128, "BK": 64, "registers": None}
+
+
+@pytest.mark.parametrize("options", [{}, LARGE, {"early": True}], ids=["small tiles", "large tiles", "early"])
+@pytest.mark.parametrize(("rank", "n_bias"), [(4, 3), (0, 3), (4, 1)])
+def test_everything_that_follows_many_rows(device, rank, n_bias, options):
+    weight, rows = random_weight(150, 160, rank=rank, n_bias=n_bias), random_rows(140, 160, rank=rank)
+    got, want = both(device, "mma", rows, torch.arange(140) % n_bias, weight, options=options)
+    assert (got - want).norm() <= 5e-5 * want.norm()  # what a type's bias adds is right to sixteen bits of it
+
+
+def test_large_tiles_are_for_products_that_have_many():
+    from optimum_freeact.kernels.launches import groups_launch, w4_launch
+
+    for launch in (w4_launch, groups_launch):
+        assert launch(2048, 576, 288)["BM"] == 64
+        assert launch(2048, 14336, 2048)["BM"] == 128
+        assert launch(65, 14336, 2048) == launch(2048, 576, 288)  # more than 64 rows never have their parts summed
+
+
 @pytest.mark.parametrize(("name", "n"), [("mma", 5), ("dp4a", 1), ("dp4a", 3)])
 def test_several_linears_as_one(device, name, n):
     rows, weight = random_rows(n, 96), of_several_linears(random_weight(768, 96))
