@@ -52,12 +52,19 @@ CACHE_SAMPLES, CACHE_TOKENS = 8, 512  # a few thousand tokens fix a mean; the fu
 
 
 def measure_cache(model: nn.Module, config: FreeActConfig, samples: torch.Tensor) -> None:
-    """Measure the means of keys and values in the full-precision model and store them in its decoder."""
+    """Measure the means of keys and values in the full-precision model and store them in its decoder.
+
+    Where tokens inside a sequence are loud, values keep their zero: those tokens are what others attend to most, with values near
+    zero, which a mean would only move away from it.
+    """
     few = samples[:CACHE_SAMPLES, :CACHE_TOKENS] if isinstance(samples, torch.Tensor) else samples[:CACHE_SAMPLES]
-    means = cache_means(model, batches(few, 1), sink_tokens=int("sink" in config.token_types))
+    means = cache_means(model, batches(few, 1), sink_tokens=int("sink" in config.token_types), limit=config.loudest)
     config.cache_shapes = [[] if key is None else list(key.shape) for key in means.key_mean]
     buffers = CacheMeanBuffers(config.cache_shapes)
-    buffers.fill(means.key_mean, means.value_mean)
+    values = means.value_mean
+    if config.loudest is not None:
+        values = [None if value is None else torch.zeros_like(value) for value in values]
+    buffers.fill(means.key_mean, values)
     find_decoder(model).add_module(CACHE_NAME, buffers)
 
 

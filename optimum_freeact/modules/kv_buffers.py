@@ -13,7 +13,7 @@ NAME = "freeact_cache"  # the decoder's attribute
 
 
 class CacheMeanBuffers(nn.Module):
-    """Means of keys (before the rotary embedding) and values per layer and head.
+    """Means of keys (before the rotary embedding) and values per layer and head; zeros where none is subtracted.
 
     Args:
         shapes (`list[list[int]]`): `(key_value_heads, head_dim)` of each layer's keys; empty for a layer without means.

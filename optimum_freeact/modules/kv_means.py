@@ -13,6 +13,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from optimum_freeact.cache_name import NAMES, cache_name
+from optimum_freeact.moments import loudness_weights
 
 
 class CacheMeans(NamedTuple):
@@ -52,8 +53,19 @@ def turn_back(keys: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
     return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
 
 
+def _weights(states: torch.Tensor, real: torch.Tensor, limit: float | None) -> torch.Tensor:
+    """How much each cached vector counts, float64: `states` of shape `(batch, heads, tokens, d)`, `real` `(batch, tokens)`."""
+    real = real.to(states.device)
+    weights = real[:, None].expand(states.shape[:3]).double().clone()
+    for head in range(states.shape[1]) if limit is not None else ():
+        weights[:, head][real] = loudness_weights(states[:, head][real], limit).double()
+    return weights
+
+
 @torch.no_grad()
-def cache_means(model: nn.Module, samples: torch.Tensor | list[dict], sink_tokens: int = 1) -> CacheMeans:
+def cache_means(
+    model: nn.Module, samples: torch.Tensor | list[dict], sink_tokens: int = 1, limit: float | None = None
+) -> CacheMeans:
     """Measure the means of a decoder's keys (before the rotary embedding) and values.
 
     Args:
@@ -61,6 +73,8 @@ def cache_means(model: nn.Module, samples: torch.Tensor | list[dict], sink_token
         samples (`torch.Tensor` of shape `(n, tokens)`, or `list[dict]`): Token ids without padding, run one row at a time; or
             the model's arguments, one dictionary a forward.
         sink_tokens (`int`, *optional*, defaults to 1): Positions left out of the means, as the cache keeps them exact.
+        limit (`float`, *optional*): Beyond so many times what is usual in its head and sample a vector's energy counts no more
+            (`moments.loudness_weights`). Padding, where an `attention_mask` tells it, never counts.
 
     Returns:
         [`CacheMeans`] with means in float32 on the CPU.
@@ -80,13 +94,16 @@ def cache_means(model: nn.Module, samples: torch.Tensor | list[dict], sink_token
     decoder = model.get_decoder()
     frequencies = rotary_frequencies(decoder)
     sums: list[list[torch.Tensor] | None] = [None] * len(frequencies)
-    count = 0
     for inputs in calls:
         cache = DynamicCache()  # without a configuration: no windows, all positions stay
         inputs = {name: v.to(decoder.device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
         called = decoder if set(inputs) == {"input_ids"} else model
         called(**inputs, **{cache_name(called) or NAMES[0]: cache}, use_cache=True)
-        count += len(inputs["input_ids"]) * (inputs["input_ids"].shape[1] - sink_tokens)
+        real = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.shape == real.shape:
+            real = mask.bool()
+        real = real & (real.cumsum(1) > sink_tokens)
         for index, layer in enumerate(cache.layers):
             if not layer.is_initialized:
                 continue
@@ -95,10 +112,15 @@ def cache_means(model: nn.Module, samples: torch.Tensor | list[dict], sink_token
                     f"{type(model).__name__} has a quantized KV cache installed; remove() its handle first."
                 )
             keys = layer.keys if frequencies[index] is None else turn_back(layer.keys, frequencies[index])
-            found = [states[:, :, sink_tokens:].double().sum((0, 2)).cpu() for states in (keys, layer.values)]
+            found = []
+            for states in (keys, layer.values):
+                weights = _weights(states, real, limit)[..., None]
+                found += [(states.double() * weights).sum((0, 2)).cpu(), weights.sum((0, 2)).cpu()]
             before = sums[index]
             sums[index] = found if before is None else [a + b for a, b in zip(before, found)]
-    means = [(None, None) if pair is None else [(s / count).float() for s in pair] for pair in sums]
+    means = [
+        (None, None) if four is None else ((four[0] / four[1]).float(), (four[2] / four[3]).float()) for four in sums
+    ]
     keys, values = zip(*means)
     known = [f if key is not None else None for f, key in zip(frequencies, keys)]
     return CacheMeans(list(keys), known, list(values))

@@ -76,6 +76,33 @@ def test_without_known_frequencies_the_mean_is_that_of_the_cached_keys(monkeypat
     assert rotary_frequencies(model.get_decoder()) == [None, None]
 
 
+def test_padding_does_not_count():
+    model, ids = tiny_decoder("llama"), prompt(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, 14:] = 0
+    mask[1, :3] = 0  # the sink is the first real token there, and not at the start
+    found = cache_means(model, [{"input_ids": ids, "attention_mask": mask}])
+    values = []
+    model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda _m, _i, output: values.append(output))
+    model(input_ids=ids, attention_mask=mask)
+    expected = torch.cat([values[0][0, 1:14], values[0][1, 4:]]).mean(0).view(2, 16)
+    torch.testing.assert_close(found.value_mean[1].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_loud_token_has_no_more_say_than_the_limit_gives_it():
+    model, ids = tiny_decoder("llama"), prompt(1, 40)
+
+    def louder(_module, _inputs, output):
+        return output.index_fill(1, torch.tensor([7]), 0.0) + 100.0 * (torch.arange(40) == 7)[None, :, None]
+
+    quiet = cache_means(model, ids).value_mean[1]
+    model.model.layers[1].self_attn.v_proj.register_forward_hook(louder)
+    plain = cache_means(model, ids).value_mean[1]
+    limited = cache_means(model, ids, limit=2.0).value_mean[1]
+    assert (plain - quiet).norm() > 3 * quiet.norm()
+    assert (limited - quiet).norm() < 0.5 * quiet.norm()
+
+
 def test_errors():
     model = tiny_decoder("llama")
     for samples in (prompt(2, 1), prompt(0, 9), prompt(2, 9)[0]):
