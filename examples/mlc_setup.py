@@ -18,9 +18,11 @@ from trl_mlc import join_translations
 LANGUAGES = ["de", "es", "fr", "it"]
 SETTINGS = {
     "mlc_layer": "auto",
-    "mlc_center": "language",
-    "mlc_repulsion": 1.0,
     "mlc_extractor_dim": 0,
+    "mlc_center": "common",
+    "mlc_signed": True,
+    "mlc_contrast": 1.0,
+    "mlc_anchor_detached": True,
     "mlc_every": 1,
     "mlc_languages_per_step": 3,
     "mlc_scan_prompts": 24,

@@ -146,10 +146,14 @@ class FreeActInput(nn.Module):
         whose = torch.zeros(len(self.clip), n, dtype=torch.bool, device=device) if n else None
         self.register_buffer("leaves_out", whose)
 
+    def forget(self) -> None:
+        """What was made of the stored tensors is no longer theirs."""
+        self._tables = self._native = self._joined = None
+
     @torch.no_grad()
     def store(self, found: InputMap) -> None:
         """Write a map into the buffers, rounded to their types."""
-        self._tables = self._native = self._joined = None
+        self.forget()
         for name, value in vars(found).items():
             if value is not None and name != "basis":
                 getattr(self, name).copy_(value)

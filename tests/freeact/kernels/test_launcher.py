@@ -66,15 +66,15 @@ def twice(call, launches=1):
 
 types = torch.zeros(2048, dtype=torch.int64)
 x = torch.zeros(2048, 4096, dtype=torch.bfloat16)
-for n in (1, 16, 2048):
-    for rank, group in ((0, 0), (24, 0), (48, 16)):
-        tables = input_side(4096, rank=rank, channel=False, group=group).tables
+for rank, group in ((0, 0), (24, 0), (48, 16)):
+    tables = input_side(4096, rank=rank, channel=False, group=group).tables
+    weight = random_weight(512, 4096, rank=rank, n_bias=2, group=2 * group)
+    weight = weight._replace(type_columns=type_columns(weight.type_bias))
+    for n in (1, 16, 2048):
         twice(lambda: rounding_triton.round_rows(x[:n], types[:n], tables), 3)
         if tables.one_pass:
             twice(lambda: rounding_pass_triton.round_rows(x[:n], types[:n], tables))
             twice(lambda: rounding_pass_hopper.round_rows(x[:n], types[:n], tables))
-        weight = random_weight(1024, 4096, rank=rank, n_bias=2, group=2 * group)
-        weight = weight._replace(type_columns=type_columns(weight.type_bias))
         codes = real(n, 4096, dtype=torch.float16 if group else torch.int8)
         rows = Rows(codes, real(1 if group else 3, n), real(n, tables.branch))
         modules = [w4_groups_triton] if group else [w4_triton]
