@@ -53,9 +53,9 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (None, {"words": 2048, "warps": 2, "pdl": True}),
     ],
     "stream": [
-        (8, {"BM": 8, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "soon": False, "pdl": True}),
-        (16, {"BM": 16, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "soon": False, "pdl": True}),
-        (None, {"BM": 32, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 128, "soon": False, "pdl": True}),
+        (8, {"BM": 8, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "pdl": True}),
+        (16, {"BM": 16, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 104, "pdl": True}),
+        (None, {"BM": 32, "room": 172_000, "depth": 4, "whole": 0.8, "registers": 128, "pdl": True}),
     ],
     "w4": [
         (16, {"BM": 16, "BN": 64, "BK": 128, "GROUP": 1, "warps": 4, "stages": 4, "early": True, "registers": None, "pdl": True}),

@@ -71,7 +71,7 @@ def _bring_codes(
 def _multiply(
     given, WHICH: gl.constexpr,
     STEPS: gl.constexpr, HAS_BIAS: gl.constexpr, KINDS: gl.constexpr, RANK: gl.constexpr, PR: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, SOON: gl.constexpr, PDL: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One half of each piece's outputs."""
     (
@@ -94,15 +94,12 @@ def _multiply(
     c = gl.arange(0, PR, gl.SliceLayout(0, load_layout))
     rows = gl.arange(0, BM, gl.SliceLayout(1, load_layout))
     wanted = gl.expand_dims(rows < n, 1) & gl.expand_dims(c < RANK, 0)
-    if not SOON:
-        if PDL:
-            gdc_wait()
-        scale = gl.load(stats_ptr + tokens, mask=is_token, other=0.0) * 0.0625
-        offset = gl.load(stats_ptr + n + tokens, mask=is_token, other=0.0)
-        if RANK > 0:
-            coordinates = gl.load(
-                branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0), mask=wanted, other=0.0
-            )
+    if PDL:
+        gdc_wait()
+    scale = gl.load(stats_ptr + tokens, mask=is_token, other=0.0) * 0.0625
+    offset = gl.load(stats_ptr + n + tokens, mask=is_token, other=0.0)
+    if RANK > 0:
+        coordinates = gl.load(branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0), mask=wanted, other=0.0)
     unit = first
     while unit < last:
         block = unit // STEPS
@@ -132,16 +129,6 @@ def _multiply(
             left = gl.load(
                 low_rank_ptr + gl.expand_dims(lines * RANK, 1) + gl.expand_dims(r, 0), mask=is_line, other=0
             )
-        if SOON:  # what the weight brings is on its way by now; later waits are over at once
-            if PDL:
-                gdc_wait()
-            scale = gl.load(stats_ptr + tokens, mask=is_token, other=0.0) * 0.0625
-            offset = gl.load(stats_ptr + n + tokens, mask=is_token, other=0.0)
-            if RANK > 0:
-                coordinates = gl.load(
-                    branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0), mask=wanted, other=0.0
-                )
-        if RANK > 0:
             right = coordinates * gl.expand_dims(column_scale, 0)
             upper = right.to(gl.bfloat16)
             pairs.index(2 * WHICH).store((right - upper.to(gl.float32)).to(gl.bfloat16))
@@ -209,7 +196,7 @@ def _w4_stream(
     bias_ptr, y_ptr, partial_ptr, count_ptr, n, m, per,
     HALF: gl.constexpr, HAS_BIAS: gl.constexpr, KINDS: gl.constexpr, RANK: gl.constexpr, PR: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
-    UNIT: gl.constexpr, SOON: gl.constexpr, PDL: gl.constexpr,
+    UNIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     STEPS: gl.constexpr = HALF // BK
     branch: gl.constexpr = gl.NVMMASharedLayout(2 * PR if PR < 64 else 128, 16)
@@ -232,8 +219,8 @@ def _w4_stream(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_multiply, (given, 0, STEPS, HAS_BIAS, KINDS, RANK, PR, BM, BN, STAGES, UNIT, SOON, PDL)),
-            (_multiply, (given, 1, STEPS, HAS_BIAS, KINDS, RANK, PR, BM, BN, STAGES, UNIT, SOON, PDL)),
+            (_multiply, (given, 0, STEPS, HAS_BIAS, KINDS, RANK, PR, BM, BN, STAGES, UNIT, PDL)),
+            (_multiply, (given, 1, STEPS, HAS_BIAS, KINDS, RANK, PR, BM, BN, STAGES, UNIT, PDL)),
             (_bring_weights, (w_desc, w_ring, w_full, empty, first, last, STEPS, BN, BK, STAGES, DEPTH)),
             (
                 _bring_codes,
@@ -291,6 +278,6 @@ def w4_linear(
         per), HALF=half, HAS_BIAS=bias is not None, KINDS=0 if bias is None or types is None else len(bias) - 1,
         RANK=0 if low_rank is None else low_rank.shape[1], PR=16 if low_rank is None or rows.branch is None else rows.branch.shape[1],
         BM=bm, BN=BN, BK=BK, STAGES=stages, DEPTH=min(launch["depth"], stages - 1), UNIT=scale_outputs(weight),
-        SOON=launch["soon"], PDL=bool(pdl), num_warps=4, maxnreg=launch["registers"], **pdl,
+        PDL=bool(pdl), num_warps=4, maxnreg=launch["registers"], **pdl,
     )  # fmt: skip
     return y
