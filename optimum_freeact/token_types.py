@@ -44,6 +44,17 @@ def _seen_by_the_last(masks: dict, length: int, arguments: dict[str, Any]) -> to
     return last if last.dtype == torch.bool else last == 0
 
 
+def _text_positions(positions: Any) -> torch.Tensor | None:
+    """Positions in the text, `(batch or 1, tokens)`. Where tokens have places in pictures, too (Qwen-VL and its kin), packed
+    sequences come with four rows of positions, the first of which is the text's.
+    """
+    if not isinstance(positions, torch.Tensor):
+        return None
+    if positions.ndim == 3 and positions.shape[0] == 4:
+        positions = positions[0]
+    return positions if positions.ndim == 2 else None
+
+
 def sink_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
     """Which of the current tokens are the first real token of their sequence.
 
@@ -65,8 +76,7 @@ def sink_mask(arguments: dict[str, Any]) -> torch.Tensor | None:
     mask = arguments.get("attention_mask")
     mask = _seen_by_the_last(mask, length, arguments) if isinstance(mask, dict) else mask
     mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[-1] >= length else None
-    positions = arguments.get("position_ids")
-    positions = positions if isinstance(positions, torch.Tensor) and positions.ndim == 2 else None
+    positions = _text_positions(arguments.get("position_ids"))
     restarts = None if positions is None else (positions == 0).expand(batch, length)
     if mask is not None:
         real = mask != 0

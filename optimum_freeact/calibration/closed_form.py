@@ -32,6 +32,9 @@ BALANCE = True  # whether biases take back what rounding takes from mean outputs
 # Tokens for each entry of an input below which its weight is not shrunk to the noise: the directions that are shrunk are those
 # whose moments are known worst (docs/log.md). All that was measured has more.
 MIN_SHRINKAGE_TOKENS = 6
+# What is left of the relative error without means where they are left out. Short of this much the loudest tokens, of which others
+# live, are better off with them (half-way steps on SmolLM2 with pictures made the model's divergence larger)
+CENTRING_MUST_GAIN = 0.5
 MIN_ROWS_PER_TYPE = 16  # fewer sample rows of a type do not decide its own clip ratio or mean error
 
 
@@ -144,6 +147,17 @@ def _share(error: torch.Tensor, output: torch.Tensor) -> float:
     return float(error.square().sum() / output.square().sum().clamp_min(1e-30))
 
 
+def _relative(error: torch.Tensor, output: torch.Tensor, types: torch.Tensor) -> float:
+    """Mean over types of the mean over their rows of an error's share of the row's output; the quietest count as a hundredth of
+    their type's median.
+    """
+    found = []
+    for kind in types.unique():
+        own, energy = error[types == kind].square().sum(1), output[types == kind].square().sum(1)
+        found.append(float((own / energy.clamp_min(0.01 * float(energy.median()) + 1e-30)).mean()))
+    return sum(found) / len(found)
+
+
 class GroupFit:
     """One group of linears on its way to being quantized: originals, empty modules and moments.
 
@@ -175,6 +189,7 @@ class GroupFit:
             )
         self.names, self.linears, self.source, self.targets = names, linears, source, targets
         self.moments, self.config = moments, config
+        self.balanced = BALANCE
         own = type_rank_of(config, source.in_features)
         rank = 0 if source.basis is None else source.basis.shape[1] - config.n_types * own
         self.spec = map_spec(config, rank, own)
@@ -186,7 +201,33 @@ class GroupFit:
 
     @torch.no_grad()
     def closed_form(self, generator: torch.Generator) -> InputRecord:
-        """Fit the input's map, round the weights and fill the modules; `generator` draws the rotations (CPU)."""
+        """Fit the input's map, round the weights and fill the modules; `generator` draws the rotations (CPU).
+
+        Where tokens inside a sequence may be loud, no mean is subtracted if outputs, each token's in relation to its own size, come
+        out twice as close without: a mean that a loud part of a type decides may be more than all that the others are.
+        """
+        start = generator.get_state()
+        record = self._fit_about_centres(generator)
+        if self.stats.mean is None or self.config.loudest is None or self.config.exclusive != "none":
+            return record
+        centred, error, modules = self.stats, self.relative_error, (self.source, *self.targets)
+        kept = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module in modules]
+        parts = self.weight.split([linear.out_features for linear in self.linears])
+        self.stats = gather_statistics(self.moments, list(parts), dataclasses.replace(self.spec, centring="none"))
+        self.stats.mean = torch.zeros_like(centred.mean)
+        self.balanced = False  # nor is a loud part's mean error anything to the others
+        other = self._fit_about_centres(generator.set_state(start))
+        if self.relative_error < CENTRING_MUST_GAIN * error:
+            return other
+        self.stats, self.relative_error, self.balanced = centred, error, BALANCE
+        for module, state in zip(modules, kept, strict=True):
+            for name, tensor in module.state_dict().items():
+                tensor.copy_(state[name])
+            module.forget()
+        return record
+
+    def _fit_about_centres(self, generator: torch.Generator) -> InputRecord:
+        """[`closed_form`] about the centres that the statistics have."""
         found = fit_map(self.stats, self.spec, generator, self.config.n_types)
         sizes: list[int] = []
         if self.source.keep is not None:
@@ -234,8 +275,10 @@ class GroupFit:
         self._write(target, round_weight(target, moments_z, config, weight_clip), low_rank, stored)
         used = torch.cat([module.transformed_weight(torch.float64) for module in self.targets])
         output = z @ v.mT
-        if self.stats.paired is None and BALANCE:
-            self._balance(output - (z + noise) @ used.mT, types, weights)
+        lost = output - (z + noise) @ used.mT
+        if self.stats.paired is None and self.balanced:
+            lost = self._balance(lost, types, weights)
+        self.relative_error = _relative(lost, rows.double() @ self.weight.mT, types)
         energy = rows.double().square().sum()
         left = stored.centre(rows.double(), types).square().sum()
         return InputRecord(
@@ -257,11 +300,14 @@ class GroupFit:
         noisy = moments + noise.square().mean().nan_to_num() * back @ back.mT + ridge
         return corrected_weight(self.weight, noisy, cross + ridge, CORRECTION_STRENGTH)
 
-    def _balance(self, lost: torch.Tensor, types: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add to each type's output bias what rounding takes from its mean output, measured on the sample rows."""
+    def _balance(self, lost: torch.Tensor, types: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Add to each type's output bias what rounding takes from its mean output, measured on the sample rows; returns what the
+        rows still lose.
+        """
         means = self.targets[0].bias_rows()
         if means is None or self.config.centring == "none":
-            return
+            return lost
+        left = lost.clone()
         biases = [rows.double() for module in self.targets if (rows := module.bias_rows()) is not None]
         pooled = torch.tensor(self.config.pooled_types, device=types.device)
         for kind in range(len(means)):
@@ -271,11 +317,14 @@ class GroupFit:
             if int(rows.sum()) < MIN_ROWS_PER_TYPE:
                 continue
             weight = weights[rows]
-            parts = (weight / weight.sum() @ lost[rows]).split([module.out_features for module in self.targets])
+            mean = weight / weight.sum() @ lost[rows]
+            left[types == kind if len(means) > 1 else rows] -= mean
+            parts = mean.split([module.out_features for module in self.targets])
             for bias, part in zip(biases, parts, strict=True):
                 bias[kind] += part
         for module, bias in zip(self.targets, biases, strict=True):
             module.set_bias_rows(bias)
+        return left
 
     def _write(
         self, target: torch.Tensor, rounded: RoundedWeight | None, low_rank: torch.Tensor | None, stored: InputMap

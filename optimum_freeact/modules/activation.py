@@ -146,10 +146,14 @@ class FreeActInput(nn.Module):
         whose = torch.zeros(len(self.clip), n, dtype=torch.bool, device=device) if n else None
         self.register_buffer("leaves_out", whose)
 
+    def forget(self) -> None:
+        """What was made of the stored tensors is no longer theirs."""
+        self._tables = self._native = self._joined = None
+
     @torch.no_grad()
     def store(self, found: InputMap) -> None:
         """Write a map into the buffers, rounded to their types."""
-        self._tables = self._native = self._joined = None
+        self.forget()
         for name, value in vars(found).items():
             if value is not None and name != "basis":
                 getattr(self, name).copy_(value)
@@ -272,9 +276,11 @@ class FreeActInput(nn.Module):
             return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1], True)
         tables = self._tables
         assert tables is not None
-        found = ops.round_rows(
-            flat, types, *tables.tensors(), tables.a, tables.b, self.bits, self.symmetric, tables.group
-        )
+        if torch.compiler.is_compiling():
+            sizes = (tables.a, tables.b, self.bits, self.symmetric, tables.group)
+            found = ops.round_rows(flat, types, *tables.tensors(), *sizes)
+        else:
+            found = ops.rounded(flat, types, tables)
         return KernelRows(*found, types, x.shape[:-1])
 
     def native_output(self, x: torch.Tensor, reader) -> torch.Tensor | None:

@@ -166,7 +166,7 @@ class FreeActLinear(nn.Linear):
         """Make what the product on this device needs: sums of rows for kernels, which read the packed codes; for torch
         codes as `int8` rows (one byte a weight), so that a forward need not unpack nibbles.
         """
-        self._forget()
+        self.forget()
         if self.weight.device.type != "meta":
             self._bias_rows = self.bias_rows()
         if self.bits == 16 or self.weight.device.type == "meta":
@@ -203,7 +203,7 @@ class FreeActLinear(nn.Linear):
         """Whether the layer is prepared for Triton's kernels."""
         return self._row_sum is not None and self._codes is None and self._native is None
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """What was made of the stored tensors is no longer theirs."""
         self._codes = self._row_sum = self._native = self._bias_rows = self._type_columns = self._branch = None
         self.source._joined = None
@@ -303,7 +303,7 @@ class FreeActLinear(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True) -> FreeActLinear:
         prepared = self._row_sum is not None or self._bias_rows is not None
-        self._forget()
+        self.forget()
         result = keep_dtypes(self, super()._apply, fn, recurse)
         if prepared:
             self.prepare()

@@ -287,6 +287,27 @@ def test_denoising_fills_all_places_and_keeps_the_prompt(kind):
         assert not (made == MASK).any()
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_types_follow_tokens_from_masked_to_written_while_a_block_is_denoised(use_cache):
+    """In each forward, cached or not: masked places are masks, those just written are text, and only the very first is the sink."""
+    model, seen = quantize(make(), settings(kv_bits=4)), []
+
+    def note(_module, _args, kwargs):
+        seen.append((kwargs["input_ids"].clone(), model._freeact_state.types.clone()))
+
+    model.model.register_forward_pre_hook(note, with_kwargs=True)  # after the hook that finds the types
+    denoise(model, sample_ids(2, 6), 8, 4, block=4, use_cache=use_cache)
+    started = False
+    for ids, types in seen:
+        expected = (ids == MASK).long() * 2
+        if not use_cache or not started:
+            expected[:, 0] = 1
+        started = True
+        assert torch.equal(types, expected)
+    masks = [int((ids == MASK).sum()) for ids, _ in seen]
+    assert masks == ([0, 8, 4, 0, 8, 4] if use_cache else [16, 12, 8, 4])
+
+
 def test_placeholders_are_never_written():
     """A place for a picture stands for one that was given; one more, and the model refuses the text."""
     model, prompt = make(), sample_ids(2, 6)

@@ -3,10 +3,14 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from optimum_freeact.api import quantize
+from optimum_freeact.modules.kv_buffers import NAME
 from optimum_freeact.modules.kv_cache import install_kv_cache
 from optimum_freeact.modules.kv_means import cache_means, rotary_frequencies, turn_back
 from optimum_freeact.modules.kv_store import CacheSpec
+from tests.helpers.quantized import settings
 from tests.helpers.tiny_decoders import prompt, tiny_decoder
+from tests.helpers.tiny_models import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +105,19 @@ def test_a_loud_token_has_no_more_say_than_the_limit_gives_it():
     limited = cache_means(model, ids, limit=2.0).value_mean[1]
     assert (plain - quiet).norm() > 3 * quiet.norm()
     assert (limited - quiet).norm() < 0.5 * quiet.norm()
+
+
+@pytest.mark.parametrize("loud", [False, True])
+def test_values_keep_their_zero_where_loud_tokens_stand_inside_a_sequence(loud):
+    model = tiny("llama")
+    if loud:
+        model.config.mask_token_id = 103
+    model = quantize(model, settings(kv_bits=4))
+    assert model.hf_quantizer.quantization_config.loudest == (2.0 if loud else None)
+    means = model.get_decoder().get_submodule(NAME)
+    for layer in range(2):
+        assert bool(getattr(means, f"key_{layer}").any())
+        assert bool(getattr(means, f"value_{layer}").any()) != loud
 
 
 def test_errors():

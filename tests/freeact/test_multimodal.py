@@ -9,9 +9,11 @@ from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.layout import find_blocks
 from optimum_freeact.modules.surgery import quantized_linears
 from optimum_freeact.report.inspection import inspect_model
+from optimum_freeact.token_types import TokenTyper
+from optimum_freeact.type_rules import COLUMN_VALUES, resolve
 from optimum_freeact.type_state import given_types
 from tests.helpers.quantized import distance
-from tests.helpers.tiny_multimodal import AUDIO, IMAGE, MULTIMODAL, tiny_multimodal
+from tests.helpers.tiny_multimodal import AUDIO, IMAGE, MULTIMODAL, VIDEO, tiny_multimodal
 
 
 def settings(inputs, **changes):
@@ -55,6 +57,28 @@ def test_placeholders_are_typed_and_the_model_still_computes_its_function(family
     assert name.split("_")[0] in type(model).__name__.lower()
 
 
+@pytest.mark.parametrize(("family", "column"), [("qwen3_vl", "mm_token_type_ids"), ("gemma3", "token_type_ids")])
+def test_what_a_processor_says_counts_beside_ids_and_without_them(family, column):
+    """Values 1, 2, 3 are image, video, audio; a model without one of them has no such type."""
+    model, inputs = tiny_multimodal(family)
+    names, rules = resolve(model, ["text", "sink", "auto"], None, None)
+    typer, ids = TokenTyper(names, rules), inputs["input_ids"]
+    kinds = {value: names.index(name) for name, value in COLUMN_VALUES.items() if name in names}
+    assert ("video" in names) == (family == "qwen3_vl")
+    told = torch.zeros_like(ids)
+    told[:, 8] = 2
+    told[:, 9] = 1
+    told[:, 0] = 1  # a picture may come first: its token is the sink all the same
+    expected = torch.zeros_like(ids)
+    expected[:, 8], expected[:, 9], expected[:, 0] = kinds.get(2, 0), kinds[1], names.index("sink")
+    embeddings = torch.zeros(*ids.shape, 64)
+    assert torch.equal(typer({"inputs_embeds": embeddings, column: told}), expected)
+    expected[ids == IMAGE] = kinds[1]
+    assert torch.equal(typer({"input_ids": ids, column: told}), expected)
+    if "video" in names:
+        assert torch.equal(typer({"input_ids": ids.masked_fill(ids == IMAGE, VIDEO)}) == kinds[2], ids == IMAGE)
+
+
 def test_generated_tokens_are_text(family):
     _, model, inputs, _ = family
     made = model.generate(**inputs, max_new_tokens=3, do_sample=False)
@@ -88,6 +112,20 @@ def test_left_padding_moves_types_and_sink():
     forward(model, padded)
     assert torch.equal(types(model)[:, 3:], alone)
     assert not types(model)[:, :3].any()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_packed_sequences_get_what_they_get_alone(name):
+    """Two texts in one row, with the four rows of positions that these models take them by."""
+    model, inputs = tiny_multimodal(name)
+    model = quantize(model, settings(inputs))
+    ids = torch.arange(6, 18)[None]
+    positions = torch.tensor([*range(5), *range(7)]).expand(4, 1, 12)
+    got = forward(model, {"input_ids": ids, "position_ids": positions, "use_cache": False})
+    assert types(model).tolist() == [[1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]]
+    for part, told in zip(ids.split([5, 7], 1), got.split([5, 7], 1), strict=True):
+        alone = forward(model, {"input_ids": part, "use_cache": False})
+        torch.testing.assert_close(told, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_takes_no_part_in_calibration():

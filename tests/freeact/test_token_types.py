@@ -52,6 +52,13 @@ def test_positions_of_other_shapes_are_ignored():
     assert firsts(position_ids=torch.arange(6).expand(3, 2, 6)) == [[1, 0, 0, 0, 0, 0]] * 2
 
 
+def test_packed_sequences_with_places_in_pictures():
+    """Four rows of positions, the text's first, as transformers' Qwen-VL models take packed sequences."""
+    text = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, 6)
+    places = torch.zeros(3, 2, 6, dtype=torch.long)
+    assert firsts(position_ids=torch.cat((text[None], places))) == [[1, 0, 0, 1, 0, 0]] * 2
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_cached_decoding_has_no_new_first_token(static):
     model = tiny("llama")

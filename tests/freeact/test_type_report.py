@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
+from optimum_freeact.api import quantize
+from optimum_freeact.calibration import closed_form
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.report.type_report import RANKS, measure_types, write_report
 from tests.freeact.test_type_rules import MASK, masked_llama
+from tests.helpers.quantized import settings
 from tests.helpers.tiny_models import sample_ids
 from tests.helpers.tiny_multimodal import tiny_multimodal
 
@@ -64,3 +67,13 @@ def test_pictures_are_a_type_of_their_own():
     found = measure_types(model, [inputs] * 4, FreeActConfig())
     assert {row.type for row in found} == {"text", "sink", "image"}
     assert torch.isfinite(torch.tensor([row.error_typed for row in found])).all()
+
+
+def test_sizes_that_calibration_chose_stand_on_the_page(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        closed_form, "choose_exclusive", lambda m, *_: (torch.eye(m.shift.shape[1])[:, :3].double(), [0, 0, 3])
+    )
+    model = quantize(masked_llama(), settings(exclusive="closed_form"))
+    text = write_report(rows, tmp_path, "a tiny model", model._freeact_records).read_text()
+    assert "No exclusive subspace" not in text
+    assert text.count("[0, 0, 3]") == 8  # four inputs in each of two blocks

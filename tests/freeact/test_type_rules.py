@@ -200,6 +200,27 @@ def test_a_mixed_batch_gives_each_token_what_its_type_alone_gives(masked):
     state.types = None
 
 
+def test_a_type_has_a_clip_of_its_own(masked):
+    """Within one token's range nothing else differs: another type's clip, other codes; its own, the same bits."""
+    source = copy.deepcopy(masked.model.layers[0].mlp.up_proj.source)
+    assert source.clip.shape == (3,)
+    source.clip.fill_(1.0)
+    source.clip[2] = 0.5
+    source.mean.zero_()
+    source.prepare()
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+
+    def rounded(kind):
+        source.state.types = torch.full((4,), kind)
+        told = source(x.clone())
+        source.state.types = None
+        return told
+
+    text, sink, mask = (rounded(kind) for kind in range(3))
+    assert torch.equal(text.codes, sink.codes)
+    assert not torch.equal(text.codes, mask.codes)
+
+
 def test_a_token_changes_type_when_it_is_unmasked(masked):
     ids = IDS.clone()
     assert types_of(masked, ids)[0] == [1, 0, 2, 0, 2, 2]

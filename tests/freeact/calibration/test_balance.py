@@ -99,3 +99,33 @@ def test_the_default_limits_models_that_have_such_tokens_whether_or_not_they_are
     assert found[None].loudest is None
     assert found[99].loudest == 2.0
     assert found[99].to_dict()["loudness_limit"] == 2.0
+
+
+def quiet_error(fit_alone: bool) -> float:
+    """Of a type of which most rows are loud about a mean, and the others quiet: what the quiet ones lose, relative to their outputs."""
+    torch.manual_seed(1)
+    block = nn.Module()
+    block.add_module("q_proj", nn.Linear(D, 16, bias=False))
+    linear = block.q_proj
+    config = FreeActConfig(
+        preset="freeact-fast", token_types=["text"], activation_bits=4, low_rank=0, loudness_limit=2.0
+    )
+    direction = torch.randn(D)
+    loud = LOUD * (direction + 0.3 * torch.randn(3 * N // 4, D))
+    rows = torch.cat([loud, torch.randn(N // 4, D)])[torch.randperm(N)]
+    source, targets = replace_group(block, ["q_proj"], config, TypeState(), torch.device("cpu"))
+    moments = Moments(D, 1, torch.device("cpu"), limit=2.0)
+    moments.update(rows, torch.zeros(N, dtype=torch.long))
+    fit = GroupFit(["q_proj"], [linear], source, targets, moments, config)
+    generator = torch.Generator().manual_seed(0)
+    fit.closed_form(generator) if fit_alone else fit._fit_about_centres(generator)
+    quiet = rows[rows.norm(dim=1) < LOUD]
+    with torch.no_grad():
+        source.prepare(), targets[0].prepare()
+        found, exact = targets[0](quiet), linear(quiet)
+    return float(((found - exact).square().sum(1) / exact.square().sum(1)).median())
+
+
+def test_no_mean_is_subtracted_that_a_loud_majority_decides():
+    assert quiet_error(fit_alone=False) > 10
+    assert quiet_error(fit_alone=True) < 0.1

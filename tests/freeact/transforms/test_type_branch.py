@@ -5,6 +5,7 @@ import torch
 
 from optimum_freeact import FreeActConfig
 from optimum_freeact.api import quantize
+from optimum_freeact.calibration import closed_form
 from optimum_freeact.calibration.closed_form import GroupFit
 from optimum_freeact.modules.surgery import replace_group
 from optimum_freeact.moments import Moments
@@ -128,3 +129,23 @@ def test_dequantizing_takes_the_columns_of_text_alone():
     weight, _ = quantized.dequantized()
     error = (weight - plain.weight).square().sum() / plain.weight.square().sum()
     assert error < 1e-3
+
+
+@pytest.mark.parametrize("part", ["maps", "outputs"])
+@pytest.mark.parametrize("changes", [{"type_rank": 2}, {"exclusive": "closed_form"}], ids=["own columns", "subspaces"])
+def test_what_is_learned_goes_on_from_a_types_own_parts(part, changes, monkeypatch, tmp_path):
+    """Learned calibration keeps them, is taken only if it is better, and what is saved is what was learned."""
+    if "exclusive" in changes:
+        monkeypatch.setattr(
+            closed_form, "choose_exclusive", lambda m, *_: (torch.eye(m.shift.shape[1])[:, :3].double(), [0, 0, 3])
+        )
+    model = quantize(
+        masked_llama(), settings(calibration="learned", learned_part=part, epochs=2, batch_size=2, **changes)
+    )
+    source = model.model.layers[0].self_attn.q_proj.source
+    assert source.mean.shape[0] == 3
+    assert (source.uses if "type_rank" in changes else source.leaves_out) is not None
+    for record in model._freeact_records:
+        assert record.learned["accepted"] == (record.learned["held_out_after"] < record.learned["held_out_before"])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload(tmp_path), IDS), logits(model, IDS))
