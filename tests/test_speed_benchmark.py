@@ -30,12 +30,14 @@ def calibration(gpus, metric, value):
 
 
 def test_claims_of_a_whole_run():
-    rows = [{"what": "roof", "provider": "copy", "metric": "bytes_per_second", "value": 3e12}]
+    roof = {"read": 3e12, "copy": 2e12, "datasheet H100": 3.35e12}  # the first counts
+    rows = [{"what": "roof", "provider": name, "metric": "bytes_per_second", "value": v} for name, v in roof.items()]
     for k, m in ((4096, 14336), (14336, 4096), (4096, 4096)):
         for n in (1, 16, 2048, 8192):
             rows += [linear("bf16", k, m, n, 300.0), linear("freeact-fastest", k, m, n, 100.0 if n < 8192 else 150.0)]
             rows.append(linear("freeact-fast", k, m, n, 50.0))  # another tier, not the claimed one
     rows.append(linear("freeact-fastest product", 4096, 14336, 1, 16.0, "kernel"))
+    rows.append(linear("freeact-fastest product", 4096, 14336, 1, 9.0, "cycled"))  # of one weight, from the cache
     for metric, theirs, ours in (("weight_bytes", 16e9, 5e9), ("peak_bytes", 17e9, 6e9)):
         rows += [model("bf16", "graph", metric, theirs), model("freeact-fastest", "graph", metric, ours)]
     for metric, theirs, ours in (("decode_seconds", 8.0, 4.0), ("prefill_seconds", 6.0, 4.0)):
@@ -63,6 +65,26 @@ def test_claims_of_a_whole_run():
         "speed.calibration8b_minutes": 5.0,
         "speed.calibration_two_gpus": 1.8,
     }
+
+
+def test_the_roof_is_what_was_read_or_the_fastest_that_is_known():
+    rows = [
+        {"what": "roof", "provider": "copy", "metric": "bytes_per_second", "value": 2.0},
+        {"what": "roof", "provider": "datasheet", "metric": "bytes_per_second", "value": 3.0},
+    ]
+    assert (gpu.memory_speed([]), gpu.memory_speed(rows[:1]), gpu.memory_speed(rows)) == (None, 2.0, 3.0)
+
+
+def test_a_read_reads_everything():
+    import pytest
+
+    pytest.importorskip("triton")
+    from benchmarks.speed.roof import BLOCK, read, reads
+
+    x, found = torch.arange(3.0 * BLOCK), torch.empty(3)
+    read(x / BLOCK, found)
+    torch.testing.assert_close(found, (x / BLOCK).view(3, BLOCK).sum(1))
+    assert [len(reads(8 * BLOCK, cycled, "cpu")) for cycled in (1, 20 * BLOCK)] == [1, 3]
 
 
 def test_what_was_not_measured_is_not_claimed():
@@ -143,3 +165,18 @@ def test_ways_of_attention_are_the_same():
     assert set(found) == {"heads as rows", "enable_gqa", "two products"}
     for y in found.values():
         torch.testing.assert_close(y.flatten(), want, rtol=0, atol=0.02)
+
+
+def test_weights_in_turn_exceed_what_was_asked_for(monkeypatch):
+    import pytest
+
+    pytest.importorskip("triton")
+    from benchmarks.speed import linear, roof
+
+    monkeypatch.setattr(linear.Shape, "part_product", linear.Shape.whole)  # the kernel's own product is a GPU's
+    monkeypatch.setattr(roof, "graph_microseconds", lambda calls: (float(len([call() for call in calls])), 0.0))
+    rows = list(roof.cycled_rows("cpu", (1, 1_000_000), (512, 512)))
+    assert {row["provider"] for row in rows} == {"read only", "bf16", "freeact-fastest", "freeact-fastest product"}
+    for row in rows:
+        of_weight = row["k"] * row["m"] * (2 if row["provider"] == "bf16" else 0.5)
+        assert row["value"] * of_weight >= 1e6 * row["megabytes"] > (row["value"] - 1) * of_weight - 1

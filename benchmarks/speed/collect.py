@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--name", choices=sorted(COMMANDS), default="speed")
+    parser.add_argument("--command", help="what made the rows, where it was not the usual command")
     args = parser.parse_args()
     machine = args.folder / "machine.json"
     rows = read_rows(args.folder)
@@ -46,7 +47,7 @@ def main() -> None:
         for gpu, value in DATASHEET.items()
         if gpu in str(name) and args.name == "speed"
     ]
-    print(write(args.name, rows, "benchmarks.speed.claims", COMMANDS[args.name], [0], machine=name))
+    print(write(args.name, rows, "benchmarks.speed.claims", args.command or COMMANDS[args.name], [0], machine=name))
 
 
 if __name__ == "__main__":

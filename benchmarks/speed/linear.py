@@ -19,7 +19,8 @@ from torch import nn
 
 from benchmarks.speed import alternatives
 from benchmarks.speed.llama import FakeQuantizedLinear
-from benchmarks.speed.timing import copies_for, graph_microseconds, kept
+from benchmarks.speed.roof import bandwidths
+from benchmarks.speed.timing import cold_bytes, copies_for, graph_microseconds, kept
 from optimum_freeact.kernels import ops
 from optimum_freeact.kernels.reference import Rows, split_columns
 from optimum_freeact.modules.activation import FreeActInput
@@ -208,14 +209,6 @@ def wanted(provider: str, n: int) -> bool:
     return not (provider == "int4 weight-only" and n > 64)
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes a second that a copy reads and writes."""
-    source = torch.ones(1 << 27, dtype=torch.float64, device=device)
-    target = torch.empty_like(source)
-    us, _ = graph_microseconds([lambda: target.copy_(source)])
-    return 2 * source.nbytes / us * 1e6
-
-
 @torch.no_grad()
 def main() -> None:
     """Measure everything that fits into the time, claims first."""
@@ -224,7 +217,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--only", nargs="+", help="measure these providers only")
     parser.add_argument("--suffix", default="", help="added to providers' names, for runs with other settings")
-    parser.add_argument("--cache", type=int, default=250_000_000, help="bytes to go through between two uses")
+    parser.add_argument(
+        "--cache", type=int, help="bytes of weights between two uses of one; default: what no cache holds"
+    )
     args = parser.parse_args()
     begin = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -236,8 +231,9 @@ def main() -> None:
             file.write(text + "\n")
             file.flush()
 
-        row(what="roof", provider="copy", metric="bytes_per_second", value=copy_bandwidth("cuda"))
-        shapes = {size: Shape(*size, "cuda", args.cache) for size in SHAPES}
+        for provider, value in bandwidths("cuda").items():
+            row(what="roof", provider=provider, metric="bytes_per_second", value=value)
+        shapes = {size: Shape(*size, "cuda", args.cache or cold_bytes()) for size in SHAPES}
         for providers in MEASURED:
             for (d, m), shape in shapes.items():
                 for n in TOKENS:

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 from benchmarks._results import RESULTS, read
+from benchmarks.speed.claims import memory_speed
 
 
 # provider: label, bytes of a weight, bytes of an input's number
@@ -46,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     document = read(RESULTS / "speed.json")
     rows = document["rows"]
-    bandwidth = max(row["value"] for row in rows if row.get("what") == "roof")
+    bandwidth = memory_speed(rows)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     peak = max(y for key in PROVIDERS for _, y in points(rows, *key))
     xs = [10 ** (i / 20) for i in range(0, 81)]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU benchmark; every row is written as it comes.
 #
-#   bash benchmarks/speed/run.sh kernels OUT [SECONDS] [GPU]          linears, attention and head (one GPU to itself)
+#   bash benchmarks/speed/run.sh kernels OUT [SECONDS] [GPU]          linears, memory, attention and head (one GPU to itself)
 #   bash benchmarks/speed/run.sh models  OUT [SECONDS] [GPU]          both models (one GPU to itself)
 #   bash benchmarks/speed/run.sh all     OUT [SECONDS] [GPU]          both at once
 #   bash benchmarks/speed/run.sh calibration OUT [SECONDS] [GPU]      calibration of a few blocks
@@ -33,6 +33,7 @@ tune)
     ;;
 kernels)
     step "$first" 120 linear python -m benchmarks.speed.linear --seconds "${LINEAR:-90}"
+    step "$first" 30 roof python -m benchmarks.speed.roof
     step "$first" 60 step python -m benchmarks.speed.step --seconds 50
     ;;
 models)

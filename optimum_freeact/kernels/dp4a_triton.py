@@ -19,6 +19,7 @@ from optimum_freeact.kernels.epilogue_triton import (
     scale_outputs,
     scales_of,
 )
+from optimum_freeact.kernels.launcher import start
 from optimum_freeact.kernels.launches import dp4a_launch, launch_pdl
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.triton_state import INTERPRETED
@@ -113,12 +114,13 @@ def w4_linear(
     if n_bias == 1:
         types = None
     words = d // 8
-    wide = triton.next_power_of_2(words)
+    wide = 1 << (words - 1).bit_length()
     launch = {**dp4a_launch(n, wide), **(options or {})}
     pdl = launch_pdl(launch["pdl"])
-    _dp4a_linear[(triton.cdiv(m, launch["BN"]),)](
-        rows.codes.view(torch.int32), rows.stats, rows.branch, types, weight.packed.view(torch.int32), weight.qscale,
-        weight.row_sum, low_rank, weight.low_rank_scale, bias, y, m, n_bias, N=n, WORDS=words,
+    start(
+        _dp4a_linear, (-(-m // launch["BN"]),),
+        (rows.codes.view(torch.int32), rows.stats, rows.branch, types, weight.packed.view(torch.int32), weight.qscale,
+        weight.row_sum, low_rank, weight.low_rank_scale, bias, y, m, n_bias), N=n, WORDS=words,
         KINDS=0 if types is None else n_bias - 1, HAS_BIAS=bias is not None, RANK=rank,
         PR=16 if rows.branch is None else rows.branch.shape[1], BN=launch["BN"], BW=wide, UNIT=scale_outputs(weight),
         PLAIN=INTERPRETED, PDL=bool(pdl),

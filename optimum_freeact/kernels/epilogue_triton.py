@@ -223,7 +223,7 @@ def room_for_parts(
     """Where SPLIT programs leave their parts of the same outputs, and the counters of those that have."""
     if split == 1:
         return None, None
-    blocks = triton.cdiv(m, launch["BN"])
+    blocks = -(-m // launch["BN"])
     if n > launch["BM"] or blocks > COUNTERS:
         raise ValueError(
             f"SPLIT={split} needs all {n} tokens in one block (BM={launch['BM']}) and at most {COUNTERS} blocks of outputs, "

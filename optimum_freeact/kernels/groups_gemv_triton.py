@@ -19,6 +19,7 @@ from optimum_freeact.kernels.epilogue_triton import (
     scale_outputs,
     scales_of,
 )
+from optimum_freeact.kernels.launcher import start
 from optimum_freeact.kernels.launches import gemv_launch, launch_pdl
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.triton_state import INTERPRETED
@@ -135,12 +136,13 @@ def w4_linear(
     n_bias = 0 if bias is None else len(bias)
     if n_bias == 1:
         types = None
-    wide = triton.next_power_of_2(half)
+    wide = 1 << (half - 1).bit_length()
     launch = {**gemv_launch(n, wide), **(options or {})}
     pdl = launch_pdl(launch["pdl"])
-    _groups_gemv[(triton.cdiv(m, launch["BN"]),)](
-        rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, groups, low_rank, weight.low_rank_scale,
-        bias, y, m, n_bias, N=n, HALF=half, GB=half if groups is None else half // groups.shape[1],
+    start(
+        _groups_gemv, (-(-m // launch["BN"]),),
+        (rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, groups, low_rank, weight.low_rank_scale,
+        bias, y, m, n_bias), N=n, HALF=half, GB=half if groups is None else half // groups.shape[1],
         KINDS=0 if types is None else n_bias - 1, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
         PR=16 if rows.branch is None else rows.branch.shape[1], BN=launch["BN"], BW=wide, UNIT=scale_outputs(weight),
         PLAIN=INTERPRETED, PDL=bool(pdl),

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from functools import partial
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from optimum_freeact.kernels.dispatch import (
     triton_obstacle,
     wanted,
 )
-from optimum_freeact.kernels.tables import TENSORS, InputTables, branch_width
+from optimum_freeact.kernels.tables import InputTables, branch_width
 
 
 logger = logging.getLogger(__name__)
@@ -123,27 +121,36 @@ def _round_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.round_rows` of `x` `(n, d)`; the branch has no columns where there is none."""
     tensors = (mean, channel_scale, basis, basis_scale, left, right, clip, factor, mean_branch, reach)
-    sizes: dict[str, Any] = {"a": a, "b": b, "bits": bits, "symmetric": symmetric, "group": group}
-    tables = InputTables(**dict(zip(TENSORS, tensors, strict=True)), **sizes)
+    return rounded(x, types, InputTables(*tensors, a, b, bits, symmetric, group))
 
-    def kernel() -> reference.Rows:
+
+def rounded(x: Tensor, types: Tensor | None, tables: InputTables) -> tuple[Tensor, Tensor, Tensor]:
+    """[`round_rows`] by tables that need not be taken apart, where no graph is traced."""
+    size = f"[{tables.a}x{tables.b}]"
+
+    def plain() -> reference.Rows:
+        rows = reference.round_rows(
+            x, types, tables.input_map(), tables.clip, tables.bits, tables.symmetric, tables.branch, group=tables.group
+        )
+        return reference.marked(rows, types, tables.rank, 0 if tables.mean is None else tables.n_means, tables.branch)
+
+    def three_launches() -> reference.Rows:
         from optimum_freeact.kernels import rounding_triton
 
         return rounding_triton.round_rows(x, types, tables)
 
-    def plain() -> reference.Rows:
-        rows = reference.round_rows(x, types, tables.input_map(), clip, bits, symmetric, tables.branch, group=group)
-        return reference.marked(rows, types, tables.rank, 0 if mean is None else len(mean), tables.branch)
+    def any_gpu() -> reference.Rows:
+        if tables.one_pass and PASS not in _failed:
+            return _attempt(PASS + size, lambda: _in_one_pass("rounding_pass_triton", x, types, tables), in_three)
+        return in_three()
 
-    ways = [(f"round_rows[{a}x{b}]", kernel)]
-    if tables.one_pass and PASS not in _failed:
-        ways.append((f"{PASS}[{a}x{b}]", lambda: _in_one_pass("rounding_pass_triton", x, types, tables)))
+    def in_three() -> reference.Rows:
+        return _attempt("round_rows" + size, three_launches, plain)
+
     if HOPPER_PASS not in _failed and hopper_rounding(x, tables):
-        ways.append((f"{HOPPER_PASS}[{a}x{b}]", lambda: _in_one_pass("rounding_pass_hopper", x, types, tables)))
-    attempt = plain
-    for name, way in ways:
-        attempt = partial(_attempt, name, way, attempt)
-    rows = attempt()
+        rows = _attempt(HOPPER_PASS + size, lambda: _in_one_pass("rounding_pass_hopper", x, types, tables), any_gpu)
+    else:
+        rows = any_gpu()
     return (
         rows.codes,
         rows.stats,
@@ -170,11 +177,11 @@ def _(x, types, mean, channel_scale, basis, basis_scale, left, right, clip, *oth
 
 def _on_gpu(rows: reference.Rows, types: Tensor | None, weight: reference.Weight, out_dtype: torch.dtype) -> Tensor:
     """The kernel for this number of rows on this GPU; one that fails gives way to those that run on any."""
-    from optimum_freeact.kernels import dp4a_triton, groups_gemv_triton, w4_groups_triton, w4_triton
-
     n, d = rows.codes.shape
 
     def plain() -> Tensor:
+        from optimum_freeact.kernels import dp4a_triton, groups_gemv_triton, w4_groups_triton, w4_triton
+
         if rows.codes.is_floating_point() and n == 1:
             return groups_gemv_triton.w4_linear(rows, types, weight, out_dtype)
         if rows.codes.is_floating_point():

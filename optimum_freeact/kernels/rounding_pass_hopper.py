@@ -9,6 +9,8 @@ and at the sum of the codes.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,17 +20,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from optimum_freeact.kernels.feed_hopper import barrier as meet
 from optimum_freeact.kernels.feed_hopper import bring
 from optimum_freeact.kernels.grids_triton import MAGIC, MAGIC_BITS
+from optimum_freeact.kernels.launcher import start
 from optimum_freeact.kernels.launches import launch_pdl, pass_hopper_launch
 from optimum_freeact.kernels.reference import HEADROOM, Rows
 from optimum_freeact.kernels.rounding_triton import outputs
 from optimum_freeact.kernels.tables import InputTables, padded
-from optimum_freeact.kernels.w4_hopper import processors
+from optimum_freeact.kernels.w4_hopper import described, processors
 
 
 STEP = gl.constexpr(MAGIC.value)
@@ -251,6 +253,7 @@ def _round_tiles(
         )
 
 
+@cache
 def _written(pa: int, b: int) -> gl.DistributedLinearLayout:
     """The layout of codes that leave: a thread has a quarter of each of two lines, whose bytes lie behind each other."""
     bits = (b // 4).bit_length() - 1
@@ -268,21 +271,22 @@ def round_rows(
 ) -> Rows:
     """As `rounding_pass_triton.round_rows`, for tables that `dispatch.hopper_rounding` names."""
     n, d = x.shape
-    n_means = 1 if tables.mean is None else len(tables.mean)
+    n_means, n_clips = tables.n_means, tables.n_clips
     rows = outputs(x, tables)
     if n == 0:
         return rows
-    if len(tables.clip) == 1 and n_means == 1:
+    if n_clips == 1 and n_means == 1:
         types = None
     qmax = (1 << (tables.bits - 1)) - 1
     pa = padded(tables.a)
     launch = pass_hopper_launch(n, 2 * pa, tables.b, options or {})
     pdl = launch_pdl(launch["pdl"])
-    layout = gl.NVMMASharedLayout(128, 16)
-    lines = TensorDescriptor.from_tensor(x.view(torch.float16).view(n * tables.a, tables.b), [pa, tables.b], layout)
-    _round_tiles[(min(-(-n // launch["workers"]), launch["per_processor"] * processors(x.device)),)](
-        lines, types, tables.mean, tables.reach, tables.left, tables.right, tables.factor, tables.clip,
-        rows.codes, rows.stats, rows.branch, n, n_means, len(tables.clip),
+    lines = described(x.view(torch.float16).view(n * tables.a, tables.b), pa, tables.b, 128)
+    programs = min(-(-n // launch["workers"]), launch["per_processor"] * processors(x.device))
+    start(
+        _round_tiles, (programs,),
+        (lines, types, tables.mean, tables.reach, tables.left, tables.right, tables.factor, tables.clip,
+        rows.codes, rows.stats, rows.branch, n, n_means, n_clips),
         HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None, MARKED=rows.branch is not None, PR=tables.branch,
         A=tables.a, B=tables.b, PA=pa, QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, LIMIT=HEADROOM, KIND=gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16,
         WARPS=pa // 16, WRITTEN=_written(pa, tables.b), PDL=bool(pdl), EARLY=launch["early"], WORKERS=launch["workers"], DEEP=launch["deep"],

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from optimum_freeact.kernels.grids_triton import MAGIC_BITS, grid_of, stepped
+from optimum_freeact.kernels.launcher import start
 from optimum_freeact.kernels.launches import SMALL_TILE, launch_pdl, pass_launch
 from optimum_freeact.kernels.reference import HEADROOM, Rows
 from optimum_freeact.kernels.rounding_triton import outputs
@@ -137,19 +138,20 @@ def round_rows(
     `options` overrides launch settings (`launches.py`).
     """
     n, d = x.shape
-    n_means = 1 if tables.mean is None else len(tables.mean)
+    n_means, n_clips = tables.n_means, tables.n_clips
     rows = outputs(x, tables)
     if n == 0:
         return rows
-    if len(tables.clip) == 1 and n_means == 1:
+    if n_clips == 1 and n_means == 1:
         types = None
     qmax = (1 << (tables.bits - 1)) - 1
     tile = padded(tables.a) * padded(tables.b)
     launch = pass_launch(n, tile, options or {})
     pdl = launch_pdl(launch["pdl"])
-    _round_tiles[(min(n, launch["programs"]),)](
-        x, types, tables.mean, tables.channel_scale, tables.reach, tables.left, tables.right, tables.factor, tables.clip,
-        rows.codes, rows.stats, rows.branch, n, n_means, len(tables.clip),
+    start(
+        _round_tiles, (min(n, launch["programs"]),),
+        (x, types, tables.mean, tables.channel_scale, tables.reach, tables.left, tables.right, tables.factor, tables.clip,
+        rows.codes, rows.stats, rows.branch, n, n_means, n_clips),
         HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None, HAS_CHANNEL=tables.channel_scale is not None,
         MARKED=rows.branch is not None, PR=tables.branch, A=tables.a, B=tables.b, PA=padded(tables.a),
         PB=padded(tables.b), QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, LIMIT=HEADROOM, TOO_MUCH=0 if INTERPRETED else (d * MAGIC_BITS.value + 2**31) % 2**32 - 2**31,

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from optimum_freeact.kernels.epilogue_triton import counters
 from optimum_freeact.kernels.grids_triton import finish, round_flat
+from optimum_freeact.kernels.launcher import start
 from optimum_freeact.kernels.launches import launch_pdl, round_launch
 from optimum_freeact.kernels.reference import HEADROOM, Rows, n_marks
 from optimum_freeact.kernels.tables import InputTables, padded, runs_in_tiles
@@ -236,7 +237,7 @@ def round_rows(
     rows = outputs(x, tables)
     if n == 0:
         return rows
-    if len(tables.clip) == 1 and (tables.mean is None or len(tables.mean) == 1):
+    if tables.n_clips == 1 and tables.n_means == 1:
         types = None
     pa, pb = padded(tables.a), padded(tables.b)
     qmax = (1 << (tables.bits - 1)) - 1
@@ -244,32 +245,35 @@ def round_rows(
     flat = not runs_in_tiles(tables.a, tables.b, tables.group)
     out = torch.empty(n, d, dtype=torch.float32, device=x.device) if flat else rows.codes
     launch = round_launch(n, d, options or {})
-    parts = triton.cdiv(d, launch["chunk"] * launch["steps"])
+    parts = -(-d // (launch["chunk"] * launch["steps"]))
     floats = partial(torch.empty, dtype=torch.float32, device=x.device)
     part = floats(parts, n, tables.branch) if tables.rank else None
     peak, undo = floats(parts, n), floats(2, n)
     factors = torch.empty(n, 2 * tables.branch, dtype=torch.bfloat16, device=x.device)
     turned = torch.empty(n, d, dtype=torch.float16, device=x.device)
-    n_means = 1 if tables.mean is None else len(tables.mean)
+    n_means = tables.n_means
     pdl = launch_pdl(launch["pdl"])
     has: dict[str, object] = {"HAS_TYPES": types is not None, "HAS_MEAN": tables.mean is not None}
     has |= {"HAS_CHANNEL": tables.channel_scale is not None, "RANK": tables.rank, "PR": tables.branch}
     has |= {"DOT": DOT_TYPE, "PDL": bool(pdl)}
-    _project[(triton.cdiv(n, launch["rows"]), parts)](
-        x, types, tables.channel_scale, tables.basis, part, peak, tables.mean_branch, tables.reach, tables.basis_scale,
-        tables.clip, rows.branch, factors, undo, counters(x.device), n, n_means, len(tables.clip), MARKED=n_marks(n_means) > 0, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
+    start(
+        _project, (-(-n // launch["rows"]), parts),
+        (x, types, tables.channel_scale, tables.basis, part, peak, tables.mean_branch, tables.reach, tables.basis_scale,
+        tables.clip, rows.branch, factors, undo, counters(x.device), n, n_means, tables.n_clips), MARKED=n_marks(n_means) > 0, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
         STEPS=launch["steps"], PARTS=parts, LIMIT=HEADROOM, num_warps=launch["project_warps"], num_stages=4, **pdl,
     )  # fmt: skip
     nb = max(1, min(launch["elements"] // pb, pa))
     block = launch["correct_rows"]
-    _correct[(triton.cdiv(n, block), triton.cdiv(tables.a, nb))](
-        x, types, tables.mean, tables.channel_scale, tables.basis, tables.right, factors, undo, turned, n, n_means, **has,
+    start(
+        _correct, (-(-n // block), -(-tables.a // nb)),
+        (x, types, tables.mean, tables.channel_scale, tables.basis, tables.right, factors, undo, turned, n, n_means), **has,
         A=tables.a, B=tables.b, PB=pb, ROWS=block, NB=nb, num_warps=launch["correct_warps"], num_stages=3, **pdl,
     )  # fmt: skip
     big = pa * pb > 8192
     tokens = 1 if big else min(launch["finish_rows"], padded(n))
-    finish[(min(triton.cdiv(n, tokens), launch["programs"] // (3 if big else 1)),)](
-        turned, undo, tables.left, tables.factor, out, rows.stats, n, A=tables.a, B=tables.b, PA=pa, PB=pb, TOKENS=tokens, **grid, PDL=bool(pdl),
+    start(
+        finish, (min(-(-n // tokens), launch["programs"] // (3 if big else 1)),),
+        (turned, undo, tables.left, tables.factor, out, rows.stats, n), A=tables.a, B=tables.b, PA=pa, PB=pb, TOKENS=tokens, **grid, PDL=bool(pdl),
         num_warps=launch["finish_warps"] * (2 if big else 1), num_stages=2, **pdl,
     )  # fmt: skip
     if flat:
@@ -284,7 +288,8 @@ def finish_flat(z: torch.Tensor, clips: torch.Tensor, rows: Rows, tables: InputT
     count = max(1, 2048 // wide)
     total = n * (d // tables.group)
     pdl = launch_pdl(n <= 64)
-    round_flat[(triton.cdiv(total, count),)](
-        z, clips, rows.codes, total, D=d, PG=wide, COUNT=count,
+    start(
+        round_flat, (-(-total // count),),
+        (z, clips, rows.codes, total), D=d, PG=wide, COUNT=count,
         **grid, PDL=bool(pdl), num_warps=4, **pdl,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -94,26 +95,36 @@ class InputTables:
         """Number of input features."""
         return self.a * self.b
 
-    @property
+    @cached_property
+    def n_clips(self) -> int:
+        """Token types with a clip of their own."""
+        return len(self.clip)
+
+    @cached_property
+    def n_means(self) -> int:
+        """Means, or one where there is none."""
+        return 1 if self.mean is None else len(self.mean)
+
+    @cached_property
     def rank(self) -> int:
         """Columns of the branch."""
         return 0 if self.basis_scale is None else len(self.basis_scale)
 
-    @property
+    @cached_property
     def one_pass(self) -> bool:
         """Whether rows are read once (`rounding_pass_triton`): there is no branch, and factors and tile fit together."""
         a, b = padded(self.a), padded(self.b)
         return self.rank == 0 and self.group == 0 and 2 * (a * a + a * b + b * b) <= PASS_BYTES
 
-    @property
+    @cached_property
     def has_branch(self) -> bool:
         """Whether rows leave with coordinates or marks of types."""
-        return self.rank > 0 or (self.mean is not None and n_marks(len(self.mean)) > 0)
+        return self.rank > 0 or (self.mean is not None and n_marks(self.n_means) > 0)
 
-    @property
+    @cached_property
     def branch(self) -> int:
         """Columns of the padded branch."""
-        return branch_width(self.rank, len(self.clip))
+        return branch_width(self.rank, self.n_clips)
 
 
 PASS_BYTES = 128 * 1024  # of both factors and a tile beside each other in shared memory

@@ -13,7 +13,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -28,6 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from optimum_freeact.kernels.epilogue_triton import columns_of, scale_outputs
 from optimum_freeact.kernels.feed_hopper import prepare, produce, send, tile_order
+from optimum_freeact.kernels.launcher import start
 from optimum_freeact.kernels.launches import launch_pdl
 from optimum_freeact.kernels.nibbles_gluon import half_codes, high_codes, low_codes, scaled_codes
 from optimum_freeact.kernels.reference import Rows, Weight
@@ -180,10 +180,24 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_descriptions: dict[tuple, dict] = {}
+
+
 def described(tensor: torch.Tensor, rows: int, columns: int, swizzle: int) -> TensorDescriptor:
     """A matrix of which the copy engine brings pieces of `rows` by `columns`."""
-    layout = gl.NVMMASharedLayout(swizzle, 8 * tensor.element_size())
-    return TensorDescriptor.from_tensor(tensor, [rows, columns], layout)
+    key = tensor.dtype, tensor.shape, tensor.stride(), rows, columns, swizzle
+    known = _descriptions.get(key)
+    if known is None or tensor.data_ptr() % 16:
+        layout = gl.NVMMASharedLayout(swizzle, 8 * tensor.element_size())
+        made = TensorDescriptor.from_tensor(tensor, [rows, columns], layout)  # which checks all of it
+        made.kind = tensor.dtype, rows, columns, swizzle  # for `launcher.kinds`
+        if len(_descriptions) > 4096:  # of many numbers of rows
+            _descriptions.clear()
+        _descriptions[key] = {name: value for name, value in vars(made).items() if name != "base"}
+        return made
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.__dict__.update(known, base=tensor)
+    return made
 
 
 def w4_linear(
@@ -213,11 +227,12 @@ def w4_linear(
     }
     pdl = launch_pdl(launch.pop("pdl"))
     bm, bn, bk = launch["BM"], launch["BN"], launch["BK"]
-    tiles = triton.cdiv(n, bm) * triton.cdiv(m, bn)
-    _w4_hopper[(min(tiles, processors(y.device)),)](
-        described(weight.packed, bn, bk, bk), described(rows.codes, bm, bk, bk * rows.codes.element_size()), described(y, bm, bn // 2, 128),
+    tiles = -(-n // bm) * -(-m // bn)
+    start(
+        _w4_hopper, (min(tiles, processors(y.device)),),
+        (described(weight.packed, bn, bk, bk), described(rows.codes, bm, bk, bk * rows.codes.element_size()), described(y, bm, bn // 2, 128),
         rows.stats, rows.branch, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, columns,
-        groups, n, m, HALF=half, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
+        groups, n, m), HALF=half, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
         MARKS=0 if columns is None else columns.shape[1], PR=width,
         VALUES=values, GB=0 if groups is None else half // groups.shape[1], UNIT=scale_outputs(weight), PDL=bool(pdl),
         **launch, num_warps=4, maxnreg=168, **pdl,

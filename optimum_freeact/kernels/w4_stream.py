@@ -11,7 +11,6 @@ to arrive: sums of whole numbers do not depend on the order.
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from optimum_freeact.kernels.epilogue_triton import COUNTERS, counters, scale_outputs
 from optimum_freeact.kernels.feed_hopper import barrier, bring
+from optimum_freeact.kernels.launcher import start
 from optimum_freeact.kernels.launches import launch_pdl, stream_launch
 from optimum_freeact.kernels.nibbles_gluon import high_codes, low_codes
 from optimum_freeact.kernels.reference import Rows, Weight
@@ -252,11 +252,11 @@ def runs(m: int, half: int, count: int, whole: float) -> tuple[int, int]:
     """Pieces of a program, and programs, on `count` multiprocessors: blocks of outputs as they are where there are at least `whole`
     of a block for each multiprocessor and no more than one, so that nothing is left to sum; else equal runs.
     """
-    blocks, steps = triton.cdiv(m, BN), half // BK
-    per = triton.cdiv(blocks * steps, count)
+    blocks, steps = -(-m // BN), half // BK
+    per = -(-blocks * steps // count)
     if per < steps and blocks >= whole * count:
         per = steps
-    return per, triton.cdiv(blocks * steps, per)
+    return per, -(-blocks * steps // per)
 
 
 def w4_linear(
@@ -270,7 +270,7 @@ def w4_linear(
     """Output `(n, m)` of few rounded rows, see [`dispatch.stream_choice`]; `options` overrides launch settings."""
     n = len(rows.codes)
     m, half = weight.packed.shape
-    if half % BK or 2 * triton.cdiv(m, BN) > COUNTERS:
+    if half % BK or 2 * -(-m // BN) > COUNTERS:
         raise ValueError(
             f"Rows of {half} bytes and {m} outputs: pieces are of {BK} bytes, outputs at most {COUNTERS // 2 * BN}."
         )
@@ -284,10 +284,11 @@ def w4_linear(
     stages = max(2, min(per, launch["room"] // (BK * (BN + 2 * bm))))
     partial = torch.empty(programs * 2 * BN * bm, dtype=torch.int32, device=y.device)
     pdl = launch_pdl(launch["pdl"])
-    _w4_stream[(programs,)](
-        described(weight.packed, BN, BK, BK), described(rows.codes, bm, BK, BK), rows.stats, rows.branch, types,
+    start(
+        _w4_stream, (programs,),
+        (described(weight.packed, BN, BK, BK), described(rows.codes, bm, BK, BK), rows.stats, rows.branch, types,
         weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, y, partial, counters(y.device), n, m,
-        per, HALF=half, HAS_BIAS=bias is not None, KINDS=0 if bias is None or types is None else len(bias) - 1,
+        per), HALF=half, HAS_BIAS=bias is not None, KINDS=0 if bias is None or types is None else len(bias) - 1,
         RANK=0 if low_rank is None else low_rank.shape[1], PR=16 if low_rank is None or rows.branch is None else rows.branch.shape[1],
         BM=bm, BN=BN, BK=BK, STAGES=stages, DEPTH=min(launch["depth"], stages - 1), UNIT=scale_outputs(weight),
         SOON=launch["soon"], PDL=bool(pdl), num_warps=4, maxnreg=launch["registers"], **pdl,

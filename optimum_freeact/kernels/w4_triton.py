@@ -28,6 +28,7 @@ from optimum_freeact.kernels.epilogue_triton import (
     store_outputs,
     tile_order,
 )
+from optimum_freeact.kernels.launcher import start
 from optimum_freeact.kernels.launches import launch_pdl, w4_launch
 from optimum_freeact.kernels.reference import Rows, Weight
 from optimum_freeact.kernels.triton_state import DOT_TYPE, INTERPRETED
@@ -150,14 +151,15 @@ def w4_linear(
     rank = 0 if low_rank is None else low_rank.shape[1]
     kinds, columns = further_types(rows, types, weight)
     launch = {**w4_launch(n, m, half), **(options or {})}
-    blocks = triton.cdiv(n, launch["BM"]) * triton.cdiv(m, launch["BN"])
+    blocks = -(-n // launch["BM"]) * -(-m // launch["BN"])
     split = launch["SPLIT"]
     partial, count = room_for_parts(split, n, m, launch, torch.int32, y.device)
     width = 16 if rows.branch is None else rows.branch.shape[1]
     pdl = launch_pdl(launch["pdl"])
-    _w4_linear[(blocks, split)](
-        rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, weight.row_sum, low_rank,
-        weight.low_rank_scale, bias, columns, y, n, m, kinds + 1, partial, count, HALF=half,
+    start(
+        _w4_linear, (blocks, split),
+        (rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, weight.row_sum, low_rank,
+        weight.low_rank_scale, bias, columns, y, n, m, kinds + 1, partial, count), HALF=half,
         HAS_BIAS=bias is not None, KINDS=kinds, MARKS=0 if columns is None else columns.shape[1], RANK=rank, PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
         GROUP=launch["GROUP"], SPLIT=split, UNIT=scale_outputs(weight), EARLY=launch["early"], PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
         num_warps=launch["warps"], num_stages=launch["stages"], maxnreg=launch["registers"], **pdl,

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from optimum_freeact.kernels.launcher import start
 from optimum_freeact.kernels.launches import launch_pdl, w8_launch, w8_row_launch
 from optimum_freeact.kernels.triton_state import INTERPRETED
 
@@ -83,8 +84,9 @@ def _one_row(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, options
     wide = triton.next_power_of_2(d // 4)
     launch = {**w8_row_launch(wide), **options}
     pdl = launch_pdl(launch["pdl"])
-    _w8_row[(triton.cdiv(m, launch["BN"]),)](
-        x, weight.view(torch.int32), scale, y, m, WORDS=d // 4, BN=launch["BN"], BW=wide, PDL=bool(pdl),
+    start(
+        _w8_row, (triton.cdiv(m, launch["BN"]),),
+        (x, weight.view(torch.int32), scale, y, m), WORDS=d // 4, BN=launch["BN"], BW=wide, PDL=bool(pdl),
         num_warps=launch["warps"], **pdl,
     )  # fmt: skip
     return y
@@ -96,8 +98,9 @@ def several_rows(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, opt
     m = len(weight)
     y = torch.empty(n, m, dtype=x.dtype, device=x.device)
     launch = {**w8_launch(n), **options}
-    _w8_linear[(triton.cdiv(m, launch["BN"]),)](
-        x, weight, scale, y, n, m, D=d, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"], PLAIN=INTERPRETED,
+    start(
+        _w8_linear, (triton.cdiv(m, launch["BN"]),),
+        (x, weight, scale, y, n, m), D=d, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"], PLAIN=INTERPRETED,
         num_warps=launch["warps"], num_stages=launch["stages"],
     )  # fmt: skip
     return y

@@ -276,9 +276,11 @@ class FreeActInput(nn.Module):
             return KernelRows(*self._native.round_rows(flat, types), types, x.shape[:-1], True)
         tables = self._tables
         assert tables is not None
-        found = ops.round_rows(
-            flat, types, *tables.tensors(), tables.a, tables.b, self.bits, self.symmetric, tables.group
-        )
+        if torch.compiler.is_compiling():
+            sizes = (tables.a, tables.b, self.bits, self.symmetric, tables.group)
+            found = ops.round_rows(flat, types, *tables.tensors(), *sizes)
+        else:
+            found = ops.rounded(flat, types, tables)
         return KernelRows(*found, types, x.shape[:-1])
 
     def native_output(self, x: torch.Tensor, reader) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """Random layers of any shape for kernel tests: an input side, a weight, and rows to send through."""
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -75,5 +76,6 @@ def of_several_linears(weight: Weight) -> Weight:
 
 def to(thing, device):
     """A dataclass or tuple of tensors on a device."""
-    fields = thing._asdict() if hasattr(thing, "_asdict") else vars(thing)
-    return type(thing)(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in fields.items()})
+    names = thing._fields if hasattr(thing, "_fields") else [field.name for field in fields(thing)]
+    values = {name: getattr(thing, name) for name in names}
+    return type(thing)(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()})

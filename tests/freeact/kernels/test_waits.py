@@ -41,6 +41,8 @@ def compiled(self, *args, grid, warmup, **options):
     return made
 import re
 JITFunction.run = compiled
+from optimum_freeact.kernels import launcher
+launcher._compiled = type("Forgetful", (dict,), {"__setitem__": lambda *args: None})()
 from optimum_freeact.kernels import rounding_pass_triton, rounding_triton, w4_hopper, w4_stream
 from optimum_freeact.kernels.reference import Rows
 from tests.freeact.kernels.cases import input_side, random_weight
@@ -93,6 +95,8 @@ def compiled(self, *args, grid, warmup, **options):
     print("ORDER", self.__name__, 0 < wait < let)
     return made
 JITFunction.run = compiled
+from optimum_freeact.kernels import launcher
+launcher._compiled = type("Forgetful", (dict,), {"__setitem__": lambda *args: None})()
 from optimum_freeact.kernels import dp4a_triton, groups_gemv_triton, rounding_pass_triton, w4_groups_triton, w4_triton, w8_triton
 from optimum_freeact.kernels.reference import Rows
 from tests.freeact.kernels.cases import input_side, random_weight
