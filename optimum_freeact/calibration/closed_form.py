@@ -7,6 +7,15 @@ import dataclasses
 import torch
 from torch import nn
 
+from optimum_freeact.calibration.choices import (
+    MIN_ROWS_PER_TYPE,
+    fake_rows,
+    is_shrunk,
+    map_spec,
+    output_biases,
+    round_weight,
+    search_clip,
+)
 from optimum_freeact.calibration.exclusive_fit import choose_exclusive
 from optimum_freeact.calibration.records import InputRecord
 from optimum_freeact.config import FreeActConfig
@@ -14,148 +23,26 @@ from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.branch_rank import type_rank_of
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.moments import Moments, loudness_of_types
-from optimum_freeact.numerics.affine import fake_quantize
-from optimum_freeact.rounding.gptq import gptq
-from optimum_freeact.rounding.rtn import RoundedWeight, round_to_nearest
+from optimum_freeact.numerics.metrics import relative_error_of_tokens
+from optimum_freeact.rounding.rtn import RoundedWeight
 from optimum_freeact.transforms.affine_map import InputMap, pick
 from optimum_freeact.transforms.compensation import Compensation
 from optimum_freeact.transforms.correction import corrected_weight, shrunk_weight
 from optimum_freeact.transforms.exclusive import fixed_blocks, share_of
-from optimum_freeact.transforms.fit import InputStatistics, MapSpec, fit_map, gather_statistics
+from optimum_freeact.transforms.fit import InputStatistics, fit_map, gather_statistics
 from optimum_freeact.type_rules import SINK
 
 
-ACTIVATION_CLIP_GRID = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
 # Half the way: on SmolLM2 the whole way fits the calibration text better and held-out text worse (docs/log.md)
 CORRECTION_STRENGTH = 0.5
 BALANCE = True  # whether biases take back what rounding takes from mean outputs
-# Tokens for each entry of an input below which its weight is not shrunk to the noise: the directions that are shrunk are those
-# whose moments are known worst (docs/log.md). All that was measured has more.
-MIN_SHRINKAGE_TOKENS = 6
 # What is left of the relative error without means where they are left out. Short of this much the loudest tokens, of which others
-# live, are better off with them (half-way steps on SmolLM2 with pictures made the model's divergence larger)
+# live, are better off with them (docs/log.md)
 CENTRING_MUST_GAIN = 0.5
-MIN_ROWS_PER_TYPE = 16  # fewer sample rows of a type do not decide its own clip ratio or mean error
-
-
-def map_spec(config: FreeActConfig, rank: int, type_rank: int = 0) -> MapSpec:
-    """The part of the config that says what to fit."""
-    fixed = config.calibration == "learned" and config.learned_start == "random"
-    return MapSpec(
-        config.transform,
-        config.channel_scale,
-        config.centring,
-        rank,
-        not fixed,
-        smooth_alpha=config.smooth_alpha,
-        type_rank=type_rank,
-    )
-
-
-def is_shrunk(config: FreeActConfig, moments: Moments) -> bool:
-    """Whether weights that read an input with these moments are shrunk to its rounding noise."""
-    return config.rounding_shrinkage and float(moments.count.sum()) >= MIN_SHRINKAGE_TOKENS * moments.shift.shape[1]
-
-
-def _fake(z: torch.Tensor, config: FreeActConfig, clip: torch.Tensor | float) -> torch.Tensor:
-    """Rows as the config rounds them."""
-    return fake_quantize(
-        z, config.activation_bits, config.activation_symmetric, clip, group_size=config.activation_group_size
-    )
-
-
-def search_clip(
-    z: torch.Tensor, v: torch.Tensor, types: torch.Tensor, config: FreeActConfig, weights: torch.Tensor | None = None
-) -> list[float]:
-    """Clip ratio per type with the least output error ||(Q(z) - z) V^T||^2 over sample rows, which may have `weights`."""
-    n = config.n_types
-    if config.activation_bits >= 16:
-        return [1.0] * n
-    if config.activation_clip != "search":
-        return [float(config.activation_clip)] * n
-    errors, z, v = [], z.float(), v.float()
-    gram = v.mT @ v  # |n V^T|^2 = n (V^T V) n^T: a product of the inputs' width for each ratio, not of the outputs'
-    for ratio in ACTIVATION_CLIP_GRID:
-        noise = _fake(z, config, ratio) - z
-        errors.append((noise @ gram).mul_(noise).sum(-1))
-    errors = torch.stack(errors)  # (ratios, rows)
-    errors = errors if weights is None else errors * weights.to(errors.dtype)
-    total = ACTIVATION_CLIP_GRID[int(errors.sum(1).argmin())] if n == 1 else None
-    found = []
-    for kind in range(n):
-        rows = types == kind
-        enough = int(rows.sum()) >= MIN_ROWS_PER_TYPE
-        best = ACTIVATION_CLIP_GRID[int(errors[:, rows].sum(1).argmin())] if enough else None
-        found.append(total or best)
-    fallback = next((ratio for ratio in found if ratio is not None), 1.0)
-    return [fallback if ratio is None else ratio for ratio in found]
-
-
-def output_biases(
-    moments: Moments,
-    stored: InputMap,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    compensation: Compensation | None = None,
-) -> torch.Tensor | None:
-    """Bias per type, shape `(n_means or 1, out)`: W mu_k + b, or where errors are corrected the full-precision mean."""
-    if compensation is not None:
-        wanted = compensation.wanted(0 if stored.mean is None else len(stored.mean)) @ weight.double().mT
-        if stored.mean is None:  # nothing is subtracted: what the mean of the inputs gives is in the product already
-            wanted = wanted - compensation.of_weight(weight.double()) @ moments.mean()
-        return wanted if bias is None else wanted + bias.double()
-    if stored.mean is None:
-        return None if bias is None else bias.double().unsqueeze(0)
-    target = stored.mean
-    if moments.paired:
-        kinds = [None] if len(target) == 1 else range(len(target))
-        target = target + torch.stack([moments.mean_of_pair(k) - moments.mean(k) for k in kinds])
-    result = target @ weight.double().mT
-    return result if bias is None else result + bias.double()
-
-
-def round_weight(
-    v: torch.Tensor, moments_z: torch.Tensor, config: FreeActConfig, learned_clip: torch.Tensor | None = None
-) -> RoundedWeight | None:
-    """Codes and scales of the transformed weight, `None` at 16 bits.
-
-    `learned_clip` of shape `(out, groups, 1)` replaces the config's clip when rounding to nearest.
-    """
-    if config.weight_bits == 16:
-        return None
-    size = config.weight_group_size or v.shape[1]
-    clip = None if config.weight_clip == "search" else float(config.weight_clip)
-    if config.rounding == "rtn" and learned_clip is not None:
-        clip = learned_clip.to(v.device)
-    if config.rounding == "rtn":
-        return round_to_nearest(v.float(), config.weight_bits, size, clip)
-    by_energy = config.rounding_order == "energy"
-    return gptq(
-        v.float(),
-        moments_z,
-        config.weight_bits,
-        size,
-        config.damping,
-        clip,
-        config.rounding_passes,
-        by_energy,
-        config.rounding_refit,
-    )
 
 
 def _share(error: torch.Tensor, output: torch.Tensor) -> float:
     return float(error.square().sum() / output.square().sum().clamp_min(1e-30))
-
-
-def _relative(error: torch.Tensor, output: torch.Tensor, types: torch.Tensor) -> float:
-    """Mean over types of the mean over their rows of an error's share of the row's output; the quietest count as a hundredth of
-    their type's median.
-    """
-    found = []
-    for kind in types.unique():
-        own, energy = error[types == kind].square().sum(1), output[types == kind].square().sum(1)
-        found.append(float((own / energy.clamp_min(0.01 * float(energy.median()) + 1e-30)).mean()))
-    return sum(found) / len(found)
 
 
 class GroupFit:
@@ -190,6 +77,7 @@ class GroupFit:
         self.names, self.linears, self.source, self.targets = names, linears, source, targets
         self.moments, self.config = moments, config
         self.balanced = BALANCE
+        self.relative_error = 0.0  # of the outputs on the sample rows, once filled
         own = type_rank_of(config, source.in_features)
         rank = 0 if source.basis is None else source.basis.shape[1] - config.n_types * own
         self.spec = map_spec(config, rank, own)
@@ -208,13 +96,15 @@ class GroupFit:
         """
         start = generator.get_state()
         record = self._fit_about_centres(generator)
-        if self.stats.mean is None or self.config.loudest is None or self.config.exclusive != "none":
+        mean = self.stats.mean
+        if mean is None or self.config.loudest is None or self.config.exclusive != "none":
             return record
-        centred, error, modules = self.stats, self.relative_error, (self.source, *self.targets)
+        centred, error = self.stats, self.relative_error
+        modules: list[FreeActInput | FreeActLinear] = [self.source, *self.targets]
         kept = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module in modules]
         parts = self.weight.split([linear.out_features for linear in self.linears])
         self.stats = gather_statistics(self.moments, list(parts), dataclasses.replace(self.spec, centring="none"))
-        self.stats.mean = torch.zeros_like(centred.mean)
+        self.stats.mean = torch.zeros_like(mean)
         self.balanced = False  # nor is a loud part's mean error anything to the others
         other = self._fit_about_centres(generator.set_state(start))
         if self.relative_error < CENTRING_MUST_GAIN * error:
@@ -258,7 +148,7 @@ class GroupFit:
             clip = [clip[kind] for kind in pooled]
         source.clip.copy_(torch.tensor(clip))
         ratios = pick(source.clip.double().unsqueeze(-1), types)
-        noise = _fake(z, config, ratios) - z
+        noise = fake_rows(z, config, ratios) - z
         if self.stats.parts is None:
             moments_z = stored.transform_moments(self.stats.c)
         else:
@@ -278,7 +168,7 @@ class GroupFit:
         lost = output - (z + noise) @ used.mT
         if self.stats.paired is None and self.balanced:
             lost = self._balance(lost, types, weights)
-        self.relative_error = _relative(lost, rows.double() @ self.weight.mT, types)
+        self.relative_error = relative_error_of_tokens(lost, rows.double() @ self.weight.mT, types)
         energy = rows.double().square().sum()
         left = stored.centre(rows.double(), types).square().sum()
         return InputRecord(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from optimum_freeact.calibration.closed_form import (
+from optimum_freeact.calibration.choices import (
     MIN_ROWS_PER_TYPE,
-    _fake,
+    fake_rows,
     is_shrunk,
     map_spec,
     output_biases,
@@ -122,7 +122,7 @@ class ExpertsFit:
         pooled = config.pooled_types
         clip = search_clip(z, root.mT, torch.tensor(pooled, device=device)[kept_types], config)
         source.clip.copy_(torch.tensor([clip[kind] for kind in pooled]))
-        noise = _fake(z, config, pick(source.clip.double().unsqueeze(-1), kept_types)) - z
+        noise = fake_rows(z, config, pick(source.clip.double().unsqueeze(-1), kept_types)) - z
         variance = noise[kept_types == 0].square().mean().nan_to_num()
         spread = variance if config.rounding_noise else 0.0
         errors, energies = torch.zeros(2, device=device).double(), torch.zeros((), device=device).double()
@@ -169,7 +169,7 @@ class ExpertsFit:
         some = torch.linspace(0, len(own) - 1, min(512, len(own)), device=own.device).long()
         z, _ = stored.apply(own[some].double(), types[some])
         ratios = pick(linear.source.clip.double().unsqueeze(-1), types[some])
-        lost = z @ v.mT - _fake(z, self.config, ratios) @ used.mT
+        lost = z @ v.mT - fake_rows(z, self.config, ratios) @ used.mT
         biases, pooled = means.double(), torch.tensor(self.config.pooled_types, device=types.device)
         for kind in range(len(biases)):
             rows = pooled[types[some]] == pooled[kind]

@@ -36,6 +36,22 @@ def relative_error_of_types(value: torch.Tensor, reference: torch.Tensor, types:
     return sum(float(row.double().mean()) * relative_error(value[row], reference[row]) for row in rows)
 
 
+def relative_error_of_tokens(error: torch.Tensor, reference: torch.Tensor, types: torch.Tensor) -> float:
+    """Mean over types of the mean over their tokens of the error's share of the token's own energy.
+
+    So the quiet part of a type counts as much as its loud part. The quietest tokens count as a hundredth of their type's median.
+
+    Args:
+        error, reference (`torch.Tensor` of shape `(n, d)`): What a value is off, and what it should be.
+        types (`torch.Tensor` of shape `(n,)`): Token types.
+    """
+    found = []
+    for kind in types.unique():
+        lost, energy = error[types == kind].square().sum(1), reference[types == kind].square().sum(1)
+        found.append(float((lost / energy.clamp_min(0.01 * float(energy.median()) + 1e-30)).mean()))
+    return sum(found) / len(found)
+
+
 def sqnr_db(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Signal to quantization-noise ratio in decibels, `-10 log10` of [`relative_error`]; at most 300."""
     return -10 * math.log10(max(relative_error(value, reference), 1e-30))
