@@ -209,7 +209,7 @@ class GroupFit:
                 continue
             weight = weights[rows]
             mean = weight / weight.sum() @ lost[rows]
-            left[types == kind if len(means) > 1 else rows] -= mean
+            left[types == kind if len(means) > 1 else slice(None)] -= mean  # a shared bias is everybody's
             parts = mean.split([module.out_features for module in self.targets])
             for bias, part in zip(biases, parts, strict=True):
                 bias[kind] += part

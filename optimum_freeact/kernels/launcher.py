@@ -2,7 +2,7 @@
 
 Triton works out anew in each launch what a kernel is specialized for: a tenth of a millisecond with many arguments, as long as the kernels
 of a whole linear run. Here what it found is kept by the kinds of the arguments, which are all that it looks at: of a tensor the type and
-whether it starts at a multiple of 16 bytes, of a whole number whether it is one, divisible by 16, or large.
+whether it starts at a multiple of 16 bytes, of a whole number whether it is one, divisible by 16, or wants 64 bits.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ def kinds(given: Sequence) -> list:
         elif value is None:
             found.append(None)
         elif isinstance(value, int):
-            found.append(
-                "one" if value == 1 else ("large", value % 16 == 0) if value >> 31 else 16 if value % 16 == 0 else 0
-            )
+            size = 32 if -(1 << 31) <= value < 1 << 31 else 64  # bits
+            found.append("one" if value == 1 else (size, value % 16 == 0))
         else:  # `w4_hopper.described`
             found.append(value.kind)
     return found
