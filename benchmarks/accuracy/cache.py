@@ -1,0 +1,135 @@
+"""What a 4-bit cache costs a real model, by how it is stored: means of keys and values subtracted, rows rotated, or both.
+
+    python -m benchmarks.accuracy.cache --model smollm2=FOLDER --text handbook=FILE [--weights full w4a4] [--device cuda]
+
+Each sequence is scored once with every cache, in one forward through the cache, on text between what calibration reads and what the
+tables of accuracy are made of: this is what chose the default. `divergence` is KL(full precision, 16-bit cache || model), nats a
+token; `excess_nll` is the loss above full precision's. `w4a4` has the default preset's weights and activations, calibrated once
+for a model and text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks._results import RESULTS, command_line, write
+from benchmarks.accuracy.jobs import SLICES, Text
+from benchmarks.accuracy.scoring import HEAD_TOKENS, hidden_states
+from optimum_freeact import FreeActConfig, tokenize_windows
+from optimum_freeact.calibration.data import load_samples
+from optimum_freeact.calibration.run import CACHE_SAMPLES, CACHE_TOKENS
+from optimum_freeact.modules.kv_cache import install_kv_cache
+from optimum_freeact.modules.kv_means import cache_means
+from optimum_freeact.modules.kv_store import CacheSpec
+from optimum_freeact.modules.runtime import cache_spec
+
+
+WITHOUT_VALUES = {"value_mean": None}
+WITHOUT_MEANS = {"key_mean": None, "key_frequencies": None, "value_mean": None}
+CACHES: dict[str, dict] = {
+    "16 bits": {"bits": 16},
+    "means": {"rotate": False},
+    "rotated, means": {"rotate": True},
+    "rotated, keys' means": {"rotate": True, **WITHOUT_VALUES},
+    "keys' means": {"rotate": False, **WITHOUT_VALUES},
+    "rotated": {"rotate": True, **WITHOUT_MEANS},
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options."""
+    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    made.add_argument("--model", action="append", required=True, help="NAME=FOLDER")
+    made.add_argument("--text", action="append", required=True, help="NAME=FILE")
+    made.add_argument("--weights", nargs="+", choices=("full", "w4a4"), default=["full", "w4a4"])
+    made.add_argument("--caches", nargs="+", choices=tuple(CACHES), default=list(CACHES))
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--windows", type=int, default=4)
+    made.add_argument("--window", type=int, default=512)
+    made.add_argument("--samples", type=int, default=32, help="of calibration, 512 tokens each")
+    made.add_argument("--rows", type=Path, default=Path("cache_rows.jsonl"), help="appended to, and resumed from")
+    made.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results)")
+    return made
+
+
+def calibrated(options: argparse.Namespace, path: str, text: Text, weights: str, tokenizer) -> tuple[nn.Module, CacheSpec]:
+    """The model, without a quantized cache, and its 4-bit cache with all means."""
+    data, dtype = [text.read_calibration()], torch.float32
+    if weights == "full":
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(options.device).eval()
+        samples = load_samples(data, tokenizer, options.samples, CACHE_TOKENS, 0)[:CACHE_SAMPLES]
+        return model, CacheSpec(4, **cache_means(model, samples)._asdict())
+    config = FreeActConfig(
+        kv_bits=4,
+        n_samples=options.samples,
+        dataset=data,
+        tokenizer=tokenizer,
+        calibration_device=options.device,
+        progress=False,
+    )
+    placed = None if options.device == "cpu" else {"": options.device}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config, device_map=placed)
+    return model.eval(), cache_spec(model, model.hf_quantizer.quantization_config)
+
+
+@torch.no_grad()
+def scores(model: nn.Module, exact: nn.Module, window: torch.Tensor) -> dict[str, float]:
+    """Of one sequence, mean over its tokens."""
+    ids = window[None].to(model.get_input_embeddings().weight.device)
+    found, wanted = hidden_states(model, ids)[0, :-1], hidden_states(exact, ids)[0, :-1]
+    sums = {"divergence": 0.0, "excess_nll": 0.0}
+    for part, other, following in zip(*(x.split(HEAD_TOKENS) for x in (found, wanted, ids[0, 1:])), strict=True):
+        told, truth = (
+            m.get_output_embeddings()(h).float().log_softmax(-1) for m, h in ((model, part), (exact, other))
+        )
+        sums["divergence"] += float((truth.exp() * (truth - told)).sum())
+        sums["excess_nll"] += float((truth - told).gather(-1, following[:, None]).sum())
+    return {metric: value / len(found) for metric, value in sums.items()}
+
+
+def measure(options: argparse.Namespace, name: str, path: str, text: Text, weights: str):
+    """Rows of one model, text and kind of weights, as they come."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model, spec = calibrated(options, path, text, weights, tokenizer)
+    exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(options.device).eval()
+    read = text.for_choosing().read_evaluation(options.windows * options.window)
+    for index, window in enumerate(tokenize_windows(read, tokenizer, options.window, options.windows)):
+        for cache in options.caches:
+            handle = install_kv_cache(model, dataclasses.replace(spec, **CACHES[cache]))
+            found = scores(model, exact, window)
+            handle.remove()
+            shared = {"model": name, "text": text.name, "weights": weights, "cache": cache, "sequence": index}
+            yield [{**shared, "metric": metric, "value": value} for metric, value in found.items()]
+
+
+def main() -> None:
+    """Measure what is not among the rows yet, and write `accuracy_cache.json`."""
+    options = parser().parse_args()
+    rows = []
+    if options.rows.exists():
+        rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
+    models, texts = (dict(item.split("=", 1) for item in given) for given in (options.model, options.text))
+    for weights in options.weights:
+        for name, path in models.items():
+            for text in (Text(key, file, *SLICES[key]) for key, file in texts.items()):
+                labels = (name, text.name, weights)
+                done = [r for r in rows if (r["model"], r["text"], r["weights"]) == labels]
+                if len(done) >= 2 * options.windows * len(options.caches):
+                    continue
+                rows = [r for r in rows if r not in done]
+                for found in measure(options, name, path, text, weights):
+                    rows += found
+                    print(*(json.dumps(r) for r in found), sep="\n", flush=True)
+                options.rows.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    print(write("accuracy_cache", rows, "benchmarks.accuracy.no_claims", command_line(), [0], folder=options.out or RESULTS))
+
+
+if __name__ == "__main__":
+    main()
