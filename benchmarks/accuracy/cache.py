@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def calibrated(options: argparse.Namespace, path: str, text: Text, weights: str, tokenizer) -> tuple[nn.Module, CacheSpec]:
+def calibrated(
+    options: argparse.Namespace, path: str, text: Text, weights: str, tokenizer
+) -> tuple[nn.Module, CacheSpec]:
     """The model, without a quantized cache, and its 4-bit cache with all means."""
     data, dtype = [text.read_calibration()], torch.float32
     if weights == "full":
@@ -128,7 +130,11 @@ def main() -> None:
                     rows += found
                     print(*(json.dumps(r) for r in found), sep="\n", flush=True)
                 options.rows.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    print(write("accuracy_cache", rows, "benchmarks.accuracy.no_claims", command_line(), [0], folder=options.out or RESULTS))
+    print(
+        write(
+            "accuracy_cache", rows, "benchmarks.accuracy.no_claims", command_line(), [0], folder=options.out or RESULTS
+        )
+    )
 
 
 if __name__ == "__main__":

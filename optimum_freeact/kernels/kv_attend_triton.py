@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from optimum_freeact.kernels.kv_parts_triton import codes, quarter, sink_score
-from optimum_freeact.kernels.kv_turn_triton import ROTATED_AT_ONCE, join_shares, rotated
 from optimum_freeact.kernels.kv_reference import CacheRows
+from optimum_freeact.kernels.kv_turn_triton import ROTATED_AT_ONCE, join_shares, rotated
 from optimum_freeact.kernels.triton_state import INTERPRETED, triton_type
 
 

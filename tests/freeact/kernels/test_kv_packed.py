@@ -75,7 +75,9 @@ def test_a_layer_holds_what_torch_would_hold(kind, kernels):
     assert ours.nbytes() == plain.nbytes()
 
 
-@pytest.mark.parametrize(("kind", "heads", "grouped"), [("rotate", 2, False), ("means", 6, True), ("rotate, means", 4, True)])
+@pytest.mark.parametrize(
+    ("kind", "heads", "grouped"), [("rotate", 2, False), ("means", 6, True), ("rotate, means", 4, True)]
+)
 def test_attention_reads_packed_rows(kind, heads, grouped, kernels, monkeypatch):
     from optimum_freeact.kernels import kv_attend_triton
 
