@@ -1,11 +1,11 @@
 """What a 4-bit cache costs a real model, by how it is stored: means of keys and values subtracted, rows rotated, or both.
 
-    python -m benchmarks.accuracy.cache --model smollm2=FOLDER --text handbook=FILE [--weights full w4a4] [--device cuda]
+    python benchmarks/accuracy/cache.py [--models smollm2,qwen2.5] [--weights full w4a4] [--device cuda]
 
 Each sequence is scored once with every cache, in one forward through the cache, on text between what calibration reads and what the
 tables of accuracy are made of: this is what chose the default. `divergence` is KL(full precision, 16-bit cache || model), nats a
-token; `excess_nll` is the loss above full precision's. `w4a4` has the default preset's weights and activations, calibrated once
-for a model and text.
+token, `median_divergence` that of the median token (few tokens have most of the mean); `excess_nll` is the loss above full
+precision's. `w4a4` has the default preset's weights and activations, calibrated once for a model and text.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from benchmarks._results import RESULTS, command_line, write
 from benchmarks.accuracy.jobs import SLICES, Text
-from benchmarks.accuracy.scoring import HEAD_TOKENS, hidden_states
+from benchmarks.accuracy.run import fetch_model, pairs, read_texts
+from benchmarks.accuracy.scoring import hidden_states
 from optimum_freeact import FreeActConfig, tokenize_windows
 from optimum_freeact.calibration.data import load_samples
 from optimum_freeact.calibration.run import CACHE_SAMPLES, CACHE_TOKENS
@@ -46,8 +51,10 @@ CACHES: dict[str, dict] = {
 def parser() -> argparse.ArgumentParser:
     """All options."""
     made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    made.add_argument("--model", action="append", required=True, help="NAME=FOLDER")
-    made.add_argument("--text", action="append", required=True, help="NAME=FILE")
+    made.add_argument("--models", default="smollm2,qwen2.5")
+    made.add_argument("--model-path", action="append", default=[], metavar="NAME=FOLDER")
+    made.add_argument("--texts", nargs="+", choices=tuple(SLICES), default=list(SLICES))
+    made.add_argument("--text-path", action="append", default=[], metavar="NAME=FILE")
     made.add_argument("--weights", nargs="+", choices=("full", "w4a4"), default=["full", "w4a4"])
     made.add_argument("--caches", nargs="+", choices=tuple(CACHES), default=list(CACHES))
     made.add_argument("--device", default="cpu")
@@ -82,18 +89,22 @@ def calibrated(
 
 
 @torch.no_grad()
-def scores(model: nn.Module, exact: nn.Module, window: torch.Tensor) -> dict[str, float]:
-    """Of one sequence, mean over its tokens."""
+def log_probabilities(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
+    """Of all words after each token of a sequence but the last, float32."""
     ids = window[None].to(model.get_input_embeddings().weight.device)
-    found, wanted = hidden_states(model, ids)[0, :-1], hidden_states(exact, ids)[0, :-1]
-    sums = {"divergence": 0.0, "excess_nll": 0.0}
-    for part, other, following in zip(*(x.split(HEAD_TOKENS) for x in (found, wanted, ids[0, 1:])), strict=True):
-        told, truth = (
-            m.get_output_embeddings()(h).float().log_softmax(-1) for m, h in ((model, part), (exact, other))
-        )
-        sums["divergence"] += float((truth.exp() * (truth - told)).sum())
-        sums["excess_nll"] += float((truth - told).gather(-1, following[:, None]).sum())
-    return {metric: value / len(found) for metric, value in sums.items()}
+    found = hidden_states(model, ids)[0, :-1]
+    return model.get_output_embeddings()(found).float().log_softmax(-1)
+
+
+def scores(told: torch.Tensor, truth: torch.Tensor, window: torch.Tensor) -> dict[str, float]:
+    """Of one sequence, over its tokens."""
+    apart = (truth.exp() * (truth - told)).sum(-1)
+    lost = (truth - told).gather(-1, window[1:, None].to(told.device))
+    return {
+        "divergence": float(apart.mean()),
+        "median_divergence": float(apart.median()),
+        "excess_nll": float(lost.mean()),
+    }
 
 
 def measure(options: argparse.Namespace, name: str, path: str, text: Text, weights: str):
@@ -103,38 +114,35 @@ def measure(options: argparse.Namespace, name: str, path: str, text: Text, weigh
     exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(options.device).eval()
     read = text.for_choosing().read_evaluation(options.windows * options.window)
     for index, window in enumerate(tokenize_windows(read, tokenizer, options.window, options.windows)):
+        truth = log_probabilities(exact, window)
         for cache in options.caches:
             handle = install_kv_cache(model, dataclasses.replace(spec, **CACHES[cache]))
-            found = scores(model, exact, window)
+            found = scores(log_probabilities(model, window), truth, window)
             handle.remove()
             shared = {"model": name, "text": text.name, "weights": weights, "cache": cache, "sequence": index}
             yield [{**shared, "metric": metric, "value": value} for metric, value in found.items()]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure what is not among the rows yet, and write `accuracy_cache.json`."""
-    options = parser().parse_args()
-    rows = []
+    options = parser().parse_args(arguments)
+    given, rows = pairs(options.model_path, "--model-path"), []
+    texts = [text for text in read_texts(pairs(options.text_path, "--text-path")) if text.name in options.texts]
     if options.rows.exists():
         rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
-    models, texts = (dict(item.split("=", 1) for item in given) for given in (options.model, options.text))
     for weights in options.weights:
-        for name, path in models.items():
-            for text in (Text(key, file, *SLICES[key]) for key, file in texts.items()):
-                labels = (name, text.name, weights)
-                done = [r for r in rows if (r["model"], r["text"], r["weights"]) == labels]
-                if len(done) >= 2 * options.windows * len(options.caches):
+        for name in options.models.split(","):
+            for text in texts:
+                done = [r for r in rows if (r["model"], r["text"], r["weights"]) == (name, text.name, weights)]
+                if len(done) >= 3 * options.windows * len(options.caches):
                     continue
                 rows = [r for r in rows if r not in done]
-                for found in measure(options, name, path, text, weights):
+                for found in measure(options, name, fetch_model(name, given), text, weights):
                     rows += found
                     print(*(json.dumps(r) for r in found), sep="\n", flush=True)
                 options.rows.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    print(
-        write(
-            "accuracy_cache", rows, "benchmarks.accuracy.no_claims", command_line(), [0], folder=options.out or RESULTS
-        )
-    )
+    folder = options.out or RESULTS
+    print(write("accuracy_cache", rows, "benchmarks.accuracy.no_claims", command_line(), [0], folder=folder))
 
 
 if __name__ == "__main__":
