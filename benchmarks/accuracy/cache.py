@@ -123,6 +123,13 @@ def measure(options: argparse.Namespace, name: str, path: str, text: Text, weigh
             yield [{**shared, "metric": metric, "value": value} for metric, value in found.items()]
 
 
+def store(rows: list[dict], options: argparse.Namespace) -> Path:
+    """Write what was measured so far: bare rows, to resume from, and the result file."""
+    options.rows.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    folder = options.out or RESULTS
+    return write("accuracy_cache", rows, "benchmarks.accuracy.no_claims", command_line(), [0], folder=folder)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure what is not among the rows yet, and write `accuracy_cache.json`."""
     options = parser().parse_args(arguments)
@@ -140,9 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
                 for found in measure(options, name, fetch_model(name, given), text, weights):
                     rows += found
                     print(*(json.dumps(r) for r in found), sep="\n", flush=True)
-                options.rows.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    folder = options.out or RESULTS
-    print(write("accuracy_cache", rows, "benchmarks.accuracy.no_claims", command_line(), [0], folder=folder))
+                store(rows, options)
+    print(store(rows, options))
 
 
 if __name__ == "__main__":
