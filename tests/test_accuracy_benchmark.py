@@ -501,3 +501,20 @@ def test_a_cache_that_tells_the_same_words_with_other_chances_is_apart():
     assert found["divergence"] == pytest.approx(apart / 3, rel=1e-5)
     assert found["median_divergence"] == 0
     assert found["excess_nll"] == pytest.approx(math.log(0.8 / 0.6) / 3, rel=1e-5)
+
+
+def test_sequences_are_summed_up_and_counted():
+    shared = {"model": "m", "text": "t", "weights": "full", "metric": "divergence"}
+    values = {"means": (1.0, 2.0, 3.0), "rotated, means": (0.5, 2.5, 1.5)}
+    rows = [
+        {**shared, "cache": name, "sequence": index, "value": value}
+        for name, three in values.items()
+        for index, value in enumerate(three)
+    ]
+    found = {(row["cache"], row["metric"]): row["value"] for row in cache.summary(rows)}
+    assert found == {
+        ("means", "divergence"): 2.0,
+        ("rotated, means", "divergence"): 1.5,
+        ("rotated, means", "nearer_sequences"): 2,
+        ("rotated, means", "divergence_over_means"): 0.75,
+    }

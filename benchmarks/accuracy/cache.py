@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -123,11 +124,32 @@ def measure(options: argparse.Namespace, name: str, path: str, text: Text, weigh
             yield [{**shared, "metric": metric, "value": value} for metric, value in found.items()]
 
 
+def summary(rows: list[dict]) -> list[dict]:
+    """Means over sequences, and how a cache compares with the one that has means and is not rotated."""
+    groups: dict[tuple, dict[int, float]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("model", "text", "weights", "cache", "metric"))
+        groups.setdefault(key, {})[row["sequence"]] = row["value"]
+    made = []
+    for (model, text, weights, cache, metric), values in groups.items():
+        shared = {"model": model, "text": text, "weights": weights, "cache": cache, "sequences": len(values)}
+        made.append({**shared, "metric": metric, "value": statistics.mean(values.values())})
+        before = groups.get((model, text, weights, "means", metric))
+        if metric == "divergence" and before is not None and cache != "means":
+            nearer = sum(value < before[index] for index, value in values.items())
+            ratio = sum(values.values()) / sum(before.values())
+            made.append({**shared, "metric": "nearer_sequences", "value": nearer})
+            made.append({**shared, "metric": "divergence_over_means", "value": ratio})
+    return made
+
+
 def store(rows: list[dict], options: argparse.Namespace) -> Path:
     """Write what was measured so far: bare rows, to resume from, and the result file."""
     options.rows.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     folder = options.out or RESULTS
-    return write("accuracy_cache", rows, "benchmarks.accuracy.no_claims", command_line(), [0], folder=folder)
+    return write(
+        "accuracy_cache", rows + summary(rows), "benchmarks.accuracy.no_claims", command_line(), [0], folder=folder
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
