@@ -10,7 +10,7 @@ from optimum_freeact.kernels.reference import SCALE_OUTPUTS, Rows, Weight, type_
 
 
 MOST_KINDS = tl.constexpr(3)  # further types whose biases are selected; more are looked up, or columns
-FEW_ROWS = tl.constexpr(64)  # up to which they are selected
+FEW_ROWS = tl.constexpr(64)  # up to which they are selected beside a branch
 
 
 @triton.jit
@@ -182,8 +182,9 @@ def columns_of(rows: Rows, weight: Weight) -> torch.Tensor | None:
     columns = type_columns(weight.type_bias) if weight.type_columns is None else weight.type_columns
     if weight.type_bias is None or columns is None:
         return None
-    rank = 0 if weight.low_rank is None else weight.low_rank.shape[1]
-    if rows.branch is None or rows.branch.shape[1] < rank + columns.shape[1]:
+    if weight.low_rank is None:
+        return columns
+    if rows.branch is None or rows.branch.shape[1] < weight.low_rank.shape[1] + columns.shape[1]:
         raise ValueError(f"The rows carry no marks of {len(weight.type_bias)} types (see reference.marked).")
     return columns
 
@@ -196,7 +197,7 @@ def further_types(rows: Rows, types: torch.Tensor | None, weight: Weight) -> tup
     if types is None or n_bias < 2:
         return 0, None
     selected = len(rows.codes) <= FEW_ROWS.value and n_bias - 1 <= MOST_KINDS.value
-    columns = None if selected else columns_of(rows, weight)
+    columns = None if selected or weight.low_rank is None else columns_of(rows, weight)
     return (n_bias - 1 if columns is None else 0), columns
 
 

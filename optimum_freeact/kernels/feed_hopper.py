@@ -69,7 +69,7 @@ def _scales(low_rank_scale_ptr, columns_ptr, m, c, RANK: gl.constexpr, MARKS: gl
 
 @gluon.jit
 def prepare(
-    pair, left, stats, ready, free, stats_ptr, branch_ptr, low_rank_ptr, low_rank_scale_ptr, columns_ptr, n, m,
+    pair, left, stats, ready, free, stats_ptr, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, columns_ptr, n, m,
     n_blocks, m_blocks,
     RANK: gl.constexpr, MARKS: gl.constexpr, PR: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr,
     VALUES: gl.constexpr, UNIT: gl.constexpr, PDL: gl.constexpr,
@@ -105,10 +105,14 @@ def prepare(
                 column_scale = _scales(scales, columns_ptr, m, c, RANK, MARKS)
             for k in gl.static_range(BM // PART):
                 rows = block_n * BM + k * PART + part
-                right = gl.load(
-                    branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0),
-                    mask=gl.expand_dims(rows < n, 1), other=0.0,
-                )  # fmt: skip
+                if RANK > 0:
+                    right = gl.load(
+                        branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0),
+                        mask=gl.expand_dims(rows < n, 1), other=0.0,
+                    )  # fmt: skip
+                else:  # without coordinates nobody left the rows' marks (`reference.marked`)
+                    kind = gl.minimum(gl.load(types_ptr + rows, mask=rows < n, other=0).to(gl.int32), MARKS // 2)
+                    right = gl.where(gl.expand_dims(kind, 1) == gl.expand_dims(c // 2 + 1, 0), 1.0, 0.0)
                 right *= column_scale
                 upper = right.to(gl.bfloat16)
                 pair.index(1).slice(k * PART, PART, 0).store(upper)

@@ -84,20 +84,20 @@ MOST_MARKED = 9  # types; with more the marks would outgrow the coordinates that
 
 
 def n_marks(n_means: int) -> int:
-    """Columns of a branch that say a row's type."""
+    """Columns of a branch that say a row's type, where there is a branch."""
     return 2 * (n_means - 1) if 1 < n_means <= MOST_MARKED else 0
 
 
-def marked(rows: Rows, types: torch.Tensor | None, rank: int, n_means: int, width: int) -> Rows:
+def marked(rows: Rows, types: torch.Tensor | None, rank: int, n_means: int) -> Rows:
     """Rows whose branch also says each row's type, for products whose weight has [`type_columns`].
 
     After the `rank` coordinates come two columns for each type beyond the first: a row of type k > 0 has ones in the k-th two
-    of them, one of type 0 has zeros. `width` is the branch's where there is none yet.
+    of them, one of type 0 has zeros. Rows without a branch have no marks: products choose by the types themselves then.
     """
-    if n_marks(n_means) == 0:
+    if n_marks(n_means) == 0 or rows.branch is None:
         return rows
     further = n_means - 1
-    branch = rows.stats.new_zeros((len(rows.codes), width)) if rows.branch is None else rows.branch.clone()
+    branch = rows.branch.clone()
     if types is not None:
         kind = types.clamp(max=further)[:, None]
         marks = (kind == torch.arange(1, n_means, device=kind.device)).to(branch.dtype)

@@ -137,7 +137,7 @@ def _project(
     if MARKED:  # the row's type, for the product (`reference.marked`)
         further = tl.where(kind > 0, kind - 1, PR)
         p = tl.where(((r - RANK) >> 1)[None, :] == further[:, None], 1.0, p)
-    if RANK > 0 or MARKED:
+    if RANK > 0:
         tl.store(branch_ptr + rows[:, None] * PR + r[None, :], p, mask=alive[:, None])
     tl.store(factors_ptr + rows[:, None] * (2 * PR) + r[None, :], upper, mask=alive[:, None])
     tl.store(factors_ptr + rows[:, None] * (2 * PR) + PR + r[None, :], lower, mask=alive[:, None])
@@ -259,7 +259,7 @@ def round_rows(
     start(
         _project, (-(-n // launch["rows"]), parts),
         (x, types, tables.channel_scale, tables.basis, part, peak, tables.mean_branch, tables.reach, tables.basis_scale,
-        tables.clip, rows.branch, factors, undo, counters(x.device), n, n_means, tables.n_clips), MARKED=n_marks(n_means) > 0, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
+        tables.clip, rows.branch, factors, undo, counters(x.device), n, n_means, tables.n_clips), MARKED=tables.has_branch and n_marks(n_means) > 0, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
         STEPS=launch["steps"], PARTS=parts, LIMIT=HEADROOM, num_warps=launch["project_warps"], num_stages=4, **pdl,
     )  # fmt: skip
     nb = max(1, min(launch["elements"] // pb, pa))

@@ -27,7 +27,7 @@ def product(name):
 
 def both(device, name, rows, types, weight, **options):
     rank, n_bias = (0 if t is None else t.shape[d] for t, d in ((weight.low_rank, 1), (weight.type_bias, 0)))
-    rows = reference.marked(rows, types, rank, n_bias, 16)
+    rows = reference.marked(rows, types, rank, n_bias)
     got = product(name)(
         to(rows, device), None if types is None else types.to(device), to(weight, device), torch.float32, **options
     )
