@@ -16,7 +16,7 @@ import triton.language as tl
 
 from optimum_freeact.kernels.grids_triton import MAGIC_BITS, grid_of, stepped
 from optimum_freeact.kernels.launcher import start
-from optimum_freeact.kernels.launches import SMALL_TILE, launch_pdl, pass_launch
+from optimum_freeact.kernels.launches import launch_pdl, pass_launch
 from optimum_freeact.kernels.reference import HEADROOM, Rows
 from optimum_freeact.kernels.rounding_triton import outputs
 from optimum_freeact.kernels.tables import InputTables, padded
@@ -152,7 +152,7 @@ def round_rows(
         HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None, HAS_CHANNEL=tables.channel_scale is not None,
         A=tables.a, B=tables.b, PA=padded(tables.a),
         PB=padded(tables.b), QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, LIMIT=HEADROOM, TOO_MUCH=0 if INTERPRETED else (d * MAGIC_BITS.value + 2**31) % 2**32 - 2**31,
-        STAGES=launch["stages"], AHEAD=launch["ahead"], MEAN_AHEAD=tile <= SMALL_TILE, PLAIN=INTERPRETED, PDL=bool(pdl), num_warps=launch["warps"],
+        STAGES=launch["stages"], AHEAD=launch["ahead"], MEAN_AHEAD=launch["mean_ahead"], PLAIN=INTERPRETED, PDL=bool(pdl), num_warps=launch["warps"],
         maxnreg=launch["registers"], **pdl,
     )  # fmt: skip
     return rows
