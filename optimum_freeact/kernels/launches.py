@@ -32,12 +32,12 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
                 "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False}),
     ],
     "pass": [
-        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": True}),
-        (None, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": False}),
+        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": False, "registers": 128, "pdl": True}),
+        (None, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": False, "registers": 128, "pdl": False}),
     ],
     "pass_small": [
-        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": True}),
-        (None, {"programs": 1056, "warps": 2, "stages": 1, "ahead": False, "registers": 128, "pdl": False}),
+        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": True, "registers": 128, "pdl": True}),
+        (None, {"programs": 1056, "warps": 2, "stages": 1, "ahead": False, "mean_ahead": False, "registers": 128, "pdl": False}),
     ],
     "pass_hopper_64": [
         (64, {"registers": 80, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False, "pdl": True}),
