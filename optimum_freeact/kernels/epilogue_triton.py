@@ -115,22 +115,23 @@ def branch_of_weight(
 
 @triton.jit
 def branch_of_rows(
-    branch_ptr, types_ptr, tokens, n, n_bias, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr
+    branch_ptr, types_ptr, tokens, n, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr
 ):  # fmt: skip
-    """The rows' coordinates and marks, (PR, tokens); without coordinates marks made of the rows' types (`reference.marked`)."""
-    found = tokens[None, :] * 1.0
-    c = tl.arange(0, PR)
+    """The rows' coordinates and marks, (PR, tokens); without coordinates their types (tokens), of which [`add_branch`] makes marks
+    once all else has been asked for.
+    """
+    found = tokens
     if RANK > 0:
+        c = tl.arange(0, PR)
         found = tl.load(branch_ptr + tokens[None, :] * PR + c[:, None], mask=(tokens < n)[None, :], other=0.0)
     elif MARKS > 0:
-        kind = tl.minimum(tl.load(types_ptr + tokens, mask=tokens < n, other=0).to(tl.int32), n_bias - 1)
-        found = tl.where(((c >> 1) + 1)[:, None] == kind[None, :], 1.0, 0.0)
+        found = tl.load(types_ptr + tokens, mask=tokens < n, other=0)
     return found
 
 
 @triton.jit
 def add_branch(
-    y, of_weight, right, RANK: tl.constexpr, MARKS: tl.constexpr, DOT: tl.constexpr
+    y, of_weight, right, n_bias, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """Y (outs, tokens) plus the low-rank branch, and how much the biases of further types differ from the first's.
 
@@ -146,7 +147,9 @@ def add_branch(
         y = tl.dot(left.to(DOT), lower.to(DOT), y)
         y = tl.dot(left.to(DOT), upper.to(DOT), y)
     elif MARKS > 0:
-        y = tl.dot(numbers.to(DOT), right.to(tl.bfloat16).to(DOT), y)
+        kind = tl.minimum(right.to(tl.int32), n_bias - 1)
+        marks = tl.where(((tl.arange(0, PR) >> 1) + 1)[:, None] == kind[None, :], 1.0, 0.0)
+        y = tl.dot(numbers.to(DOT), marks.to(tl.bfloat16).to(DOT), y)
     return y
 
 

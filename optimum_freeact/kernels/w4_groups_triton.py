@@ -134,7 +134,7 @@ def _w4_groups(
             return
     # all that is still missing is asked for at once, before any of it is looked at; last what goes through shared memory, which waits
     scale = tl.load(scale_ptr + tokens, mask=tokens < n, other=0.0)
-    right = branch_of_rows(branch_ptr, types_ptr, tokens, n, n_bias, RANK, MARKS, PR)
+    right = branch_of_rows(branch_ptr, types_ptr, tokens, n, RANK, MARKS, PR)
     if not EARLY:
         qscale = tl.load(qscale_ptr + outs, mask=outs < m, other=0.0)
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
@@ -145,7 +145,7 @@ def _w4_groups(
             acc += tl.load(partial_ptr + (other * m_blocks * BN * BM + here), cache_modifier=".cg")
     y = acc * scale[None, :] * qscale[:, None]
     y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
-    y = add_branch(y, of_weight, right, RANK, MARKS, DOT)
+    y = add_branch(y, of_weight, right, n_bias, RANK, MARKS, PR, DOT)
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 

@@ -117,7 +117,7 @@ def _w4_linear(
     scale = tl.load(stats_ptr + tokens, mask=is_token, other=0.0)
     offset = tl.load(stats_ptr + n + tokens, mask=is_token, other=0.0)
     total = tl.load(stats_ptr + 2 * n + tokens, mask=is_token, other=0.0)
-    right = branch_of_rows(branch_ptr, types_ptr, tokens, n, n_bias, RANK, MARKS, PR)
+    right = branch_of_rows(branch_ptr, types_ptr, tokens, n, RANK, MARKS, PR)
     if not EARLY:
         qscale, row_sum = of_outputs(qscale_ptr, row_sum_ptr, outs, m)
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
@@ -128,7 +128,7 @@ def _w4_linear(
             acc += tl.load(partial_ptr + (other * m_blocks * BN * BM + here), cache_modifier=".cg")
     y = scaled(acc - 8 * total.to(tl.int32)[None, :], scale, offset, row_sum, qscale)
     y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
-    y = add_branch(y, of_weight, right, RANK, MARKS, DOT)
+    y = add_branch(y, of_weight, right, n_bias, RANK, MARKS, PR, DOT)
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 
