@@ -47,7 +47,7 @@ def test_bits_do_not_depend_on_the_neighbours_types(monkeypatch, device, n, d, m
 
 @pytest.mark.parametrize("rank", [0, 24])
 @pytest.mark.parametrize(
-    ("n", "d", "m"), [(140, 96, 40), *([(2050, 576, 1536), (2050, 1536, 576)] if ON_GPU else [])], ids=str
+    ("n", "d", "m"), [(280, 96, 40), *([(2050, 576, 1536), (2050, 1536, 576)] if ON_GPU else [])], ids=str
 )
 def test_bits_do_not_depend_on_how_many_neighbours_there_are(monkeypatch, device, n, d, m, rank):
     """A kernel compiled for other numbers of rows (a multiple of sixteen or not) does its sums in the same order."""
