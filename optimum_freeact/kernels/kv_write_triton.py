@@ -10,7 +10,11 @@ from optimum_freeact.kernels.kv_reference import CacheRows
 from optimum_freeact.kernels.triton_state import triton_type
 
 
-TILE, STEP = 16, 32  # rows that a program rotates, and channels that it takes at a time
+FEW = 256  # rows up to which each has a program: a step of decoding has no tile full of them
+# how rows are rotated: so many by a program, a part of their channels at a time
+ONE_ROW = {"ROWS": 1, "STEP": 32, "num_warps": 4, "num_stages": 2}
+TILE = {"ROWS": 32, "STEP": 32, "num_warps": 8, "num_stages": 2}
+PLAIN = {"ROWS": 1, "STEP": 1, "num_warps": 1}
 
 
 @triton.jit
@@ -71,18 +75,21 @@ def _write(
     means = h * 2 * HALF
     turn = tl.maximum(position + t - tl.load(start_ptr + b), 0)
     if ROTATED:  # products with a part of the channels at a time
-        even = tl.zeros((ROWS, PH), tl.float32)
-        odd = tl.zeros((ROWS, PH), tl.float32)
+        j = tl.arange(0, 2 * PH)
+        y = tl.zeros((ROWS, 2 * PH), tl.float32)
         for first in range(0, 2 * HALF, STEP):
             c = first + tl.arange(0, STEP)
             there = is_row[:, None] & (c < 2 * HALF)[None, :]
             x = _centred(
                 x_ptr, mean_ptr, cos_ptr, sin_ptr, states, means, turn, c, there, N, HAS_MEAN, TURNS
             )  # fmt: skip
-            block = rotation_ptr + c[:, None] * 2 * HALF + 2 * k[None, :]
-            held = (c < 2 * HALF)[:, None] & (k < HALF)[None, :]
-            even = tl.dot(x, tl.load(block, mask=held, other=0.0), even, input_precision="tf32x3")
-            odd = tl.dot(x, tl.load(block + 1, mask=held, other=0.0), odd, input_precision="tf32x3")
+            held = (c < 2 * HALF)[:, None] & (j < 2 * HALF)[None, :]
+            block = tl.load(rotation_ptr + c[:, None] * 2 * HALF + j[None, :], mask=held, other=0.0)
+            if ROWS == 1:
+                y += tl.sum(tl.reshape(x, (STEP, 1)) * block, 0)[None, :]
+            else:
+                y = tl.dot(x, block, y, input_precision="tf32x3")
+        even, odd = tl.split(tl.reshape(y, (ROWS, PH, 2)))
     else:
         even = _centred(
             x_ptr, mean_ptr, cos_ptr, sin_ptr, states, means, turn, 2 * k, inside, N, HAS_MEAN, TURNS
@@ -127,12 +134,12 @@ def write_rows(states: torch.Tensor, rows: CacheRows, start: torch.Tensor, posit
     states = states if states.stride(-1) == 1 else states.contiguous()
     half, n = size // 2, 0 if rows.cos is None else rows.cos.shape[1]
     nothing, is_rotated = states, rows.rotation is not None
-    at_once = TILE if is_rotated else 1
-    _write[(triton.cdiv(batch * heads * tokens, at_once),)](
+    n_rows = batch * heads * tokens
+    launch = PLAIN if not is_rotated else ONE_ROW if n_rows <= FEW else TILE
+    _write[(triton.cdiv(n_rows, launch["ROWS"]),)](
         states, out, out.view(rows.storage), rows.mean if rows.mean is not None else nothing,
         rows.cos if n else nothing, rows.sin if n else nothing, rows.rotation if is_rotated else nothing, start,
-        batch * heads * tokens, tokens, heads, position, *states.stride()[:3], *out.stride()[:3],
+        n_rows, tokens, heads, position, *states.stride()[:3], *out.stride()[:3],
         HALF=half, PH=max(triton.next_power_of_2(half), 16 if is_rotated else 1), N=max(n, 1),
-        STORE=triton_type(rows.storage), HAS_MEAN=rows.mean is not None, TURNS=n > 0, ROTATED=is_rotated, ROWS=at_once,
-        STEP=STEP, num_warps=4 if is_rotated else 1,
+        STORE=triton_type(rows.storage), HAS_MEAN=rows.mean is not None, TURNS=n > 0, ROTATED=is_rotated, **launch,
     )  # fmt: skip
