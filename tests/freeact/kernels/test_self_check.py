@@ -62,6 +62,31 @@ def test_whatever_a_compiler_raises_is_a_reason(monkeypatch):
         self_check.groups_obstacle.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("comparison", "asked"),
+    [
+        ("disagreement", lambda: self_check.groups_obstacle(7, lambda *args: None)),
+        ("pass_disagreement", lambda: self_check.pass_obstacle(7, "rounding_pass_triton")),
+        ("product_disagreement", lambda: self_check.stream_obstacle(7)),
+    ],
+    ids=["groups", "pass", "stream"],
+)
+def test_a_full_gpu_is_not_a_kernel_that_fails(monkeypatch, comparison, asked):
+    def full(*args):
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    monkeypatch.setattr(self_check, comparison, full)
+    with pytest.raises(torch.OutOfMemoryError, match="20.00 MiB"):
+        asked()
+    monkeypatch.setattr(self_check, comparison, lambda *args: None)
+    try:
+        assert asked() is None  # room was made, and nothing was remembered
+    finally:
+        for obstacle in (self_check.groups_obstacle, self_check.pass_obstacle, self_check.stream_obstacle):
+            obstacle.cache_clear()
+
+
 def test_the_kernel_of_this_gpu_alone_is_compared_too(device):
     import sys
     from types import SimpleNamespace
