@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tools.arguments import existing  # noqa: E402
 from tools.assets import fetch, fetch_prose  # noqa: E402
 
 
@@ -32,13 +33,13 @@ LANGUAGES = ("de", "es", "fr")
 def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; everything has a default."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", type=Path, help="model that is written (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--donor", type=Path, help="model that gives (default: Qwen2.5-0.5B-Instruct)")
+    parser.add_argument("--target", type=existing, help="model that is written (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--donor", type=existing, help="model that gives (default: Qwen2.5-0.5B-Instruct)")
     parser.add_argument(
-        "--text", type=Path, help="text for plans, calibration and scores (default: handbook or Brown)"
+        "--text", type=existing, help="text for plans, calibration and scores (default: handbook or Brown)"
     )
     parser.add_argument(
-        "--rows", type=Path, help="preference rows with prompt_translations (default: from CLDR names)"
+        "--rows", type=existing, help="preference rows with prompt_translations (default: from CLDR names)"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "journey", help="folder of all steps")
     parser.add_argument(
