@@ -27,6 +27,9 @@ class FreeActConfig(QuantizationConfigMixin):
             `"freeact"`.
         weight_bits, activation_bits (`int`, *optional*, defaults to 4): 4, 8 or 16 (16: not rounded).
         kv_bits (`int`, *optional*, defaults to 16): 4, 8 or 16, for the KV cache of every forward that uses one.
+        kv_rotation (`bool`, *optional*): Rotate keys and values, less their means, before the cache rounds them. Left out, the cache
+            rotates where `transform` does; which it is, is recorded. (Checkpoints without a record, from before means and rotation
+            went together, are rotated where they have no means.)
         weight_group_size (`int`, *optional*): Columns of a (transformed) weight that share a scale: one float per row times
             one byte per group; `None` for one scale per row. A size given here must divide every linear's input size; a
             preset's is replaced by the largest of 32 and 16 that does, or `None`, and recorded.
@@ -198,7 +201,7 @@ class FreeActConfig(QuantizationConfigMixin):
         return {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in RUNTIME and k != "_given"}
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What may be chosen anew when a saved model is loaded: the bits of the KV cache.
+        """What may be chosen anew when a saved model is loaded: the bits of the KV cache, and its rotation.
 
         Raises:
             `ValueError`: if this config was meant for quantizing; a quantized checkpoint is not quantized again.

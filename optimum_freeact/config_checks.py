@@ -61,6 +61,8 @@ def check_values(config: Any) -> None:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise ValueError(f"{name} must be a positive number, got {value!r}.")
+    if config.kv_rotation is not None and not isinstance(config.kv_rotation, bool):
+        raise ValueError(f"kv_rotation must be None, True or False, got {config.kv_rotation!r}.")
     skipped = config.modules_to_not_convert
     if skipped is not None and not (isinstance(skipped, list) and all(isinstance(s, str) for s in skipped)):
         raise ValueError(f"modules_to_not_convert must be a list of module names, got {skipped!r}.")

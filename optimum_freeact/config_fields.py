@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "weight_bits": 4,
     "activation_bits": 4,
     "kv_bits": 16,
+    "kv_rotation": None,
     "weight_group_size": None,
     "activation_group_size": None,
     "low_rank_budget": None,
@@ -67,7 +68,7 @@ DEFAULTS: dict[str, Any] = {
 # known only while calibrating; never written
 RUNTIME = ("dataset", "tokenizer", "calibration_device", "resume_dir", "progress", "typer", "across_processes")
 # may be given anew when a saved model is loaded
-LOADING = ("kv_bits", "typer")
+LOADING = ("kv_bits", "kv_rotation", "typer")
 # written by the quantizer for those who load
 RECORDED = (
     "input_groups",

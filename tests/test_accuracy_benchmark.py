@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 
 from benchmarks._results import problems, read
-from benchmarks.accuracy import perform, run, runner, scoring
+from benchmarks.accuracy import cache, perform, run, runner, scoring
 from benchmarks.accuracy.claims import QUALITY, claims, excess, expected
 from benchmarks.accuracy.jobs import SLICES, Job, Text, absent, bits
 from benchmarks.accuracy.plan import CLAIMED, GRIDS, OF_OTHERS, QUAROTS, VARIANTS, Plan
@@ -474,3 +475,46 @@ def test_the_marks_of_the_page_can_be_filled(commit, tmp_path):
     for name, *options in marks:
         if name == "accuracy" and "group=peer" not in options and "value" not in options:  # those name a real model
             assert table(document, options).count("|") > 6
+
+
+@pytest.mark.parametrize("weights", ["full", "w4a4"])
+def test_caches_are_compared_sequence_by_sequence(weights, tmp_path):
+    models, texts = run.tiny_world(tmp_path)
+    options = cache.parser().parse_args(["--windows", "2", "--window", "32", "--samples", "8"])
+    rows = [row for found in cache.measure(options, "tiny", models["tiny"], texts[0], weights) for row in found]
+    assert len(rows) == 3 * 2 * len(cache.CACHES)
+    value = {(row["cache"], row["sequence"], row["metric"]): row["value"] for row in rows}
+    for index in range(2):
+        if weights == "full":
+            assert abs(value["16 bits", index, "divergence"]) < 1e-6
+            assert value["rotated, means", index, "divergence"] > 1e-6
+        assert value["rotated, means", index, "divergence"] != value["means", index, "divergence"]
+        assert value["rotated", index, "divergence"] != value["rotated, means", index, "divergence"]
+
+
+def test_a_cache_that_tells_the_same_words_with_other_chances_is_apart():
+    truth = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]]).log()
+    told = truth.clone()
+    told[1] = torch.tensor([0.2, 0.2, 0.6]).log()
+    found = cache.scores(told, truth, torch.tensor([0, 1, 2, 0]))
+    apart = 0.2 * math.log(0.5) + 0.8 * math.log(0.8 / 0.6)
+    assert found["divergence"] == pytest.approx(apart / 3, rel=1e-5)
+    assert found["median_divergence"] == 0
+    assert found["excess_nll"] == pytest.approx(math.log(0.8 / 0.6) / 3, rel=1e-5)
+
+
+def test_sequences_are_summed_up_and_counted():
+    shared = {"model": "m", "text": "t", "weights": "full", "metric": "divergence"}
+    values = {"means": (1.0, 2.0, 3.0), "rotated, means": (0.5, 2.5, 1.5)}
+    rows = [
+        {**shared, "cache": name, "sequence": index, "value": value}
+        for name, three in values.items()
+        for index, value in enumerate(three)
+    ]
+    found = {(row["cache"], row["metric"]): row["value"] for row in cache.summary(rows)}
+    assert found == {
+        ("means", "divergence"): 2.0,
+        ("rotated, means", "divergence"): 1.5,
+        ("rotated, means", "nearer_sequences"): 2,
+        ("rotated, means", "divergence_over_means"): 0.75,
+    }

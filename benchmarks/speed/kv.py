@@ -4,12 +4,14 @@
     python -m benchmarks.speed.kv --tune [--rows FILE]
 
 One step of one layer with the heads of an 8B Llama (32 of queries, 8 of keys, 128 channels), in CUDA graphs over as many
-layers as no cache of the GPU holds. `unpack, sdpa` is what the cache did without a kernel: all states are decoded, then read.
+layers as no cache of the GPU holds. `freeact` is the default, rows rotated about their means, everything that a step takes (the
+query's rotation, the output's back) included. `unpack, sdpa` is what the cache did without a kernel: all states are decoded, then read.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -20,21 +22,26 @@ from benchmarks._results import RESULTS, command_line, write
 from benchmarks.speed.timing import copies_for, graph_microseconds
 from optimum_freeact.kernels import kv_attend_triton, kv_reference, kv_write_triton
 from optimum_freeact.kernels.kv_reference import CacheRows
+from optimum_freeact.numerics.hadamard import flat_rotation
 from optimum_freeact.numerics.vector_codec import encode
 
 
 HEADS, KEY_HEADS, SIZE = 32, 8, 128
 
 
-def cached(batch: int, tokens: int, device: str, means: bool) -> tuple[CacheRows, CacheRows]:
+STORED = {"freeact": (True, True), "freeact, not rotated": (True, False), "freeact, no means": (False, False)}
+
+
+def cached(batch: int, tokens: int, device: str, means: bool, rotate: bool) -> tuple[CacheRows, CacheRows]:
     """Random keys (with means that turn) and values."""
     found = []
+    rotation = flat_rotation(SIZE, torch.Generator().manual_seed(0)).to(device, torch.float32) if rotate else None
     for turns in (True, False):
         parts = [torch.randn(KEY_HEADS, 1, SIZE, device=device) for _ in range(batch)]
         data = torch.stack(
             [encode(p + torch.randn(KEY_HEADS, tokens, SIZE, device=device), 4, torch.bfloat16) for p in parts]
         )
-        rows = CacheRows(data, torch.bfloat16)
+        rows = CacheRows(data, torch.bfloat16, rotation=rotation)
         if means:
             rows.mean = torch.randn(KEY_HEADS, SIZE, device=device)
             rows.exact = torch.randn(batch, KEY_HEADS, 1, SIZE, device=device, dtype=torch.bfloat16)
@@ -82,14 +89,13 @@ def measure(batch: int, tokens: int, device: str) -> list[dict]:
         for q, (k, v) in pairs
     ])  # fmt: skip
     del plain, pairs
-    for means in (True, False):
-        name = "freeact" if means else "freeact, no means"
-        packed = [cached(batch, tokens, device, means) for _ in range(copies_for(n_bytes * 68 // 256))]
+    for name, (means, rotate) in STORED.items():
+        packed = [cached(batch, tokens, device, means, rotate) for _ in range(copies_for(n_bytes * 68 // 256))]
         pairs = list(zip(queries(len(packed)), packed))
         record("attention", name, [
             lambda q=q, k=k, v=v: kv_attend_triton.attend(q, k, v, start, scale) for q, (k, v) in pairs
         ])  # fmt: skip
-        if means:
+        if rotate:
             q, (k, v) = pairs[0]
             want = kv_reference.attend(q.double(), k, v, start, scale, dtype=torch.float64) if tokens <= 8192 else None
             for provider, got in (
@@ -113,13 +119,27 @@ def measure(batch: int, tokens: int, device: str) -> list[dict]:
                 [lambda q=q, k=k, v=v: unpacked(q, k, v, start, scale) for q, (k, v) in pairs[:2]],
             )
         del packed, pairs
-    keys, _ = cached(batch, 256, device, True)
+    keys, _ = cached(batch, 256, device, True, True)
     new = torch.randn(batch, KEY_HEADS, 1, SIZE, device=device, dtype=torch.bfloat16)
     out = torch.empty(batch, KEY_HEADS, 1, 68, dtype=torch.uint8, device=device)
     assert keys.mean is not None
-    means = keys.mean[None, :, None]
+    assert keys.rotation is not None
+    means, rotation = keys.mean[None, :, None], keys.rotation
     record("write", "freeact", [lambda: kv_write_triton.write_rows(new, keys, start, 200, out)] * 8)
-    record("write", "torch", [lambda: out.copy_(encode(new.float() - means, 4, torch.bfloat16))] * 8)
+    record("write", "torch", [lambda: out.copy_(encode((new.float() - means) @ rotation, 4, torch.bfloat16))] * 8)
+    plain = dataclasses.replace(keys, rotation=None)
+    record("write", "freeact, not rotated", [lambda: kv_write_triton.write_rows(new, plain, start, 200, out)] * 8)
+    if batch > 1:
+        return rows
+    prompt = torch.randn(1, KEY_HEADS, 2048, SIZE, device=device, dtype=torch.bfloat16)
+    room = torch.empty(1, KEY_HEADS, 2048, 68, dtype=torch.uint8, device=device)
+    keys, _ = cached(1, 4096, device, True, True)
+    for provider, there in (("freeact", keys), ("freeact, not rotated", dataclasses.replace(keys, rotation=None))):
+        record(
+            "write 2048",
+            provider,
+            [lambda there=there: kv_write_triton.write_rows(prompt, there, start[:1], 0, room)] * 8,
+        )
     return rows
 
 
@@ -127,9 +147,9 @@ def measure(batch: int, tokens: int, device: str) -> list[dict]:
 def tune(batch: int, tokens: int, device: str) -> list[dict]:
     """Our attention with other launch settings."""
     rows, start = [], torch.zeros(batch, dtype=torch.int32, device=device)
-    for means in (True, False):
+    for means, rotate in STORED.values():
         packed = [
-            cached(batch, tokens, device, means)
+            cached(batch, tokens, device, means, rotate)
             for _ in range(copies_for(batch * KEY_HEADS * tokens * 2 * 68, most=12))
         ]
         query = torch.randn(batch, KEY_HEADS, HEADS // KEY_HEADS, SIZE, device=device, dtype=torch.bfloat16)
@@ -144,7 +164,7 @@ def tune(batch: int, tokens: int, device: str) -> list[dict]:
                 print(json.dumps({**launch, "error": str(error)[:80]}), flush=True)
                 continue
             rows.append({"batch": batch, "tokens": tokens, "metric": "microseconds", "what": "tuning", "means": means,
-                         **launch, "value": value, "spread": spread})  # fmt: skip
+                         "rotated": rotate, **launch, "value": value, "spread": spread})  # fmt: skip
     return rows
 
 

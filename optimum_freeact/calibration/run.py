@@ -118,6 +118,8 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
     typer = TokenTyper(config.token_types, config.type_rules, config.typer, config.cluster_table)
     handles = install_typing(model, find_reader(model), typer, state)
     start = time.perf_counter()
+    if config.kv_rotation is None:
+        config.kv_rotation = config.transform != "none"
     if config.kv_bits < 16 and config.centring != "none":
         measure_cache(model, config, samples)
     try:

@@ -15,7 +15,13 @@ from optimum_freeact.presets import PRESETS
 
 
 # what a field's values are made of, where no preset and no default shows it
-UNSET = {"weight_group_size": 128, "activation_group_size": 128, "low_rank_budget": 0.05, "modules_to_not_convert": []}
+UNSET = {
+    "kv_rotation": True,
+    "weight_group_size": 128,
+    "activation_group_size": 128,
+    "low_rank_budget": 0.05,
+    "modules_to_not_convert": [],
+}
 
 
 NONE = object()  # what the word "none" stands for: argparse's own None says that an option was left out

@@ -91,7 +91,7 @@ def branch_of_weight(
     low_rank_ptr, low_rank_scale_ptr, columns_ptr, outs, m, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr
 ):  # fmt: skip
     """What the weight has of the branch: its codes and the columns of types beside them, `int8` (outs, PR), and their scales. One
-    matrix, so that it goes through shared memory once.
+    matrix, so that it goes through shared memory once. Without a branch the columns of types as they are (`reference.type_columns`).
     """
     is_out = (outs < m)[:, None]
     c = tl.arange(0, PR)
@@ -102,48 +102,64 @@ def branch_of_weight(
     if RANK > 0:
         place = low_rank_ptr + outs[:, None] * RANK + c[None, :]
         scales = tl.load(low_rank_scale_ptr + c, mask=in_rank, other=1.0)
-    if MARKS > 0:
-        powers = tl.exp2(tl.load(columns_ptr + m * MARKS + mark, mask=is_mark, other=0).to(tl.float32))
-        columns = columns_ptr + outs[:, None] * MARKS + mark[None, :]
-        if RANK > 0:
+        if MARKS > 0:
+            powers = tl.exp2(tl.load(columns_ptr + m * MARKS + mark, mask=is_mark, other=0).to(tl.float32))
+            columns = columns_ptr + outs[:, None] * MARKS + mark[None, :]
             place = tl.where(in_rank[None, :], place, columns)
             scales *= powers
-        else:
-            place, scales = columns, powers
-    if RANK + MARKS > 0:
         numbers = tl.load(place, mask=is_out & (in_rank | is_mark)[None, :], other=0)
+    elif MARKS > 0:
+        numbers = tl.load(columns_ptr + outs[:, None] * PR + c[None, :], mask=is_out, other=0.0)
     return numbers, scales
 
 
 @triton.jit
-def branch_of_rows(branch_ptr, tokens, n, USED: tl.constexpr, PR: tl.constexpr):
-    """The rows' coordinates and marks, (PR, tokens)."""
-    found = tokens[None, :] * 1.0
-    if USED:
+def branch_of_rows(
+    branch_ptr, types_ptr, tokens, n, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr
+):  # fmt: skip
+    """The rows' coordinates and marks, (PR, tokens); without coordinates their types (tokens), of which [`add_branch`] makes marks
+    once all else has been asked for.
+    """
+    found = tokens
+    if RANK > 0:
         c = tl.arange(0, PR)
         found = tl.load(branch_ptr + tokens[None, :] * PR + c[:, None], mask=(tokens < n)[None, :], other=0.0)
+    elif MARKS > 0:
+        found = tl.load(types_ptr + tokens, mask=tokens < n, other=0)
     return found
 
 
 @triton.jit
 def add_branch(
-    y, of_weight, right, RANK: tl.constexpr, MARKS: tl.constexpr, DOT: tl.constexpr
+    y, of_weight, right, n_bias, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """Y (outs, tokens) plus the low-rank branch, and how much the biases of further types differ from the first's.
 
     The latter are columns beside the branch's, each met by the mark that the rounding left where a token is of that type
     (`reference.marked`): what types add is in a product that is made in any case.
     """
-    if RANK + MARKS > 0:
-        numbers, scales = of_weight
+    numbers, scales = of_weight
+    if RANK > 0:
         right *= scales[:, None]
         left = numbers.to(tl.float32).to(tl.bfloat16)
         upper = right.to(tl.bfloat16)
-        if RANK > 0:  # marks are ones and their scales powers of two: nothing is left of them
-            lower = (right - upper.to(tl.float32)).to(tl.bfloat16)
-            y = tl.dot(left.to(DOT), lower.to(DOT), y)
+        lower = (right - upper.to(tl.float32)).to(tl.bfloat16)
+        y = tl.dot(left.to(DOT), lower.to(DOT), y)
         y = tl.dot(left.to(DOT), upper.to(DOT), y)
+    elif MARKS > 0:
+        kind = tl.minimum(right.to(tl.int32), n_bias - 1)
+        marks = tl.where(((tl.arange(0, PR) >> 1) + 1)[:, None] == kind[None, :], 1.0, 0.0)
+        y = tl.dot(numbers.to(DOT), marks.to(tl.bfloat16).to(DOT), y)
     return y
+
+
+@triton.jit
+def scaled(product, scale, offset, row_sum, qscale):
+    """Exact integers (outs, tokens) as numbers. The sum of two products is told apart: left to itself the compiler rounds now the
+    one first, now the other, and rows would depend on how many others there are.
+    """
+    taken = offset[None, :] * row_sum.to(tl.float32)[:, None]
+    return tl.fma(product.to(tl.float32), scale[None, :], taken) * qscale[:, None]
 
 
 @triton.jit
@@ -156,7 +172,8 @@ def add_bias(
         y += tl.load(bias_ptr + kind[None, :] * m + outs[:, None], mask=(outs < m)[:, None], other=0.0)
     elif HAS_BIAS:
         first, one, two, three, kind = parts
-        y += chosen_bias(first[:, None], one[:, None], two[:, None], three[:, None], kind[None, :], KINDS)
+        kind = kind.to(tl.int32)[None, :]  # half as many comparisons
+        y += chosen_bias(first[:, None], one[:, None], two[:, None], three[:, None], kind, KINDS)
     return y
 
 
@@ -179,11 +196,14 @@ def columns_of(rows: Rows, weight: Weight) -> torch.Tensor | None:
     Raises:
         `ValueError`: if the weight has further types and the rows no room for marks.
     """
-    columns = type_columns(weight.type_bias) if weight.type_columns is None else weight.type_columns
+    columns = weight.type_columns
+    if columns is None:
+        columns = type_columns(weight.type_bias, weight.low_rank is not None)
     if weight.type_bias is None or columns is None:
         return None
-    rank = 0 if weight.low_rank is None else weight.low_rank.shape[1]
-    if rows.branch is None or rows.branch.shape[1] < rank + columns.shape[1]:
+    if weight.low_rank is None:
+        return columns
+    if rows.branch is None or rows.branch.shape[1] < weight.low_rank.shape[1] + columns.shape[1]:
         raise ValueError(f"The rows carry no marks of {len(weight.type_bias)} types (see reference.marked).")
     return columns
 

@@ -54,22 +54,16 @@ def produce(
 @gluon.jit
 def _scales(low_rank_scale_ptr, columns_ptr, m, c, RANK: gl.constexpr, MARKS: gl.constexpr):
     """Of the branch's columns, those of types included, as a row."""
-    found = c.to(gl.float32)
-    if RANK > 0:
-        found = gl.load(low_rank_scale_ptr + c, mask=c < RANK, other=1.0)
+    found = gl.load(low_rank_scale_ptr + c, mask=c < RANK, other=1.0)
     if MARKS > 0:  # powers of two
         exponent = gl.load(columns_ptr + m * MARKS + (c - RANK), mask=(c >= RANK) & (c < RANK + MARKS), other=0)
-        power = gl.exp2(exponent.to(gl.float32))
-        if RANK > 0:
-            found *= power
-        else:
-            found = power
+        found *= gl.exp2(exponent.to(gl.float32))
     return gl.expand_dims(found, 0)
 
 
 @gluon.jit
 def prepare(
-    pair, left, stats, ready, free, stats_ptr, branch_ptr, low_rank_ptr, low_rank_scale_ptr, columns_ptr, n, m,
+    pair, left, stats, ready, free, stats_ptr, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr, columns_ptr, n, m, n_bias,
     n_blocks, m_blocks,
     RANK: gl.constexpr, MARKS: gl.constexpr, PR: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr,
     VALUES: gl.constexpr, UNIT: gl.constexpr, PDL: gl.constexpr,
@@ -84,7 +78,7 @@ def prepare(
     in_rank = gl.expand_dims(c < RANK, 0)
     is_mark = gl.expand_dims((c >= RANK) & (c < RANK + MARKS), 0)
     mark = gl.expand_dims(c - RANK, 0)
-    if HAS_BRANCH and UNIT == 0:
+    if RANK > 0 and UNIT == 0:
         column_scale = _scales(low_rank_scale_ptr, columns_ptr, m, c, RANK, MARKS)
     if PDL:
         gdc_wait()
@@ -100,34 +94,38 @@ def prepare(
             stats.index(0).store(scale * 0.0625)
             stats.index(1).store(gl.load(stats_ptr + n + tokens, mask=tokens < n, other=0.0))
         if HAS_BRANCH:
-            if UNIT > 0:
+            if RANK > 0 and UNIT > 0:
                 scales = low_rank_scale_ptr + (block_m * BN // UNIT) * RANK
                 column_scale = _scales(scales, columns_ptr, m, c, RANK, MARKS)
             for k in gl.static_range(BM // PART):
                 rows = block_n * BM + k * PART + part
-                right = gl.load(
-                    branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0),
-                    mask=gl.expand_dims(rows < n, 1), other=0.0,
-                )  # fmt: skip
-                right *= column_scale
-                upper = right.to(gl.bfloat16)
-                pair.index(1).slice(k * PART, PART, 0).store(upper)
-                if RANK > 0:  # of marks, which are ones times powers of two, nothing is left
+                if RANK > 0:
+                    right = gl.load(
+                        branch_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0),
+                        mask=gl.expand_dims(rows < n, 1), other=0.0,
+                    )  # fmt: skip
+                    right *= column_scale
+                    upper = right.to(gl.bfloat16)
                     pair.index(0).slice(k * PART, PART, 0).store((right - upper.to(gl.float32)).to(gl.bfloat16))
+                else:  # without coordinates nobody left the rows' marks (`reference.marked`)
+                    kind = gl.minimum(gl.load(types_ptr + rows, mask=rows < n, other=0).to(gl.int32), n_bias - 1)
+                    upper = gl.where(gl.expand_dims(kind, 1) == gl.expand_dims(c // 2 + 1, 0), 1.0, 0.0).to(
+                        gl.bfloat16
+                    )
+                pair.index(1).slice(k * PART, PART, 0).store(upper)
             for k in gl.static_range(BN // PART):
                 rows = block_m * BN + k * PART + part
                 inside = gl.expand_dims(rows < m, 1)
-                numbers = gl.zeros((PART, PR), gl.int8, rows_layout)
-                if MARKS > 0:
-                    at = columns_ptr + gl.expand_dims(rows * MARKS, 1) + mark
-                    numbers = gl.load(at, mask=inside & is_mark, other=0)
                 if RANK > 0:
                     at = low_rank_ptr + gl.expand_dims(rows * RANK, 1) + gl.expand_dims(c, 0)
-                    codes = gl.load(at, mask=inside & in_rank, other=0)
-                    if MARKS > 0:
-                        numbers = numbers | codes  # no place has both
-                    else:
-                        numbers = codes
+                    numbers = gl.load(at, mask=inside & in_rank, other=0)
+                    if MARKS > 0:  # no place has both
+                        at = columns_ptr + gl.expand_dims(rows * MARKS, 1) + mark
+                        numbers = numbers | gl.load(at, mask=inside & is_mark, other=0)
+                else:
+                    numbers = gl.load(
+                        columns_ptr + gl.expand_dims(rows * PR, 1) + gl.expand_dims(c, 0), mask=inside, other=0.0
+                    )
                 left.slice(k * PART, PART, 0).store(numbers.to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(ready)

@@ -8,6 +8,10 @@ softmax; a second kernel joins the shares. Scale, low end and mean of a row foll
 
 where the mean turns with the rotary embedding. Its share is a product as well: a block of tokens lies at angles p + j, and
 cos and sin of the sum need those of p, once, and of j, a small table that all blocks share.
+
+Rows may be rotated: (R q) (R k) = q k, so codes meet the rotated query, and the mean and the sink, which are not rotated, the query
+itself. Weights of values are those of rotated rows too: the joining kernel turns their sum back, once, and adds what the mean and
+the sink have a share in.
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from optimum_freeact.kernels.kv_parts_triton import codes, join_shares, quarter, sink_score
+from optimum_freeact.kernels.kv_parts_triton import codes, quarter, sink_score
 from optimum_freeact.kernels.kv_reference import CacheRows
+from optimum_freeact.kernels.kv_turn_triton import ROTATED_AT_ONCE, join_shares, rotated
 from optimum_freeact.kernels.triton_state import INTERPRETED, triton_type
 
 
@@ -28,12 +33,12 @@ LAUNCH = {"block": 128, "programs": 264, "warps": 4, "stages": 2}
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, k_grid, v_ptr, v_grid, mask_ptr, start_ptr, k_exact, v_exact, k_mean, v_mean, cos_ptr, sin_ptr,
+    q_ptr, turned_ptr, k_ptr, k_grid, v_ptr, v_grid, mask_ptr, start_ptr, k_exact, k_mean, cos_ptr, sin_ptr,
     near_cos, near_sin, partial_ptr, norm_ptr,
     heads, length, share, softmax_scale, kb, kh, vb, vh, mask_b,
     KT: tl.constexpr, VT: tl.constexpr,
     QUERIES: tl.constexpr, WORDS: tl.constexpr, PW: tl.constexpr, N: tl.constexpr, PN: tl.constexpr, SINK: tl.constexpr,
-    K_MEAN: tl.constexpr, TURNS: tl.constexpr, V_MEAN: tl.constexpr, HAS_MASK: tl.constexpr, TYPE: tl.constexpr,
+    K_MEAN: tl.constexpr, TURNS: tl.constexpr, HAS_MASK: tl.constexpr, TYPE: tl.constexpr,
     MAGIC: tl.constexpr, ADDED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(0).to(tl.int64)
@@ -47,10 +52,11 @@ def _attend(
     is_word = w < WORDS
     real = is_query[:, None] & is_word[None, :]
     q_row = q_ptr + (bh * QUERIES + m)[:, None] * 4 * WORDS
-    q0 = tl.load(q_row + 4 * w[None, :], mask=real, other=0.0)
-    q1 = tl.load(q_row + 4 * w[None, :] + 1, mask=real, other=0.0)
-    q2 = tl.load(q_row + 4 * w[None, :] + 2, mask=real, other=0.0)
-    q3 = tl.load(q_row + 4 * w[None, :] + 3, mask=real, other=0.0)
+    turned_row = turned_ptr + (bh * QUERIES + m)[:, None] * 4 * WORDS
+    q0 = tl.load(turned_row + 4 * w[None, :], mask=real, other=0.0)
+    q1 = tl.load(turned_row + 4 * w[None, :] + 1, mask=real, other=0.0)
+    q2 = tl.load(turned_row + 4 * w[None, :] + 2, mask=real, other=0.0)
+    q3 = tl.load(turned_row + 4 * w[None, :] + 3, mask=real, other=0.0)
     total = tl.sum(q0.to(tl.float32) + q1.to(tl.float32) + q2.to(tl.float32) + q3.to(tl.float32), 1)
     start = tl.load(start_ptr + b)
     constant = tl.zeros((TILE,), tl.float32)
@@ -153,26 +159,20 @@ def _attend(
             sink_highest = tl.maximum(sink_highest, score)
     safe = tl.where(sink_highest == float("-inf"), 0.0, sink_highest)
     shrink = tl.exp(highest - safe)
-    final = norm * shrink
     for side in tl.static_range(4):
         acc = acc0 if side == 0 else acc1 if side == 1 else acc2 if side == 2 else acc3
-        acc = acc + lows[:, None]
-        if V_MEAN:
-            acc += norm[:, None] * quarter(v_mean + h * 4 * WORDS, w, is_word, side)[None, :]
-        acc = acc * shrink[:, None]
-        if SINK > 0:
-            for s in range(0, SINK):
-                score = sink_score(
-                    q_row, k_exact, mask_ptr, start + s, bh * SINK + s, b * mask_b, begin, end, length, w, is_word, real, m,
-                    softmax_scale, WORDS, HAS_MASK,
-                )  # fmt: skip
-                p = tl.exp(score - safe)
-                acc += p[:, None] * quarter(v_exact + (bh * SINK + s) * 4 * WORDS, w, is_word, side)[None, :]
-                if side == 0:
-                    final += p
+        acc = (acc + lows[:, None]) * shrink[:, None]
         tl.store(partial_ptr + out[:, None] * 4 * WORDS + 4 * w[None, :] + side, acc, mask=real)
-    tl.store(norm_ptr + 2 * out, sink_highest, mask=is_query)
-    tl.store(norm_ptr + 2 * out + 1, final, mask=is_query)
+    norms = norm_ptr + (2 + SINK) * out
+    tl.store(norms, sink_highest, mask=is_query)
+    tl.store(norms + 1, norm * shrink, mask=is_query)
+    if SINK > 0:
+        for s in range(0, SINK):
+            score = sink_score(
+                q_row, k_exact, mask_ptr, start + s, bh * SINK + s, b * mask_b, begin, end, length, w, is_word, real, m,
+                softmax_scale, WORDS, HAS_MASK,
+            )  # fmt: skip
+            tl.store(norms + 2 + s, tl.exp(score - safe), mask=is_query)
 
 
 def attend(
@@ -201,13 +201,15 @@ def attend(
     batch, heads, queries, size = query.shape
     length, words = keys.data.shape[2], size // 4
     query, launch = query.contiguous(), {**LAUNCH, **(launch or {})}
+    turned = query if keys.rotation is None else rotated(query, keys.rotation)
     block = launch["block"]
     tiles = -(-length // block)
     parts = max(1, min(tiles, -(-launch["programs"] // (batch * heads))))
     share = -(-tiles // parts) * block
     parts = -(-length // share)
     partial = torch.empty(batch * heads * parts * queries, size, dtype=torch.float32, device=query.device)
-    norm = torch.empty(batch * heads * parts * queries, 2, dtype=torch.float32, device=query.device)
+    sink = 0 if keys.exact is None else keys.exact.shape[2]
+    norm = torch.empty(batch * heads * parts * queries, 2 + sink, dtype=torch.float32, device=query.device)
     y = torch.empty_like(query)
     n = 0 if keys.cos is None else keys.cos.shape[1]
     kind = torch.float32 if INTERPRETED and query.dtype == torch.bfloat16 else query.dtype
@@ -223,21 +225,23 @@ def attend(
         near = tuple(torch.nn.functional.pad(table, (0, 0, 0, block - len(table))) for table in near)
     if mask is not None:
         mask = mask.to(torch.uint8).contiguous()
-    sink = 0 if keys.exact is None else keys.exact.shape[2]
     _attend[(batch * heads, parts)](
-        query.to(kind), keys_there, keys.data.view(keys.storage), values_there, values.data.view(values.storage),
-        nothing if mask is None else mask, start, keys.exact if sink else nothing, values.exact if sink else nothing,
-        nothing if keys.mean is None else keys.mean, nothing if values.mean is None else values.mean,
-        keys.cos if n else nothing, keys.sin if n else nothing, *near, partial, norm,
+        query.to(kind), turned.to(kind), keys_there, keys.data.view(keys.storage), values_there, values.data.view(values.storage),
+        nothing if mask is None else mask, start, keys.exact if sink else nothing,
+        nothing if keys.mean is None else keys.mean, keys.cos if n else nothing, keys.sin if n else nothing, *near, partial, norm,
         heads, length, share, softmax_scale, *keys_there.stride()[:2], *values_there.stride()[:2],
         0 if mask is None or len(mask) == 1 else length,
         KT=row_words, VT=row_words, QUERIES=queries, WORDS=words, PW=max(16, triton.next_power_of_2(words)), N=max(n, 1),
         PN=max(16, triton.next_power_of_2(max(n, 1))), SINK=sink, K_MEAN=keys.mean is not None, TURNS=n > 0,
-        V_MEAN=values.mean is not None, HAS_MASK=mask is not None, TYPE=triton_type(kind), MAGIC=magic, ADDED=added, TILE=MOST_QUERIES,
+        HAS_MASK=mask is not None, TYPE=triton_type(kind), MAGIC=magic, ADDED=added, TILE=MOST_QUERIES,
         STEP=block,
         num_warps=launch["warps"], num_stages=launch["stages"],
     )  # fmt: skip
+    rotation = values.rotation
     join_shares[(batch * heads * queries,)](
-        partial, norm, y, parts, QUERIES=queries, SIZE=size, PS=triton.next_power_of_2(size), num_warps=1
-    )
+        partial, norm, values.exact if sink else nothing, nothing if values.mean is None else values.mean,
+        nothing if rotation is None else rotation, y, parts, heads,
+        QUERIES=queries, SIZE=size, PS=triton.next_power_of_2(size), SINK=sink, SINKS=triton.next_power_of_2(max(sink, 1)),
+        V_MEAN=values.mean is not None, ROTATED=rotation is not None, STEP=ROTATED_AT_ONCE, num_warps=1 if rotation is None else 4,
+    )  # fmt: skip
     return y

@@ -10,7 +10,7 @@ from optimum_freeact.kernels.dispatch import ENVIRONMENT, triton_obstacle, wante
 MAX_SIZE = 256  # channels of a head that a program holds
 
 
-def kv_obstacle(device: torch.device, bits: int, dtype: torch.dtype, size: int, both: bool = False) -> str | None:
+def kv_obstacle(device: torch.device, bits: int, dtype: torch.dtype, size: int) -> str | None:
     """Why the cache is read by torch, or `None` where the Triton kernels write and read it.
 
     Args:
@@ -18,7 +18,6 @@ def kv_obstacle(device: torch.device, bits: int, dtype: torch.dtype, size: int, 
         bits (`int`): Of the cache.
         dtype (`torch.dtype`): Of the states.
         size (`int`): Channels of a head.
-        both (`bool`, *optional*): Whether states are rotated and have means as well.
     """
     if wanted() not in ("auto", "triton"):
         return f"{ENVIRONMENT}={wanted()}"
@@ -28,8 +27,6 @@ def kv_obstacle(device: torch.device, bits: int, dtype: torch.dtype, size: int, 
         return f"states in {str(dtype).removeprefix('torch.')}: the kernels multiply two-byte numbers"
     if size % 4 or size > MAX_SIZE:
         return f"head_dim={size}: the kernels need a multiple of 4 up to {MAX_SIZE}"
-    if both:
-        return "a rotation and means together: the kernels know one of them"
     if device.type != "cuda":
         return f"no kernel reads the cache on device type {device.type!r}"
     return triton_obstacle(device.index)

@@ -1,4 +1,4 @@
-"""Triton: pieces of attention over packed rows: codes as numbers, keys that are kept exact, shares of the tokens joined."""
+"""Triton: pieces of attention over packed rows: codes as numbers, and keys that are kept exact."""
 
 from __future__ import annotations
 
@@ -37,25 +37,3 @@ def sink_score(
         shown = tl.load(mask_ptr + mask_row + tl.minimum(t, length - 1))
         scored = scored & ((shown + tl.zeros(m.shape, tl.int32)) != 0)
     return tl.where(scored, score * softmax_scale, float("-inf"))
-
-
-@triton.jit
-def join_shares(partial_ptr, norm_ptr, y_ptr, parts, QUERIES: tl.constexpr, SIZE: tl.constexpr, PS: tl.constexpr):
-    """One query's output from the running softmax of each share of the tokens."""
-    row = tl.program_id(0).to(tl.int64)
-    bh = row // QUERIES
-    query = row % QUERIES
-    k = tl.arange(0, PS)
-    highest = float("-inf")
-    for part in range(0, parts):
-        highest = tl.maximum(highest, tl.load(norm_ptr + 2 * ((bh * parts + part) * QUERIES + query)))
-    safe = tl.where(highest == float("-inf"), 0.0, highest)
-    acc = tl.zeros((PS,), tl.float32)
-    norm = 0.0
-    for part in range(0, parts):
-        at = (bh * parts + part) * QUERIES + query
-        weight = tl.exp(tl.load(norm_ptr + 2 * at) - safe)
-        norm += weight * tl.load(norm_ptr + 2 * at + 1)
-        acc += weight * tl.load(partial_ptr + at * SIZE + k, mask=k < SIZE, other=0.0)
-    y = acc / norm
-    tl.store(y_ptr + row * SIZE + k, y.to(y_ptr.dtype.element_ty), mask=k < SIZE)

@@ -16,6 +16,8 @@ class CacheRows:
     Args:
         data (`uint8`, shape `(batch, heads, tokens, row bytes)`): Rows of `numerics.vector_codec`, 4 bits.
         storage (`torch.dtype`): Two-byte type of the grids.
+        rotation (`float32`, shape `(head_dim, head_dim)`, *optional*): Orthogonal; what a row holds was multiplied by it. Nothing
+            else here is.
         mean (`float32`, shape `(heads, head_dim)`, *optional*): Added to what a row stands for.
         cos, sin (`float32`, shape `(positions, n)`, *optional*): By which the mean turns with a token's position.
         exact (`torch.Tensor` of shape `(batch, heads, sink tokens, head_dim)`, *optional*): States of the sink, from each
@@ -28,11 +30,14 @@ class CacheRows:
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
     exact: torch.Tensor | None = None
+    rotation: torch.Tensor | None = None
 
 
 def states(rows: CacheRows, start: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
     """What rows stand for, in `dtype` (float32 or float64), `(batch, heads, tokens, head_dim)`."""
     values = decode(rows.data, 4, size, rows.storage, dtype)
+    if rows.rotation is not None:
+        values = values @ rows.rotation.to(dtype).mT
     index = torch.arange(rows.data.shape[2], device=rows.data.device)[None] - start[:, None].long()  # (batch, tokens)
     if rows.mean is not None:
         mean = rows.mean.to(dtype)[None, :, None]  # (1, heads, 1, head_dim)

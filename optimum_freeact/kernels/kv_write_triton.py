@@ -1,4 +1,4 @@
-"""Triton: new states of the 4-bit KV cache, quantized and packed as `numerics.vector_codec` stores them."""
+"""Triton: new states of the 4-bit KV cache, centred, rotated, quantized and packed as `numerics.vector_codec` stores them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import triton.language as tl
 
 from optimum_freeact.kernels.kv_reference import CacheRows
 from optimum_freeact.kernels.triton_state import triton_type
+
+
+TILE, STEP = 16, 32  # rows that a program rotates, and channels that it takes at a time
 
 
 @triton.jit
@@ -29,65 +32,90 @@ def _half_even(x):
 
 
 @triton.jit
+def _centred(
+    x_ptr, mean_ptr, cos_ptr, sin_ptr, states, means, turn, c, inside,
+    N: tl.constexpr, HAS_MEAN: tl.constexpr, TURNS: tl.constexpr,
+):  # fmt: skip
+    """Channels `c` of states that begin at `states`, less their means, `(states, channels)`."""
+    x = tl.load(x_ptr + states[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_MEAN:
+        mean = tl.load(mean_ptr + means[:, None] + c[None, :], mask=inside, other=0.0)
+        if TURNS:  # channel i turns with channel N + i
+            turned = inside & (c < 2 * N)[None, :]
+            i = turn[:, None] * N + tl.where(c < N, c, c - N)[None, :]
+            cos = tl.load(cos_ptr + i, mask=turned, other=1.0)
+            sin = tl.load(sin_ptr + i, mask=turned, other=0.0)
+            beside = means[:, None] + tl.where(c < N, c + N, c - N)[None, :]
+            other = tl.load(mean_ptr + beside, mask=turned, other=0.0)
+            mean = mean * cos + tl.where(c < N, -1.0, 1.0)[None, :] * other * sin
+        x -= mean
+    return x
+
+
+@triton.jit
 def _write(
-    x_ptr, out_ptr, grid_ptr, mean_ptr, cos_ptr, sin_ptr, start_ptr, tokens, heads, position,
+    x_ptr, out_ptr, grid_ptr, mean_ptr, cos_ptr, sin_ptr, rotation_ptr, start_ptr, n_rows, tokens, heads, position,
     stride_b, stride_h, stride_t, out_b, out_h, out_t,
     HALF: tl.constexpr, PH: tl.constexpr, N: tl.constexpr, STORE: tl.constexpr,
-    HAS_MEAN: tl.constexpr, TURNS: tl.constexpr,
+    HAS_MEAN: tl.constexpr, TURNS: tl.constexpr, ROTATED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    is_row = index < n_rows
+    index = tl.where(is_row, index, 0)
     t = index % tokens
     h = index // tokens % heads
     b = index // (tokens * heads)
     k = tl.arange(0, PH)
-    inside = k < HALF
-    base = x_ptr + b * stride_b + h * stride_h + t * stride_t
-    even = tl.load(base + 2 * k, mask=inside, other=0.0).to(tl.float32)
-    odd = tl.load(base + 2 * k + 1, mask=inside, other=0.0).to(tl.float32)
-    if HAS_MEAN:
-        row = mean_ptr + h * 2 * HALF
-        turn = tl.maximum(position + t - tl.load(start_ptr + b), 0)
-        for side in tl.static_range(2):
-            c = 2 * k + side
-            mean = tl.load(row + c, mask=inside, other=0.0)
-            if TURNS:  # channel i turns with channel N + i
-                turned = inside & (c < 2 * N)
-                i = tl.where(c < N, c, c - N)
-                cos = tl.load(cos_ptr + turn * N + i, mask=turned, other=1.0)
-                sin = tl.load(sin_ptr + turn * N + i, mask=turned, other=0.0)
-                other = tl.load(row + tl.where(c < N, c + N, c - N), mask=turned, other=0.0)
-                mean = mean * cos + tl.where(c < N, -other, other) * sin
-            if side == 0:
-                even -= mean
-            else:
-                odd -= mean
-    low = tl.minimum(tl.min(tl.where(inside, even, float("inf")), 0), tl.min(tl.where(inside, odd, float("inf")), 0))
-    high = tl.maximum(
-        tl.max(tl.where(inside, even, float("-inf")), 0), tl.max(tl.where(inside, odd, float("-inf")), 0)
-    )
-    bad = tl.sum(tl.where(inside, even * 0.0 + odd * 0.0, 0.0), 0)  # NaN from NaN and infinity
+    inside = is_row[:, None] & (k < HALF)[None, :]
+    states = b * stride_b + h * stride_h + t * stride_t
+    means = h * 2 * HALF
+    turn = tl.maximum(position + t - tl.load(start_ptr + b), 0)
+    if ROTATED:  # products with a part of the channels at a time
+        even = tl.zeros((ROWS, PH), tl.float32)
+        odd = tl.zeros((ROWS, PH), tl.float32)
+        for first in range(0, 2 * HALF, STEP):
+            c = first + tl.arange(0, STEP)
+            there = is_row[:, None] & (c < 2 * HALF)[None, :]
+            x = _centred(
+                x_ptr, mean_ptr, cos_ptr, sin_ptr, states, means, turn, c, there, N, HAS_MEAN, TURNS
+            )  # fmt: skip
+            block = rotation_ptr + c[:, None] * 2 * HALF + 2 * k[None, :]
+            held = (c < 2 * HALF)[:, None] & (k < HALF)[None, :]
+            even = tl.dot(x, tl.load(block, mask=held, other=0.0), even, input_precision="tf32x3")
+            odd = tl.dot(x, tl.load(block + 1, mask=held, other=0.0), odd, input_precision="tf32x3")
+    else:
+        even = _centred(
+            x_ptr, mean_ptr, cos_ptr, sin_ptr, states, means, turn, 2 * k, inside, N, HAS_MEAN, TURNS
+        )  # fmt: skip
+        odd = _centred(
+            x_ptr, mean_ptr, cos_ptr, sin_ptr, states, means, turn, 2 * k + 1, inside, N, HAS_MEAN, TURNS
+        )  # fmt: skip
+    least, most = tl.where(inside, even, float("inf")), tl.where(inside, even, float("-inf"))
+    low = tl.minimum(tl.min(least, 1), tl.min(tl.where(inside, odd, float("inf")), 1))
+    high = tl.maximum(tl.max(most, 1), tl.max(tl.where(inside, odd, float("-inf")), 1))
+    bad = tl.sum(tl.where(inside, even * 0.0 + odd * 0.0, 0.0), 1)  # NaN from NaN and infinity
     low_stored = _down(low + bad, STORE)
-    reach = (high - low_stored.to(tl.float32)) / 15.0
+    from_ = low_stored.to(tl.float32)
+    reach = (high - from_) / 15.0
     step = -_down(-(reach + bad), STORE).to(tl.float32)  # not below what is needed
     step = tl.where(step == 0.0, 1.0, step)
-    from_ = low_stored.to(tl.float32)
-    first = _half_even(tl.minimum(tl.maximum((even - from_) / step, 0.0), 15.0))
-    second = _half_even(tl.minimum(tl.maximum((odd - from_) / step, 0.0), 15.0))
-    first = tl.where(first == first, first, 8.0)
-    second = tl.where(second == second, second, 8.0)
-    packed = first.to(tl.uint8) | (second.to(tl.uint8) << 4)
+    first_code = _half_even(tl.minimum(tl.maximum((even - from_[:, None]) / step[:, None], 0.0), 15.0))
+    second_code = _half_even(tl.minimum(tl.maximum((odd - from_[:, None]) / step[:, None], 0.0), 15.0))
+    first_code = tl.where(first_code == first_code, first_code, 8.0)
+    second_code = tl.where(second_code == second_code, second_code, 8.0)
+    packed = first_code.to(tl.uint8) | (second_code.to(tl.uint8) << 4)
     out = b * out_b + h * out_h + t * out_t
-    tl.store(out_ptr + out + k, packed, mask=inside)
+    tl.store(out_ptr + out[:, None] + k[None, :], packed, mask=inside)
     at = (out + HALF) // 2
-    tl.store(grid_ptr + at, step.to(STORE))
-    tl.store(grid_ptr + at + 1, low_stored)
+    tl.store(grid_ptr + at, step.to(STORE), mask=is_row)
+    tl.store(grid_ptr + at + 1, low_stored, mask=is_row)
 
 
 def write_rows(states: torch.Tensor, rows: CacheRows, start: torch.Tensor, position: int, out: torch.Tensor) -> None:
     """Encode `states` of shape `(batch, heads, tokens, head_dim)`, the first at cache position `position`, into `out`.
 
     Args:
-        states: In the model's type; rotated already if the cache rotates.
+        states: In the model's type, as they come.
         rows ([`CacheRows`]): How this kind of states is stored; its `data` is not read.
         start (`torch.Tensor` of shape `(batch,)`, int32, on the device): Position of each row's first real token.
         position (`int`): As said.
@@ -98,11 +126,13 @@ def write_rows(states: torch.Tensor, rows: CacheRows, start: torch.Tensor, posit
         return
     states = states if states.stride(-1) == 1 else states.contiguous()
     half, n = size // 2, 0 if rows.cos is None else rows.cos.shape[1]
-    nothing = states
-    _write[(batch * heads * tokens,)](
+    nothing, is_rotated = states, rows.rotation is not None
+    at_once = TILE if is_rotated else 1
+    _write[(triton.cdiv(batch * heads * tokens, at_once),)](
         states, out, out.view(rows.storage), rows.mean if rows.mean is not None else nothing,
-        rows.cos if n else nothing, rows.sin if n else nothing, start, tokens, heads, position,
-        *states.stride()[:3], *out.stride()[:3],
-        HALF=half, PH=triton.next_power_of_2(half), N=max(n, 1), STORE=triton_type(rows.storage),
-        HAS_MEAN=rows.mean is not None, TURNS=n > 0, num_warps=1,
+        rows.cos if n else nothing, rows.sin if n else nothing, rows.rotation if is_rotated else nothing, start,
+        batch * heads * tokens, tokens, heads, position, *states.stride()[:3], *out.stride()[:3],
+        HALF=half, PH=max(triton.next_power_of_2(half), 16 if is_rotated else 1), N=max(n, 1),
+        STORE=triton_type(rows.storage), HAS_MEAN=rows.mean is not None, TURNS=n > 0, ROTATED=is_rotated, ROWS=at_once,
+        STEP=STEP, num_warps=4 if is_rotated else 1,
     )  # fmt: skip

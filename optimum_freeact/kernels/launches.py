@@ -21,7 +21,8 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 # blocks of outputs in a row; what the weight brings to the end is asked for `early`, before the codes, or after them. Stream: `room` bytes of shared memory for pieces of the weight, `depth` of them under way at a
 # time; outputs are not shared by programs where there is a block of them for at least `whole` of the multiprocessors. Rounding in one pass, on
 # Hopper by the columns of a tile: `workers` of a program, each with `deep` rows on their way; the next one is asked for `soon`, after
-# the first product; means are read a row `ahead`; what follows is let start `early`. `pdl`: programmatic dependent launch.
+# the first product; means are read a row `ahead`; what follows is let start `early`. By Triton: rows are read a row `ahead`, and so are
+# means (`mean_ahead`), which pays where the kernel starts before its rows are there. `pdl`: programmatic dependent launch.
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
         (4, {"rows": 16, "chunk": 512, "parts": 64, "fill": 264, "project_warps": 8, "correct_rows": 16, "elements": 1,
@@ -32,12 +33,12 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
                 "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False}),
     ],
     "pass": [
-        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": True}),
-        (None, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": False}),
+        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": False, "registers": 128, "pdl": True}),
+        (None, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": False, "registers": 128, "pdl": False}),
     ],
     "pass_small": [
-        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "registers": 128, "pdl": True}),
-        (None, {"programs": 1056, "warps": 2, "stages": 1, "ahead": False, "registers": 128, "pdl": False}),
+        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": True, "registers": 128, "pdl": True}),
+        (None, {"programs": 2112, "warps": 1, "stages": 1, "ahead": False, "mean_ahead": False, "registers": 128, "pdl": False}),
     ],
     "pass_hopper_64": [
         (64, {"registers": 80, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False, "pdl": True}),
@@ -118,13 +119,16 @@ def round_launch(n: int, d: int, changes: dict) -> dict:
     return {**found, "steps": -(-d // (found["chunk"] * parts))}
 
 
-SMALL_TILE = 2048  # numbers of a padded tile, up to which two warps round a row
+SMALL_TILE = 2048  # numbers of a padded tile, up to which one or two warps round a row
 
 
 def pass_launch(n: int, tile: int, changes: dict) -> dict:
-    """Settings to round `n` rows, each a padded tile of so many numbers, in one pass; `changes` override."""
+    """Settings to round `n` rows, each a padded tile of so many numbers, in one pass; `changes` override. Programs of one warp are as
+    many as are given for tiles of 1024 numbers, and half as many for tiles of twice that.
+    """
     name = "pass_small" if tile <= SMALL_TILE else "pass"
-    return {**_find(_settings()[name], n), **changes}
+    found = {**_find(_settings()[name], n), **changes}
+    return {**found, "programs": found["programs"] * 1024 // tile} if found["warps"] == 1 else found
 
 
 def pass_hopper_launch(n: int, threads: int, columns: int, changes: dict) -> dict:

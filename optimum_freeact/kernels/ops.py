@@ -132,7 +132,7 @@ def rounded(x: Tensor, types: Tensor | None, tables: InputTables) -> tuple[Tenso
         rows = reference.round_rows(
             x, types, tables.input_map(), tables.clip, tables.bits, tables.symmetric, tables.branch, group=tables.group
         )
-        return reference.marked(rows, types, tables.rank, 0 if tables.mean is None else tables.n_means, tables.branch)
+        return reference.marked(rows, types, tables.rank, tables.n_means)
 
     def three_launches() -> reference.Rows:
         from optimum_freeact.kernels import rounding_triton
@@ -166,8 +166,7 @@ def _(x, types, mean, channel_scale, basis, basis_scale, left, right, clip, *oth
     n, d = x.shape
     group = others[-1]
     rank = 0 if basis_scale is None else basis_scale.shape[0]
-    has_branch = rank > 0 or (mean is not None and reference.n_marks(mean.shape[0]) > 0)
-    width = branch_width(rank, clip.shape[0]) if has_branch else 0
+    width = branch_width(rank, clip.shape[0]) if rank else 0
     return (
         x.new_empty((n, d), dtype=torch.float16 if group else torch.int8),
         x.new_empty((1 if group else 3, n), dtype=torch.float32),

@@ -84,20 +84,20 @@ MOST_MARKED = 9  # types; with more the marks would outgrow the coordinates that
 
 
 def n_marks(n_means: int) -> int:
-    """Columns of a branch that say a row's type."""
+    """Columns of a branch that say a row's type, where there is a branch."""
     return 2 * (n_means - 1) if 1 < n_means <= MOST_MARKED else 0
 
 
-def marked(rows: Rows, types: torch.Tensor | None, rank: int, n_means: int, width: int) -> Rows:
+def marked(rows: Rows, types: torch.Tensor | None, rank: int, n_means: int) -> Rows:
     """Rows whose branch also says each row's type, for products whose weight has [`type_columns`].
 
     After the `rank` coordinates come two columns for each type beyond the first: a row of type k > 0 has ones in the k-th two
-    of them, one of type 0 has zeros. `width` is the branch's where there is none yet.
+    of them, one of type 0 has zeros. Rows without a branch have no marks: products choose by the types themselves then.
     """
-    if n_marks(n_means) == 0:
+    if n_marks(n_means) == 0 or rows.branch is None:
         return rows
     further = n_means - 1
-    branch = rows.stats.new_zeros((len(rows.codes), width)) if rows.branch is None else rows.branch.clone()
+    branch = rows.branch.clone()
     if types is not None:
         kind = types.clamp(max=further)[:, None]
         marks = (kind == torch.arange(1, n_means, device=kind.device)).to(branch.dtype)
@@ -135,8 +135,8 @@ class Weight(NamedTuple):
             scales of shape `(m / SCALE_OUTPUTS, r)` where several linears are one.
         type_bias (`float32`, shape `(n_means or 1, m)`, *optional*): Output bias of each token type.
         group_scale (`int8`, shape `(m, groups)`, *optional*): By which a group's codes are multiplied before `qscale`.
-        type_columns (`int8`, shape `(m + 1, 2 (n_means - 1))`, *optional*): See [`type_columns`]; for Triton, which makes
-            them of the biases where they are missing.
+        type_columns (`int8`, shape `(m + 1, 2 (n_means - 1))`, without a branch `bfloat16`, shape `(m, 16)`, *optional*): See
+            [`type_columns`]; for Triton, which makes them of the biases where they are missing.
     """
 
     packed: torch.Tensor
@@ -155,15 +155,20 @@ def in_fours(tensor: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
-def type_columns(bias: torch.Tensor | None) -> torch.Tensor | None:
+def type_columns(bias: torch.Tensor | None, beside_branch: bool) -> torch.Tensor | None:
     """How much the biases `(n_means, m)` of further types exceed the first's, as columns that meet the marks of a row ([`marked`]).
 
-    Two for each type, `int8`, `(m + 1, 2 (n_means - 1))`: the number in units of a power of two, and what that lost of it in units
-    smaller by 256. The last line holds the exponents.
+    Two for each type. Beside a branch `int8`, `(m + 1, 2 (n_means - 1))`: the number in units of a power of two, and what that
+    lost of it in units smaller by 256; the last line holds the exponents. Without one `bfloat16`, `(m, 16)`, as tensor cores
+    take them: the number, what that lost of it, and zeros.
     """
     if bias is None or n_marks(len(bias)) == 0:
         return None
     change = (bias[1:] - bias[0]).mT
+    if not beside_branch:
+        upper = change.bfloat16()
+        pairs = torch.stack((upper, (change - upper.float()).bfloat16()), -1).flatten(1)
+        return torch.nn.functional.pad(pairs, (0, 2 * (MOST_MARKED - 1) - pairs.shape[1])).contiguous()
     exponent = torch.frexp(change.abs().amax(0) / 127).exponent.clamp(-100, 100)
     steps = torch.ldexp(change, -exponent)
     coarse = steps.round().clamp(-127, 127)

@@ -67,27 +67,25 @@ def _saturated(z, factor, shift):
 def _rows_of_worker(given, WHICH: gl.constexpr, SETTINGS: gl.constexpr):
     """Every WORKERS-th of a program's rows, one after the other, DEEP of them on their way at a time."""
     (
-        x_desc, types_ptr, mean_ptr, reach_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr, branch_ptr, n, n_means, n_clips,
+        x_desc, types_ptr, mean_ptr, reach_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr, n, n_means, n_clips,
         ring, left, right, peaks, lows, highs, sums, ready, kinds,
     ) = given  # fmt: skip
     HAS_MEAN: gl.constexpr = SETTINGS[0]
     HAS_TYPES: gl.constexpr = SETTINGS[1]
-    MARKED: gl.constexpr = SETTINGS[2]
-    PR: gl.constexpr = SETTINGS[3]
-    A: gl.constexpr = SETTINGS[4]
-    B: gl.constexpr = SETTINGS[5]
-    PA: gl.constexpr = SETTINGS[6]
-    QMIN: gl.constexpr = SETTINGS[7]
-    QMAX: gl.constexpr = SETTINGS[8]
-    SYMMETRIC: gl.constexpr = SETTINGS[9]
-    LIMIT: gl.constexpr = SETTINGS[10]
-    KIND: gl.constexpr = SETTINGS[11]
-    WARPS: gl.constexpr = SETTINGS[12]
-    WORKERS: gl.constexpr = SETTINGS[13]
-    DEEP: gl.constexpr = SETTINGS[14]
-    SOON: gl.constexpr = SETTINGS[15]
-    AHEAD: gl.constexpr = SETTINGS[16]
-    WRITTEN: gl.constexpr = SETTINGS[17]
+    A: gl.constexpr = SETTINGS[2]
+    B: gl.constexpr = SETTINGS[3]
+    PA: gl.constexpr = SETTINGS[4]
+    QMIN: gl.constexpr = SETTINGS[5]
+    QMAX: gl.constexpr = SETTINGS[6]
+    SYMMETRIC: gl.constexpr = SETTINGS[7]
+    LIMIT: gl.constexpr = SETTINGS[8]
+    KIND: gl.constexpr = SETTINGS[9]
+    WARPS: gl.constexpr = SETTINGS[10]
+    WORKERS: gl.constexpr = SETTINGS[11]
+    DEEP: gl.constexpr = SETTINGS[12]
+    SOON: gl.constexpr = SETTINGS[13]
+    AHEAD: gl.constexpr = SETTINGS[14]
+    WRITTEN: gl.constexpr = SETTINGS[15]
     D: gl.constexpr = A * B
     HALF: gl.constexpr = B // 2
     LINE: gl.constexpr = 256 // B  # lines of a tile that a warp reads at a time, eight numbers a thread
@@ -181,16 +179,13 @@ def _rows_of_worker(given, WHICH: gl.constexpr, SETTINGS: gl.constexpr):
         gl.store(stats_ptr + row, scale * undo + nan)
         gl.store(stats_ptr + n + row, offset * undo + nan)
         gl.store(stats_ptr + 2 * n + row, total.to(gl.float32))
-        if MARKED:  # the row's type, for the product (`reference.marked`)
-            mark = gl.arange(0, PR, gl.BlockedLayout([1], [32], [WARPS], [0]))
-            gl.store(branch_ptr + row * PR + mark, gl.where((kind > 0) & (mark // 2 == kind - 1), 1.0, 0.0))
 
 
 @gluon.jit
 def _round_tiles(
-    x_desc, types_ptr, mean_ptr, reach_ptr, left_ptr, right_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr, branch_ptr,
+    x_desc, types_ptr, mean_ptr, reach_ptr, left_ptr, right_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr,
     n, n_means, n_clips,
-    HAS_TYPES: gl.constexpr, HAS_MEAN: gl.constexpr, MARKED: gl.constexpr, PR: gl.constexpr, A: gl.constexpr, B: gl.constexpr,
+    HAS_TYPES: gl.constexpr, HAS_MEAN: gl.constexpr, A: gl.constexpr, B: gl.constexpr,
     PA: gl.constexpr, QMIN: gl.constexpr, QMAX: gl.constexpr, SYMMETRIC: gl.constexpr, LIMIT: gl.constexpr, KIND: gl.constexpr,
     WARPS: gl.constexpr, WORKERS: gl.constexpr, DEEP: gl.constexpr, SOON: gl.constexpr, AHEAD: gl.constexpr,
     WRITTEN: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr,
@@ -239,11 +234,11 @@ def _round_tiles(
     fence_async_shared()
     meet()
     given = (
-        x_desc, types_ptr, mean_ptr, reach_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr, branch_ptr, n, n_means, n_clips,
+        x_desc, types_ptr, mean_ptr, reach_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr, n, n_means, n_clips,
         ring, left, right, peaks, lows, highs, sums, ready, (kind_0, kind_1),
     )  # fmt: skip
     settings: gl.constexpr = (
-        HAS_MEAN, HAS_TYPES, MARKED, PR, A, B, PA, QMIN, QMAX, SYMMETRIC, LIMIT, KIND, WARPS, WORKERS, DEEP, SOON, AHEAD, WRITTEN,
+        HAS_MEAN, HAS_TYPES, A, B, PA, QMIN, QMAX, SYMMETRIC, LIMIT, KIND, WARPS, WORKERS, DEEP, SOON, AHEAD, WRITTEN,
     )  # fmt: skip
     if WORKERS == 1:
         _rows_of_worker(given, 0, settings)
@@ -286,8 +281,8 @@ def round_rows(
     start(
         _round_tiles, (programs,),
         (lines, types, tables.mean, tables.reach, tables.left, tables.right, tables.factor, tables.clip,
-        rows.codes, rows.stats, rows.branch, n, n_means, n_clips),
-        HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None, MARKED=rows.branch is not None, PR=tables.branch,
+        rows.codes, rows.stats, n, n_means, n_clips),
+        HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None,
         A=tables.a, B=tables.b, PA=pa, QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, LIMIT=HEADROOM, KIND=gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16,
         WARPS=pa // 16, WRITTEN=_written(pa, tables.b), PDL=bool(pdl), EARLY=launch["early"], WORKERS=launch["workers"], DEEP=launch["deep"],
         SOON=launch["soon"], AHEAD=launch["ahead"], REGISTERS=launch["registers"], num_warps=pa // 16, maxnreg=launch["registers"], **pdl,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from optimum_freeact.kernels.grids_triton import MAGIC_BITS, grid_of, stepped
 from optimum_freeact.kernels.launcher import start
-from optimum_freeact.kernels.launches import SMALL_TILE, launch_pdl, pass_launch
+from optimum_freeact.kernels.launches import launch_pdl, pass_launch
 from optimum_freeact.kernels.reference import HEADROOM, Rows
 from optimum_freeact.kernels.rounding_triton import outputs
 from optimum_freeact.kernels.tables import InputTables, padded
@@ -37,8 +37,8 @@ def _tile(pointer, place, inside, WHOLE: tl.constexpr):
 @triton.jit
 def _round_tiles(
     x_ptr, types_ptr, mean_ptr, channel_ptr, reach_ptr, left_ptr, right_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr,
-    branch_ptr, n, n_means, n_clips,
-    HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, MARKED: tl.constexpr, PR: tl.constexpr,
+    n, n_means, n_clips,
+    HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     SYMMETRIC: tl.constexpr, LIMIT: tl.constexpr, TOO_MUCH: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, MEAN_AHEAD: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -124,9 +124,6 @@ def _round_tiles(
         tl.store(stats_ptr + row, scale * undo + nan)
         tl.store(stats_ptr + n + row, offset * undo + nan)
         tl.store(stats_ptr + 2 * n + row, total.to(tl.float32))
-        if MARKED:  # the row's type, for the product (`reference.marked`)
-            c = tl.arange(0, PR)
-            tl.store(branch_ptr + row * PR + c, tl.where((kind > 0) & ((c >> 1) == kind - 1), 1.0, 0.0))
 
 
 def round_rows(
@@ -151,11 +148,11 @@ def round_rows(
     start(
         _round_tiles, (min(n, launch["programs"]),),
         (x, types, tables.mean, tables.channel_scale, tables.reach, tables.left, tables.right, tables.factor, tables.clip,
-        rows.codes, rows.stats, rows.branch, n, n_means, n_clips),
+        rows.codes, rows.stats, n, n_means, n_clips),
         HAS_TYPES=types is not None, HAS_MEAN=tables.mean is not None, HAS_CHANNEL=tables.channel_scale is not None,
-        MARKED=rows.branch is not None, PR=tables.branch, A=tables.a, B=tables.b, PA=padded(tables.a),
+        A=tables.a, B=tables.b, PA=padded(tables.a),
         PB=padded(tables.b), QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, LIMIT=HEADROOM, TOO_MUCH=0 if INTERPRETED else (d * MAGIC_BITS.value + 2**31) % 2**32 - 2**31,
-        STAGES=launch["stages"], AHEAD=launch["ahead"], MEAN_AHEAD=tile <= SMALL_TILE, PLAIN=INTERPRETED, PDL=bool(pdl), num_warps=launch["warps"],
+        STAGES=launch["stages"], AHEAD=launch["ahead"], MEAN_AHEAD=launch["mean_ahead"], PLAIN=INTERPRETED, PDL=bool(pdl), num_warps=launch["warps"],
         maxnreg=launch["registers"], **pdl,
     )  # fmt: skip
     return rows

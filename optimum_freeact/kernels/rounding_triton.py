@@ -35,7 +35,7 @@ from optimum_freeact.kernels.triton_state import DOT_TYPE
 
 @triton.jit
 def _taken_off(
-    part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means,
+    part_ptr, peak_ptr, reach_ptr, basis_scale_ptr, safe, kind, reach, mean_branch, n, n_means,
     HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr, RANK: tl.constexpr, PR: tl.constexpr, ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def _taken_off(
     if HAS_CHANNEL:
         peak *= tl.load(reach_ptr + n_means)
     if HAS_MEAN:
-        peak += tl.load(reach_ptr + kind)
+        peak += reach
     peak = tl.maximum(peak, 1e-30)
     p = tl.zeros((ROWS, PR), tl.float32)
     factor = p
@@ -56,7 +56,7 @@ def _taken_off(
         for part in tl.static_range(PARTS):
             p += tl.load(part_ptr + (part * n + safe)[:, None] * PR + r[None, :], cache_modifier=".cg")
         if HAS_MEAN:
-            p -= tl.load(mean_branch_ptr + kind[:, None] * RANK + r[None, :], mask=in_rank[None, :], other=0.0)
+            p -= mean_branch
         scale = tl.load(basis_scale_ptr + r, mask=in_rank, other=0.0)
         p = tl.where(in_rank[None, :], p * scale[None, :], 0.0)
         factor = -p * scale[None, :]
@@ -116,6 +116,18 @@ def _project(
             # later rows to the very memory that they still read: x has a second reader, for which no further buffer is made
             p = tl.where(n > 0, p, 0.0)
     alive = rows < n
+    safe = tl.minimum(rows, n - 1)
+    # what a type has is on its way before the parts are: the last program would wait for it
+    given = given.to(tl.int32)
+    kind = tl.minimum(given, n_means - 1)
+    clip = tl.load(clip_ptr + tl.minimum(given, n_clips - 1))
+    reach, mean_branch = clip, p
+    if HAS_MEAN:
+        reach = tl.load(reach_ptr + kind)
+        if RANK > 0:
+            mean_branch = tl.load(
+                mean_branch_ptr + kind[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0
+            )
     tl.store(peak_ptr + part * n + rows, tl.max(peak, 1), mask=alive)
     if RANK > 0:
         tl.store(part_ptr + (part * n + rows)[:, None] * PR + r[None, :], p, mask=alive[:, None])
@@ -127,17 +139,14 @@ def _project(
         tl.store(count_ptr + tl.program_id(0), 0)  # ready for the next launch
     else:
         tl.debug_barrier()
-    safe = tl.minimum(rows, n - 1)
-    kind = tl.minimum(given, n_means - 1).to(tl.int32)
-    clip = tl.load(clip_ptr + tl.minimum(given, n_clips - 1))
     p, upper, lower, bound = _taken_off(
-        part_ptr, peak_ptr, mean_branch_ptr, reach_ptr, basis_scale_ptr, safe, kind, n, n_means, HAS_MEAN, HAS_CHANNEL,
+        part_ptr, peak_ptr, reach_ptr, basis_scale_ptr, safe, kind, reach, mean_branch, n, n_means, HAS_MEAN, HAS_CHANNEL,
         RANK, PR, ROWS, PARTS,
     )  # fmt: skip
     if MARKED:  # the row's type, for the product (`reference.marked`)
         further = tl.where(kind > 0, kind - 1, PR)
         p = tl.where(((r - RANK) >> 1)[None, :] == further[:, None], 1.0, p)
-    if RANK > 0 or MARKED:
+    if RANK > 0:
         tl.store(branch_ptr + rows[:, None] * PR + r[None, :], p, mask=alive[:, None])
     tl.store(factors_ptr + rows[:, None] * (2 * PR) + r[None, :], upper, mask=alive[:, None])
     tl.store(factors_ptr + rows[:, None] * (2 * PR) + PR + r[None, :], lower, mask=alive[:, None])
@@ -259,7 +268,7 @@ def round_rows(
     start(
         _project, (-(-n // launch["rows"]), parts),
         (x, types, tables.channel_scale, tables.basis, part, peak, tables.mean_branch, tables.reach, tables.basis_scale,
-        tables.clip, rows.branch, factors, undo, counters(x.device), n, n_means, tables.n_clips), MARKED=n_marks(n_means) > 0, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
+        tables.clip, rows.branch, factors, undo, counters(x.device), n, n_means, tables.n_clips), MARKED=tables.has_branch and n_marks(n_means) > 0, **has, D=d, ROWS=launch["rows"], CHUNK=launch["chunk"],
         STEPS=launch["steps"], PARTS=parts, LIMIT=HEADROOM, num_warps=launch["project_warps"], num_stages=4, **pdl,
     )  # fmt: skip
     nb = max(1, min(launch["elements"] // pb, pa))

@@ -118,8 +118,8 @@ class InputTables:
 
     @cached_property
     def has_branch(self) -> bool:
-        """Whether rows leave with coordinates or marks of types."""
-        return self.rank > 0 or (self.mean is not None and n_marks(self.n_means) > 0)
+        """Whether rows leave with coordinates, and marks of types beside them."""
+        return self.rank > 0
 
     @cached_property
     def branch(self) -> int:

@@ -134,7 +134,7 @@ def _w4_groups(
             return
     # all that is still missing is asked for at once, before any of it is looked at; last what goes through shared memory, which waits
     scale = tl.load(scale_ptr + tokens, mask=tokens < n, other=0.0)
-    right = branch_of_rows(branch_ptr, tokens, n, RANK + MARKS > 0, PR)
+    right = branch_of_rows(branch_ptr, types_ptr, tokens, n, RANK, MARKS, PR)
     if not EARLY:
         qscale = tl.load(qscale_ptr + outs, mask=outs < m, other=0.0)
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
@@ -145,7 +145,7 @@ def _w4_groups(
             acc += tl.load(partial_ptr + (other * m_blocks * BN * BM + here), cache_modifier=".cg")
     y = acc * scale[None, :] * qscale[:, None]
     y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
-    y = add_branch(y, of_weight, right, RANK, MARKS, DOT)
+    y = add_branch(y, of_weight, right, n_bias, RANK, MARKS, PR, DOT)
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 
@@ -175,7 +175,7 @@ def w4_linear(
     start(
         _w4_groups, (blocks, split),
         (rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, groups, low_rank, weight.low_rank_scale,
-        bias, columns, y, n, m, kinds + 1, partial, count), HALF=half, GB=group_bytes,
+        bias, columns, y, n, m, 1 if bias is None else len(bias), partial, count), HALF=half, GB=group_bytes,
         HAS_BIAS=bias is not None, KINDS=kinds, MARKS=0 if columns is None else columns.shape[1], RANK=0 if low_rank is None else low_rank.shape[1], PR=width, BM=launch["BM"],
         BN=launch["BN"], BK=launch["BK"], GROUP=launch["GROUP"], SPLIT=split, UNIT=scale_outputs(weight), EARLY=launch["early"], PLAIN=INTERPRETED, DOT=DOT_TYPE,
         PDL=bool(pdl), num_warps=launch["warps"], num_stages=launch["stages"], maxnreg=launch["registers"], **pdl,

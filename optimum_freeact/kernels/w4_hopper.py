@@ -96,10 +96,13 @@ def _consume(
 
         mbarrier.wait(ready, visited & 1)
         y = gl.convert_layout(acc, float_layout).to(gl.float32)
-        y *= gl.expand_dims(stats.index(0).load(gl.SliceLayout(0, float_layout)), 0)
-        if not VALUES:
-            offset = stats.index(1).load(gl.SliceLayout(0, float_layout))
-            y += gl.expand_dims(offset, 0) * gl.expand_dims(row_sum.to(gl.float32), 1)
+        scale = gl.expand_dims(stats.index(0).load(gl.SliceLayout(0, float_layout)), 0)
+        if VALUES:
+            y *= scale
+        else:  # told apart, as in `epilogue_triton.scaled`
+            offset = gl.expand_dims(stats.index(1).load(gl.SliceLayout(0, float_layout)), 0)
+            taken = offset * gl.expand_dims(row_sum.to(gl.float32), 1)
+            y = gl.fma(y, scale, taken)
         y *= gl.expand_dims(qscale, 1)
         if HAS_BIAS:
             y += gl.expand_dims(bias, 1)
@@ -120,8 +123,8 @@ def _consume(
 
 @gluon.jit
 def _w4_hopper(
-    w_desc, codes_desc, y_desc, stats_ptr, branch_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr,
-    columns_ptr, group_scale_ptr, n, m,
+    w_desc, codes_desc, y_desc, stats_ptr, branch_ptr, types_ptr, qscale_ptr, row_sum_ptr, low_rank_ptr, low_rank_scale_ptr, bias_ptr,
+    columns_ptr, group_scale_ptr, n, m, n_bias,
     HALF: gl.constexpr, HAS_BIAS: gl.constexpr, RANK: gl.constexpr, MARKS: gl.constexpr, PR: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     VALUES: gl.constexpr, GB: gl.constexpr, UNIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -164,8 +167,8 @@ def _w4_hopper(
             (
                 prepare,
                 (
-                    pair, left, stats, ready, free, stats_ptr, branch_ptr, low_rank_ptr, low_rank_scale_ptr,
-                    columns_ptr, n, m, n_blocks, m_blocks, RANK, MARKS, PR, BM, BN, GROUP, VALUES, UNIT, PDL,
+                    pair, left, stats, ready, free, stats_ptr, branch_ptr, types_ptr, low_rank_ptr, low_rank_scale_ptr,
+                    columns_ptr, n, m, n_bias, n_blocks, m_blocks, RANK, MARKS, PR, BM, BN, GROUP, VALUES, UNIT, PDL,
                 ),
             ),
         ],
@@ -202,7 +205,7 @@ def described(tensor: torch.Tensor, rows: int, columns: int, swizzle: int) -> Te
 
 def w4_linear(
     rows: Rows,
-    types: torch.Tensor | None,  # noqa: ARG001 (the rows' branch says it)
+    types: torch.Tensor | None,
     weight: Weight,
     out_dtype: torch.dtype,
     *,
@@ -213,9 +216,9 @@ def w4_linear(
     m, half = weight.packed.shape
     y = torch.empty(n, m, dtype=out_dtype, device=rows.codes.device)
     bias, low_rank = weight.type_bias, weight.low_rank
-    columns = columns_of(rows, weight)
+    columns = None if types is None else columns_of(rows, weight)
     values, groups = rows.codes.dtype == torch.float16, weight.group_scale
-    width = 32 if rows.branch is None else rows.branch.shape[1]
+    width = 16 if rows.branch is None else rows.branch.shape[1]
     launch = {
         "BM": 128,
         "BN": 256,
@@ -231,8 +234,8 @@ def w4_linear(
     start(
         _w4_hopper, (min(tiles, processors(y.device)),),
         (described(weight.packed, bn, bk, bk), described(rows.codes, bm, bk, bk * rows.codes.element_size()), described(y, bm, bn // 2, 128),
-        rows.stats, rows.branch, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, columns,
-        groups, n, m), HALF=half, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
+        rows.stats, rows.branch, types, weight.qscale, weight.row_sum, low_rank, weight.low_rank_scale, bias, columns,
+        groups, n, m, 1 if bias is None else len(bias)), HALF=half, HAS_BIAS=bias is not None, RANK=0 if low_rank is None else low_rank.shape[1],
         MARKS=0 if columns is None else columns.shape[1], PR=width,
         VALUES=values, GB=0 if groups is None else half // groups.shape[1], UNIT=scale_outputs(weight), PDL=bool(pdl),
         **launch, num_warps=4, maxnreg=168, **pdl,

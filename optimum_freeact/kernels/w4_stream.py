@@ -164,8 +164,8 @@ def _multiply(
                     theirs = (program * 2 + (program * per <= block * STEPS).to(gl.int32)) * 2 + WHICH
                     acc += gl.load(partial_ptr + theirs * (OWN * BM) + part, cache_modifier=".cg")
         if done:
-            y = gl.convert_layout(acc, float_layout).to(gl.float32) * gl.expand_dims(scale, 0)
-            y += gl.expand_dims(offset, 0) * gl.expand_dims(row_sum.to(gl.float32), 1)
+            taken = gl.expand_dims(offset, 0) * gl.expand_dims(row_sum.to(gl.float32), 1)
+            y = gl.fma(gl.convert_layout(acc, float_layout).to(gl.float32), gl.expand_dims(scale, 0), taken)
             y *= gl.expand_dims(qscale, 1)
             if HAS_BIAS:
                 found = gl.expand_dims(bias, 1)

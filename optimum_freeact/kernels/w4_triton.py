@@ -24,6 +24,7 @@ from optimum_freeact.kernels.epilogue_triton import (
     further_types,
     room_for_parts,
     scale_outputs,
+    scaled,
     scales_of,
     store_outputs,
     tile_order,
@@ -116,7 +117,7 @@ def _w4_linear(
     scale = tl.load(stats_ptr + tokens, mask=is_token, other=0.0)
     offset = tl.load(stats_ptr + n + tokens, mask=is_token, other=0.0)
     total = tl.load(stats_ptr + 2 * n + tokens, mask=is_token, other=0.0)
-    right = branch_of_rows(branch_ptr, tokens, n, RANK + MARKS > 0, PR)
+    right = branch_of_rows(branch_ptr, types_ptr, tokens, n, RANK, MARKS, PR)
     if not EARLY:
         qscale, row_sum = of_outputs(qscale_ptr, row_sum_ptr, outs, m)
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
@@ -125,11 +126,9 @@ def _w4_linear(
         acc = tl.zeros((BN, BM), tl.int32)
         for other in range(SPLIT):
             acc += tl.load(partial_ptr + (other * m_blocks * BN * BM + here), cache_modifier=".cg")
-    y = (acc - 8 * total.to(tl.int32)[None, :]).to(tl.float32) * scale[None, :]
-    y += offset[None, :] * row_sum.to(tl.float32)[:, None]
-    y *= qscale[:, None]
+    y = scaled(acc - 8 * total.to(tl.int32)[None, :], scale, offset, row_sum, qscale)
     y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
-    y = add_branch(y, of_weight, right, RANK, MARKS, DOT)
+    y = add_branch(y, of_weight, right, n_bias, RANK, MARKS, PR, DOT)
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 
@@ -159,7 +158,7 @@ def w4_linear(
     start(
         _w4_linear, (blocks, split),
         (rows.codes, rows.stats, rows.branch, types, weight.packed, weight.qscale, weight.row_sum, low_rank,
-        weight.low_rank_scale, bias, columns, y, n, m, kinds + 1, partial, count), HALF=half,
+        weight.low_rank_scale, bias, columns, y, n, m, 1 if bias is None else len(bias), partial, count), HALF=half,
         HAS_BIAS=bias is not None, KINDS=kinds, MARKS=0 if columns is None else columns.shape[1], RANK=rank, PR=width, BM=launch["BM"], BN=launch["BN"], BK=launch["BK"],
         GROUP=launch["GROUP"], SPLIT=split, UNIT=scale_outputs(weight), EARLY=launch["early"], PLAIN=INTERPRETED, DOT=DOT_TYPE, PDL=bool(pdl),
         num_warps=launch["warps"], num_stages=launch["stages"], maxnreg=launch["registers"], **pdl,

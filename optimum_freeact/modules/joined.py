@@ -63,7 +63,7 @@ class JoinedLinears:
             torch.cat(scales) if scales else None,
             bias,
             whole["weight_group_scale"],
-            type_columns(bias),
+            type_columns(bias, whole["low_rank"] is not None),
         )
         keep_in_place(*self.weight)
 

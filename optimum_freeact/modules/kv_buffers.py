@@ -38,13 +38,11 @@ class CacheMeanBuffers(nn.Module):
     def _per_layer(self, kind: str) -> list[torch.Tensor | None]:
         return [getattr(self, f"{kind}_{index}", None) for index in range(self.n_layers)]
 
-    def spec(self, bits: int, sink_tokens: int, frequencies: list[torch.Tensor | None]) -> CacheSpec:
+    def spec(self, bits: int, rotate: bool, sink_tokens: int, frequencies: list[torch.Tensor | None]) -> CacheSpec:
         """The cache that these means describe; `frequencies` are the decoder's rotary ones."""
         keys = self._per_layer("key")
         known = [f if key is not None else None for key, f in zip(keys, frequencies, strict=True)]
-        return CacheSpec(
-            bits, sink_tokens=sink_tokens, key_mean=keys, key_frequencies=known, value_mean=self._per_layer("value")
-        )
+        return CacheSpec(bits, rotate, sink_tokens, keys, known, self._per_layer("value"))
 
     def _apply(self, fn, recurse: bool = True) -> CacheMeanBuffers:
         return keep_dtypes(self, super()._apply, fn, recurse)

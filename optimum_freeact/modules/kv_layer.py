@@ -78,12 +78,9 @@ class FreeActCacheLayer(DynamicLayer):
             StateStore(self.spec, value_states, value_mean),
         )
         self.keys, self.values = self.keys.to(torch.uint8), self.values.to(torch.uint8)
-        both = self.spec.rotate and any(store.mean is not None for store in self.stores)
         sizes = {states.shape[-1] for states in (key_states, value_states)}
         self.obstacle = "keys and values of different sizes" if len(sizes) > 1 else None
-        self.obstacle = self.obstacle or kv_obstacle(
-            key_states.device, self.spec.bits, key_states.dtype, sizes.pop(), both
-        )
+        self.obstacle = self.obstacle or kv_obstacle(key_states.device, self.spec.bits, key_states.dtype, sizes.pop())
 
     @property
     def awaits_start(self) -> bool:
@@ -129,15 +126,13 @@ class FreeActCacheLayer(DynamicLayer):
         for name, store, states in zip(("keys", "values"), self.stores, new):
             buffer = self._room(name, states, end)
             with torch.no_grad():
-                write_rows(
-                    store.turned(states.detach()), store.packed(None, end), start, position, buffer[:, :, position:end]
-                )
+                write_rows(states.detach(), store.packed(None, end), start, position, buffer[:, :, position:end])
             setattr(self, name, buffer[:, :, :end])
         rows = (self.keys, self.values)
         if new[0].shape[-2] > 1 or (torch.is_grad_enabled() and any(states.requires_grad for states in new)):
             keys, values = (self._read(*item) for item in zip(self.stores, rows, new))
             return keys, values
-        pair = Pair(start, self.stores[0].rotation(start.device))
+        pair = Pair(start)
         keys, values = (
             PackedStates(store.packed(data, end), pair, store.size, store.dtype, partial(self._read, store, data))
             for store, data in zip(self.stores, rows)

@@ -56,11 +56,10 @@ class Pair:
 
     Args:
         start (`torch.Tensor` of shape `(batch,)`, int32): Position of each row's first real token.
-        rotation (`torch.Tensor` of shape `(head_dim, head_dim)`, *optional*): Of the stored rows; queries follow it.
     """
 
-    def __init__(self, start: torch.Tensor, rotation: torch.Tensor | None):
-        self.start, self.rotation = start, rotation
+    def __init__(self, start: torch.Tensor):
+        self.start = start
 
 
 def _attend(
@@ -90,11 +89,5 @@ def _attend(
         if attn_mask.dtype != torch.bool or not every or attn_mask.shape[3] != length:
             return None
         attn_mask = attn_mask[:, 0, 0]
-    rotation = key.pair.rotation
-    if rotation is not None:
-        grouped = (grouped.to(rotation.dtype) @ rotation).to(query.dtype)
     scale = size**-0.5 if scale is None else scale
-    y = attend(grouped, key.rows, value.rows, key.pair.start, scale, attn_mask)
-    if rotation is not None:
-        y = (y.to(rotation.dtype) @ rotation.mT).to(query.dtype)
-    return y.reshape(query.shape)
+    return attend(grouped, key.rows, value.rows, key.pair.start, scale, attn_mask).reshape(query.shape)

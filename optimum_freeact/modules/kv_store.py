@@ -27,7 +27,8 @@ class CacheSpec:
     Args:
         bits (`int`, *optional*, defaults to 4): 4, 8, or 16 for the model's own cache, left as it is.
         rotate (`bool`, *optional*, defaults to `False`):
-            Rotate each vector by a random Hadamard matrix before rounding and back after. Exact without rounding.
+            Rotate each vector, less its mean, by a random Hadamard matrix before rounding and back after. Exact without
+            rounding.
         sink_tokens (`int`, *optional*, defaults to 1):
             Number of positions, from the first real token of each row on, kept in the model's type. The first token
             is the attention sink: its keys and values are unlike all others and every later token reads them.
@@ -124,15 +125,10 @@ class StateStore:
         """By what rows are rotated, `None` without."""
         return self._rotation(device) if self.spec.rotate else None
 
-    def turned(self, states: torch.Tensor) -> torch.Tensor:
-        """States as kernels write them: rotated, if the cache rotates."""
-        rotation = self.rotation(states.device)
-        return states if rotation is None else states.to(self.compute_dtype) @ rotation
-
     def packed(self, data: torch.Tensor | None, length: int) -> CacheRows:
         """`data`, all rows of a cache of `length` tokens, as kernels read them."""
         exact = self.exact if self.spec.sink_tokens else None
-        rows = CacheRows(data, grid_dtype(self.dtype), exact=exact if exact is None else self.turned(exact))
+        rows = CacheRows(data, grid_dtype(self.dtype), exact=exact, rotation=self.rotation(self.exact.device))
         if self.mean is not None:
             rows.mean = self.mean[:, 0].contiguous()
             if self.frequencies is not None:

@@ -191,7 +191,7 @@ class FreeActLinear(nn.Linear):
             self._codes = codes
         elif chosen.name == "triton":
             ops.make_ready(self.weight.device)
-            self._type_columns = type_columns(self._bias_rows)
+            self._type_columns = type_columns(self._bias_rows, self.low_rank is not None)
             if self.low_rank is not None and self.low_rank.shape[1] % 4:
                 self._branch = in_fours(self.low_rank), in_fours(self.low_rank_scale)
             keep_in_place(self._row_sum, self._bias_rows, self._type_columns, *(self._branch or ()))

@@ -43,13 +43,17 @@ def activate(model: nn.Module, config: FreeActConfig) -> None:
 
 
 def cache_spec(model: nn.Module, config: FreeActConfig) -> CacheSpec:
-    """How the cache is stored: about its means where they were measured, else rotated if the config rotates."""
+    """How the cache is stored: about its means where they were measured, rotated as the config records.
+
+    Where it records nothing the checkpoint is of a release that rotated only what had no means.
+    """
     sinks = int("sink" in config.token_types)
     decoder = find_decoder(model)
     buffers = getattr(decoder, CACHE_NAME, None)
     if buffers is not None:
-        return buffers.spec(config.kv_bits, sinks, rotary_frequencies(decoder))
-    return CacheSpec(config.kv_bits, rotate=config.transform != "none", sink_tokens=sinks)
+        return buffers.spec(config.kv_bits, bool(config.kv_rotation), sinks, rotary_frequencies(decoder))
+    rotates = config.transform != "none" if config.kv_rotation is None else config.kv_rotation
+    return CacheSpec(config.kv_bits, rotates, sinks)
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

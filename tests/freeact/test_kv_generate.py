@@ -13,7 +13,6 @@ from tests.helpers.tiny_decoders import FAMILIES, prompt, tiny_decoder
 
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
-SPEC = CacheSpec(4, rotate=True)
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +32,12 @@ def prefill_every_step(model):
     model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
 
 
+def both_of(model):
+    """Rotated, and about means of its own."""
+    means = cache_means(model, prompt(tokens=20).to(model.device))
+    return CacheSpec(4, rotate=True, **means._asdict())
+
+
 def generate(model, ids, **options):
     options = {"max_new_tokens": 10, "do_sample": False, "attention_mask": torch.ones_like(ids)} | options
     return model.generate(ids, **options)
@@ -44,7 +49,7 @@ def test_generate_equals_prefill_every_step(family, options):
     model, ids = tiny_decoder(family), prompt()
     exact = generate(model, ids, **options)
     prefill_every_step(model)
-    install_kv_cache(model, SPEC)
+    install_kv_cache(model, both_of(model))
     quantized = generate(model, ids, **options)
     assert torch.equal(quantized, generate(model, ids, use_cache=False, **options))
     assert quantized.shape == (2 * options.get("num_return_sequences", 1), ids.shape[1] + 10)
@@ -54,7 +59,7 @@ def test_generate_equals_prefill_every_step(family, options):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_generate_equals_a_manual_loop(family):
     model, ids = tiny_decoder(family), prompt()
-    install_kv_cache(model, SPEC)
+    install_kv_cache(model, both_of(model))
     cache, text, new = None, ids, ids
     for _ in range(10):
         output = model(new, past_key_values=cache)
@@ -68,8 +73,8 @@ def test_assisted_and_chunked_generate_equal_the_plain_one(family):
     model, assistant, ids = tiny_decoder(family), tiny_decoder(family), prompt(batch=1)
     for name, parameter in assistant.named_parameters():  # much like the model: some candidates are accepted
         parameter.copy_(model.get_parameter(name) + 0.02 * torch.randn_like(parameter))
-    install_kv_cache(model, SPEC)
-    install_kv_cache(assistant, SPEC)
+    install_kv_cache(model, both_of(model))
+    install_kv_cache(assistant, both_of(assistant))
     expected = generate(model, ids)
     assert torch.equal(generate(model, ids, assistant_model=assistant), expected)
     assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=3), expected)
@@ -83,7 +88,7 @@ def test_left_padding_changes_nothing(family, sink_tokens, centred):
     """The sink is each row's first real token: rows of a padded batch get the logits they get alone."""
     model, ids = tiny_decoder(family), prompt(batch=3, tokens=12)
     means = cache_means(model, prompt(tokens=20))._asdict() if centred else {}
-    install_kv_cache(model, CacheSpec(4, sink_tokens=sink_tokens, **means))
+    install_kv_cache(model, CacheSpec(4, rotate=centred, sink_tokens=sink_tokens, **means))
     padding = [0, 5, 9]
     mask = torch.ones_like(ids)
     for row, length in enumerate(padding):
@@ -106,7 +111,7 @@ def test_left_padding_changes_nothing(family, sink_tokens, centred):
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 3}])
 def test_left_padded_generate(family, options):
     model, ids = tiny_decoder(family), prompt(batch=2, tokens=8)
-    install_kv_cache(model, SPEC)
+    install_kv_cache(model, both_of(model))
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     together = generate(model, ids, attention_mask=mask, **options)
@@ -116,7 +121,7 @@ def test_left_padded_generate(family, options):
 
 def test_cache_reuse_crop_and_reset():
     model, ids = tiny_decoder("llama"), prompt(tokens=16)
-    install_kv_cache(model, SPEC)
+    install_kv_cache(model, both_of(model))
     whole = model(ids).logits
     cache = DynamicCache(config=model.config)
     first = generate(model, ids[:, :6], past_key_values=cache, max_new_tokens=4)
@@ -131,7 +136,7 @@ def test_cache_reuse_crop_and_reset():
 
 def test_a_longer_conversation_continues_where_it_stopped():
     model, ids = tiny_decoder("mistral"), prompt(batch=1)
-    install_kv_cache(model, SPEC)
+    install_kv_cache(model, both_of(model))
     cache = DynamicCache(config=model.config)
     answer = generate(model, ids, past_key_values=cache)
     longer = torch.cat((answer, prompt(batch=1, tokens=3)), 1)
@@ -161,7 +166,7 @@ def test_an_offloaded_cache_is_quantized_too(family, monkeypatch):
     """The host's streams need a GPU; here what a layer moves away cannot be used until it is moved back."""
     model, ids = tiny_decoder(family), prompt()
     exact = generate(model, ids)
-    install_kv_cache(model, SPEC)
+    install_kv_cache(model, both_of(model))
     wanted = generate(model, ids)
     moved = []
 
@@ -200,7 +205,7 @@ def test_an_offloaded_cache_on_a_gpu(implementation, slow):
     """Also where the GPU is far behind: what is copied to the CPU must be there before it is copied back."""
     model, ids = tiny_decoder("llama").to("cuda", torch.bfloat16), prompt().cuda()
     model.set_attn_implementation(implementation)
-    install_kv_cache(model, SPEC)
+    install_kv_cache(model, both_of(model))
     wanted = generate(model, ids)
     for layer in model.model.layers if slow else ():
         layer.register_forward_pre_hook(lambda *_: torch.cuda._sleep(2_000_000))

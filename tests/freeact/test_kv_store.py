@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from optimum_freeact.kernels import kv_reference
 from optimum_freeact.modules.kv_layer import FreeActCacheLayer
-from optimum_freeact.modules.kv_store import CacheSpec
-from optimum_freeact.numerics.vector_codec import outward_grid
+from optimum_freeact.modules.kv_store import CacheSpec, StateStore
+from optimum_freeact.numerics.vector_codec import decode, outward_grid
 from tests.helpers.cache_states import HEADS, SIZE, quantized, states
 
 
@@ -79,6 +80,31 @@ def test_a_mean_before_the_rotary_embedding_turns_with_the_position(rotary, piec
         got = layer.update(*piece)[0]
     for row, first in enumerate(start):  # nothing is left to round; padding may round as it likes
         torch.testing.assert_close(got[row, :, first:], keys[row, :, first:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [[0, 0, 0], [0, 4, 2]])
+def test_scores_are_those_of_rotated_rows_and_of_the_turned_mean(start):
+    """q k = (q R) ((k - m) R) + q m, m turned by the position: what a kernel adds up, exact without rounding."""
+    keys, query = states()[0], torch.randn(3, HEADS, 4, SIZE, dtype=torch.float64)
+    mean = torch.randn(HEADS, SIZE, dtype=torch.float64) * 10
+    frequencies = 10000 ** -torch.linspace(0, 1, 5, dtype=torch.float64)
+    first = torch.tensor(start)
+    store = StateStore(CacheSpec(4, rotate=True), keys, mean, frequencies)
+    rotation = store.rotation(keys.device)
+    offset = store._offset(store.mean, keys.shape[2], first, 0)
+    rows = (keys - offset) @ rotation
+    scores = (query @ rotation) @ rows.mT + query @ offset.mT
+    torch.testing.assert_close(scores, query @ keys.mT, rtol=0, atol=1e-11)
+    positions = (torch.arange(keys.shape[2]) - first[:, None]).clamp_min(0)
+    expected = torch.stack([turned(mean, frequencies, row) for row in positions])
+    torch.testing.assert_close(offset.expand_as(expected), expected, rtol=0, atol=1e-12)
+    # and the specification of the kernels holds to it with rows as they are stored
+    packed = store.packed(store.encode(keys, first, 0), keys.shape[2])
+    packed.exact = None
+    stored = decode(packed.data, 4, SIZE, packed.storage, torch.float64)
+    wanted = (query @ rotation) @ stored.mT + query @ offset.mT
+    got = query @ kv_reference.states(packed, first, SIZE, torch.float64).mT
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-11)
 
 
 def test_wrong_frequencies_cost_only_precision():

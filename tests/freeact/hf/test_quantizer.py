@@ -234,6 +234,32 @@ def test_kv_bits_may_be_chosen_anew_and_nothing_else(folder, expected):
         assert torch.equal(logits(same), expected)
 
 
+def test_a_cache_is_rotated_as_was_recorded(folder, tmp_path):
+    """About its means too; a checkpoint that records nothing loads as releases of its time did."""
+    model = quantized("qwen2", kv_bits=4)
+    assert model.config.quantization_config.kv_rotation is True
+    assert quantized("qwen2", transform="none", kv_bits=4).config.quantization_config.kv_rotation is False
+    model.save_pretrained(tmp_path)
+
+    def spec(**options):
+        with torch.no_grad():
+            layer = reload(tmp_path, **options)(input_ids=sample_ids(1, 5), use_cache=True).past_key_values.layers[0]
+        return layer.spec
+
+    assert spec().rotate
+    assert spec().key_mean[0].any()
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["quantization_config"]["kv_rotation"]
+    path.write_text(json.dumps(stored))
+    assert not spec().rotate
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers announces the override
+        assert spec(quantization_config=FreeActConfig(kv_rotation=True)).rotate
+        without_means = reload(folder, quantization_config=FreeActConfig(kv_bits=4, kv_rotation=False))
+        assert not without_means(input_ids=sample_ids(1, 5), use_cache=True).past_key_values.layers[0].spec.rotate
+
+
 # --- casts, copies, pickles ---------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ def errors(device, d, n, group, dtype=torch.bfloat16, **options):
     own = reference.round_rows(x, types, side.found, side.clip, *asked, dtype, group)
     got = to(rounding_triton.round_rows(x.to(device), types.to(device), to(side.tables, device)), "cpu")
     assert got.codes.dtype == torch.float16
-    exact = reference.marked(exact, types, side.tables.rank, means_of(side.tables), side.tables.branch)
+    exact = reference.marked(exact, types, side.tables.rank, means_of(side.tables))
     if exact.branch is not None:
         torch.testing.assert_close(got.branch.double(), exact.branch, rtol=1e-3, atol=1e-4 * exact.branch.abs().max())
     want = values_of(exact)
@@ -103,7 +103,7 @@ def both(device, rows, types, weight, plain_cores=False, **options):
     from optimum_freeact.kernels import groups_gemv_triton, w4_groups_triton
 
     rank, n_bias = (0 if t is None else t.shape[d] for t, d in ((weight.low_rank, 1), (weight.type_bias, 0)))
-    rows = reference.marked(rows, types, rank, n_bias, 16)
+    rows = reference.marked(rows, types, rank, n_bias)
     got = (groups_gemv_triton if plain_cores else w4_groups_triton).w4_linear(
         to(rows, device), None if types is None else types.to(device), to(weight, device), torch.float32, **options
     )

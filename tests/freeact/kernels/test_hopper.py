@@ -32,7 +32,7 @@ def check(module, n, d, m, *, rank=24, n_bias=2, bits=4, dtype=torch.bfloat16, g
     weight = of_several_linears(weight) if several else weight
     types = torch.randint(0, max(1, n_bias), (n,), generator=torch.Generator().manual_seed(4))
     want = reference.w4_linear(rows, types, weight, torch.float64, torch.float64)
-    rows = reference.marked(rows, types, rank, n_bias, 16)
+    rows = reference.marked(rows, types, rank, n_bias)
     given = to(rows, "cuda"), types.cuda(), to(weight, "cuda"), dtype
     first = module.w4_linear(*given)
     assert first.dtype == dtype

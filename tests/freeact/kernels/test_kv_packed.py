@@ -19,8 +19,8 @@ from tests.helpers.tiny_models import sample_ids, tiny
 @pytest.fixture
 def kernels(device, monkeypatch):
     """Kernels serve on this device, as they do on a GPU."""
-    monkeypatch.setattr(kv_layer, "kv_obstacle", lambda where, bits, dtype, size, both: kv_obstacle(
-        torch.device("cuda"), bits, dtype, size, both
+    monkeypatch.setattr(kv_layer, "kv_obstacle", lambda where, bits, dtype, size: kv_obstacle(
+        torch.device("cuda"), bits, dtype, size
     ))  # fmt: skip
     if device == "cpu":
         monkeypatch.setattr(kv_dispatch, "triton_obstacle", lambda index: None)
@@ -32,7 +32,9 @@ def a_spec(kind: str, heads: int = 2, size: int = 32) -> CacheSpec:
         return CacheSpec(4, rotate=True)
     means = [torch.randn(heads, size, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     frequencies = 100.0 ** -(torch.arange(size // 2).double() / (size // 2))
-    return CacheSpec(4, key_mean=means[:1], value_mean=means[1:], key_frequencies=[frequencies])
+    values = None if kind == "rotate, keys' means" else means[1:]
+    rotate = kind != "means"
+    return CacheSpec(4, rotate, key_mean=means[:1], value_mean=values, key_frequencies=[frequencies])
 
 
 def steps(batch, lengths, heads=2, size=32, dtype=torch.bfloat16, device="cpu"):
@@ -43,7 +45,7 @@ def steps(batch, lengths, heads=2, size=32, dtype=torch.bfloat16, device="cpu"):
         )
 
 
-@pytest.mark.parametrize("kind", ["rotate", "means"])
+@pytest.mark.parametrize("kind", ["rotate", "means", "rotate, means", "rotate, keys' means"])
 def test_a_layer_holds_what_torch_would_hold(kind, kernels):
     ours, plain = (FreeActCacheLayer(a_spec(kind)) for _ in range(2))
     for layer in (ours, plain):
@@ -73,7 +75,9 @@ def test_a_layer_holds_what_torch_would_hold(kind, kernels):
     assert ours.nbytes() == plain.nbytes()
 
 
-@pytest.mark.parametrize(("kind", "heads", "grouped"), [("rotate", 2, False), ("means", 6, True)])
+@pytest.mark.parametrize(
+    ("kind", "heads", "grouped"), [("rotate", 2, False), ("means", 6, True), ("rotate, means", 4, True)]
+)
 def test_attention_reads_packed_rows(kind, heads, grouped, kernels, monkeypatch):
     from optimum_freeact.kernels import kv_attend_triton
 
@@ -99,8 +103,11 @@ def test_attention_reads_packed_rows(kind, heads, grouped, kernels, monkeypatch)
     assert torch.equal(torch.matmul(keys, values.mT), torch.matmul(k, v.mT))
 
 
-@pytest.mark.parametrize(("attention", "padded"), [("sdpa", False), ("sdpa", True), ("eager", True)])
-def test_generation_is_that_of_the_unpacked_cache(attention, padded, kernels, monkeypatch):
+@pytest.mark.parametrize(
+    ("attention", "padded", "rotate"),
+    [("sdpa", False, False), ("sdpa", True, False), ("eager", True, False), ("sdpa", True, True)],
+)
+def test_generation_is_that_of_the_unpacked_cache(attention, padded, rotate, kernels, monkeypatch):
     from optimum_freeact.kernels import kv_attend_triton
 
     calls, attend = [], kv_attend_triton.attend
@@ -112,7 +119,7 @@ def test_generation_is_that_of_the_unpacked_cache(attention, padded, kernels, mo
     ids = sample_ids(2, 6, seed=3).to(kernels)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0 if padded else 1
-    install_kv_cache(model, CacheSpec(4, **means._asdict()))
+    install_kv_cache(model, CacheSpec(4, rotate, **means._asdict()))
     scores = []
     for serves in (True, False):
         if not serves:
@@ -161,13 +168,12 @@ def test_beams_are_those_of_the_unpacked_cache(kernels, monkeypatch):
         ({"bits": 8}, "kv_bits=8"),
         ({"dtype": torch.float32}, "float32"),
         ({"size": 320}, "head_dim=320"),
-        ({"both": True}, "rotation and means"),
         ({"device": torch.device("cpu")}, "'cpu'"),
     ],
 )
 def test_what_is_read_by_torch_is_told(change, reason, monkeypatch):
     monkeypatch.setattr(kv_dispatch, "triton_obstacle", lambda index: None)
-    settings = {"device": torch.device("cuda"), "bits": 4, "dtype": torch.bfloat16, "size": 64, "both": False}
+    settings = {"device": torch.device("cuda"), "bits": 4, "dtype": torch.bfloat16, "size": 64}
     assert kv_obstacle(**settings) is None
     assert reason in kv_obstacle(**{**settings, **change})
     monkeypatch.setenv("FREEACT_KERNELS", "torch")

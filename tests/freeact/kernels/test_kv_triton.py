@@ -5,6 +5,7 @@ import torch
 
 from optimum_freeact.kernels import kv_reference
 from optimum_freeact.kernels.kv_reference import CacheRows
+from optimum_freeact.numerics.hadamard import flat_rotation
 from optimum_freeact.numerics.vector_codec import encode, grid_dtype, row_bytes
 
 
@@ -13,8 +14,12 @@ def turns(tokens, n):
     return angles.cos().float(), angles.sin().float()
 
 
+def a_rotation(size, device):
+    return flat_rotation(size, torch.Generator().manual_seed(0)).float().to(device)
+
+
 def stored(
-    batch, heads, tokens, size, dtype, *, mean=True, n=None, sink=1, seed=0, room=0, device="cpu"
+    batch, heads, tokens, size, dtype, *, mean=True, n=None, sink=1, seed=0, room=0, rotate=False, device="cpu"
 ) -> tuple[CacheRows, torch.Tensor]:
     """Rows of random states with loud means, in a buffer that may have room for more; and what was not stored."""
     generator = torch.Generator().manual_seed(seed)
@@ -28,13 +33,15 @@ def stored(
         rows.mean = (torch.randn(heads, size, generator=generator) * 3).to(device)
         if n:
             rows.cos, rows.sin = (table.to(device) for table in turns(2 * tokens, n))
+    if rotate:
+        rows.rotation = a_rotation(size, device)
     if sink:
         rows.exact = torch.randn(batch, heads, sink, size, generator=generator).to(dtype).to(device)
     return rows, values
 
 
-def both(batch, heads, tokens, size, dtype, device, n=None, mean=True, sink=1, room=0):
-    options = {"sink": sink, "mean": mean, "device": device}
+def both(batch, heads, tokens, size, dtype, device, n=None, mean=True, sink=1, room=0, rotate=False):
+    options = {"sink": sink, "mean": mean, "rotate": rotate, "device": device}
     keys, _ = stored(batch, heads, tokens, size, dtype, n=n, seed=0, room=room, **options)
     values, _ = stored(batch, heads, tokens, size, dtype, seed=1, **options)
     return keys, values
@@ -49,6 +56,10 @@ CASES = [
     (1, 1, 4, 130, 64, {"sink": 0, "n": 32}),
     (2, 1, 2, 90, 64, {"sink": 3, "n": 32}),
     (1, 1, 2, 20, 64, {}),
+    (2, 2, 3, 150, 64, {"n": 32, "rotate": True}),
+    (2, 1, 4, 70, 128, {"n": 64, "sink": 3, "room": 9, "rotate": True}),
+    (1, 1, 2, 40, 80, {"n": 20, "sink": 0, "rotate": True}),
+    (1, 2, 1, 30, 48, {"mean": False, "rotate": True}),
 ]
 
 
@@ -81,23 +92,29 @@ def test_attention_is_as_near_as_torchs_own(case, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("n", [None, 16, 32])
-def test_rows_are_written_as_specified(n, dtype, device):
+@pytest.mark.parametrize(
+    ("n", "size", "rotate"),
+    [(None, 64, False), (16, 64, False), (32, 64, False), (32, 64, True), (None, 48, True), (20, 80, True)],
+)
+def test_rows_are_written_as_specified(n, size, rotate, dtype, device):
     from optimum_freeact.kernels import kv_write_triton
 
-    batch, heads, tokens, size, position = 2, 3, 5, 64, 11
+    batch, heads, tokens, position = 2, 3, 5, 11
     states = torch.randn(batch, heads, tokens, size, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
     rows = CacheRows(torch.empty(0), grid_dtype(dtype))
     start = torch.tensor([0, 13], dtype=torch.int32, device=device)
     rows.mean = torch.randn(heads, size, generator=torch.Generator().manual_seed(1)).to(device)
     if n:
         rows.cos, rows.sin = (table.to(device) for table in turns(64, n))
+    if rotate:
+        rows.rotation = a_rotation(size, device)
     out = torch.zeros(batch, heads, 9, row_bytes(size, 4), dtype=torch.uint8, device=device)
     kv_write_triton.write_rows(states, rows, start, position, out[:, :, 2:7])
     shifted = CacheRows(encode(torch.zeros(batch, heads, position + tokens, size), 4, torch.bfloat16).to(device), torch.bfloat16,
                         rows.mean, rows.cos, rows.sin)  # fmt: skip
     means = kv_reference.states(shifted, start, size, torch.float32)[:, :, position:]
-    want = encode(states.float() - means, 4, grid_dtype(dtype))
+    centred = states.float() - means
+    want = encode(centred @ rows.rotation if rotate else centred, 4, grid_dtype(dtype))
     got = out[:, :, 2:7]
     assert (out[:, :, :2] == 0).all()
     assert (out[:, :, 7:] == 0).all()
@@ -112,13 +129,14 @@ def test_rows_are_written_as_specified(n, dtype, device):
     assert float((back - meant).norm() / meant.norm()) < 0.01
 
 
-def test_what_is_not_finite_stays_so(device):
+@pytest.mark.parametrize("rotate", [False, True])
+def test_what_is_not_finite_stays_so(rotate, device):
     from optimum_freeact.kernels import kv_write_triton
 
     states = torch.randn(1, 1, 3, 64)
     states[0, 0, 1, 5], states[0, 0, 2, 6] = float("nan"), float("inf")
     states = states.to(device)
-    rows = CacheRows(torch.empty(0), torch.float16)
+    rows = CacheRows(torch.empty(0), torch.float16, rotation=a_rotation(64, device) if rotate else None)
     start = torch.zeros(1, dtype=torch.int32, device=device)
     rows.data = torch.zeros(1, 1, 3, 36, dtype=torch.uint8, device=device)
     kv_write_triton.write_rows(states, rows, start, 0, rows.data)

@@ -69,7 +69,7 @@ x = torch.zeros(2048, 4096, dtype=torch.bfloat16)
 for rank, group in ((0, 0), (24, 0), (48, 16)):
     tables = input_side(4096, rank=rank, channel=False, group=group).tables
     weight = random_weight(512, 4096, rank=rank, n_bias=2, group=2 * group)
-    weight = weight._replace(type_columns=type_columns(weight.type_bias))
+    weight = weight._replace(type_columns=type_columns(weight.type_bias, weight.low_rank is not None))
     for n in (1, 16, 2048):
         twice(lambda: rounding_triton.round_rows(x[:n], types[:n], tables), 3)
         if tables.one_pass:

@@ -28,10 +28,7 @@ def check(d, n, dtype=torch.bfloat16, launch=None, **side_options):
     got = rounded(side, x, types, **(launch or {}))
     assert (got.codes.int() - exact.codes.int()).abs().max() <= 1
     assert torch.equal(got.stats[2], got.codes.sum(1).float())
-    exact = reference.marked(exact, types, 0, 0 if side.tables.mean is None else len(side.clip), side.tables.branch)
-    assert (got.branch is None) == (exact.branch is None)
-    if got.branch is not None:
-        assert torch.equal(got.branch, exact.branch.float())
+    assert got.branch is None  # products choose biases by the types themselves
     errors = [float((values(rows) - values(exact)).norm() / values(exact).norm()) for rows in (own, got)]
     assert errors[1] <= 2 * errors[0]
     assert errors[1] < 0.03
@@ -168,4 +165,4 @@ def test_what_fails_gives_way_in_turn(device, monkeypatch):
     assert set(ops.failures()) == {"round_pass_hopper[8x12]", "round_pass[8x12]", "round_rows[8x12]"}
     want = reference.round_rows(x.cpu().float(), types.cpu(), side.found, side.clip, 4, False, side.tables.branch)
     assert (codes.cpu() != want.codes).float().mean() < 0.01
-    assert torch.equal(branch.cpu(), reference.marked(want, types.cpu(), 0, 2, side.tables.branch).branch)
+    assert branch.shape == (3, 0)

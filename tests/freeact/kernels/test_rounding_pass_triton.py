@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_freeact.kernels import ops, reference
-from tests.freeact.kernels.cases import input_side, means_of, rows_of, to
+from tests.freeact.kernels.cases import input_side, rows_of, to
 
 
 def values(rows):
@@ -32,10 +32,7 @@ def own_and_kernel_error(device, d, n, dtype=torch.bfloat16, launch=None, **side
     got = rounded(side, x, types, device, **(launch or {}))
     assert (got.codes.int() - exact.codes.int()).abs().max() <= 1
     torch.testing.assert_close(got.stats[2], got.codes.sum(1).float())
-    exact = reference.marked(exact, types, 0, means_of(side.tables), side.tables.branch)
-    assert (exact.branch is None) == (got.branch is None)
-    if exact.branch is not None:
-        assert torch.equal(got.branch, exact.branch.float())
+    assert got.branch is None  # products choose biases by the types themselves
     return [float((values(r) - values(exact)).norm() / values(exact).norm()) for r in (own, got)]
 
 
@@ -84,7 +81,7 @@ def test_programs_go_through_rows(device, launch):
     side = input_side(96, rank=0)
     x, types = rows_of(10, 96)
     for one, other in zip(rounded(side, x, types, device, **launch), rounded(side, x, types, device), strict=True):
-        assert torch.equal(one, other)
+        assert one is other is None or torch.equal(one, other)
 
 
 def test_codes_are_those_of_three_launches_but_for_edges(device):
@@ -95,7 +92,7 @@ def test_codes_are_those_of_three_launches_but_for_edges(device):
     one = rounded(side, x, types, device)
     three = to(rounding_triton.round_rows(x.to(device), types.to(device), to(side.tables, device)), "cpu")
     assert (one.codes != three.codes).float().mean() < 0.01
-    assert torch.equal(one.branch, three.branch)
+    assert one.branch is three.branch is None
     torch.testing.assert_close(one.stats[:2], three.stats[:2], rtol=2e-3, atol=2e-3)
 
 

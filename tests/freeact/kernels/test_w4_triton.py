@@ -27,7 +27,7 @@ def product(name):
 
 def both(device, name, rows, types, weight, **options):
     rank, n_bias = (0 if t is None else t.shape[d] for t, d in ((weight.low_rank, 1), (weight.type_bias, 0)))
-    rows = reference.marked(rows, types, rank, n_bias, 16)
+    rows = reference.marked(rows, types, rank, n_bias)
     got = product(name)(
         to(rows, device), None if types is None else types.to(device), to(weight, device), torch.float32, **options
     )
@@ -144,14 +144,27 @@ def test_digits_of_a_types_biases_are_what_they_add():
     """Two bytes a number and a power of two for all: within a part in thirty thousand of the largest."""
     generator = torch.Generator().manual_seed(0)
     bias = torch.randn(4, 300, generator=generator) * torch.tensor([1.0, 1e-3, 0.0, 5e4])[:, None]
-    columns = reference.type_columns(bias)
+    columns = reference.type_columns(bias, True)
     assert columns.dtype == torch.int8
     assert columns.shape == (301, 6)
     found = torch.ldexp(columns[:-1].double(), columns[-1].double()).unflatten(1, (3, 2)).sum(2)
     change = (bias[1:] - bias[0]).mT.double()
     assert ((found - change).abs().amax(0) <= change.abs().amax(0) / 30000).all()
-    assert reference.type_columns(bias[:1]) is None
-    assert (reference.type_columns(torch.zeros(2, 8))[:-1] == 0).all()
+    assert reference.type_columns(bias[:1], True) is None
+    assert (reference.type_columns(torch.zeros(2, 8), True)[:-1] == 0).all()
+
+
+def test_columns_without_a_branch_add_up_to_the_change():
+    """Two numbers of eight bits each: within a part in sixty thousand of each number."""
+    bias = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    columns = reference.type_columns(bias, False)
+    assert columns.dtype == torch.bfloat16
+    assert columns.shape == (300, 16)
+    assert (columns[:, 6:] == 0).all()
+    change = (bias[1:] - bias[0]).mT.double()
+    found = columns[:, :6].double().unflatten(1, (3, 2)).sum(2)
+    assert ((found - change).abs() <= change.abs() / 60000).all()
+    assert reference.type_columns(bias[:1], False) is None
 
 
 def test_a_branch_is_widened_to_fours_with_zeros():

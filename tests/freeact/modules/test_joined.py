@@ -27,7 +27,7 @@ def as_on_a_gpu(monkeypatch):
         made = ops.InputTables(**tensors, **sizes)
         asked = (made.clip, made.bits, made.symmetric, made.branch)
         rows = reference.round_rows(x, types, made.input_map(), *asked, group=made.group)
-        rows = reference.marked(rows, types, made.rank, 2, made.branch)
+        rows = reference.marked(rows, types, made.rank, 2)
         return rows._replace(branch=x.new_zeros(len(x), 0) if rows.branch is None else rows.branch)
 
     calls = []
