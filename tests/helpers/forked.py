@@ -8,8 +8,10 @@ of its own (`quantized.fresh_python`).
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -163,10 +165,12 @@ def become(asked: dict) -> None:
 def prepare() -> None:
     """Import what every process would; whether it may be forked afterwards is seen."""
     for name in IMPORTED:
-        __import__(name)
+        with contextlib.suppress(ImportError):  # not everybody installs all of them
+            importlib.import_module(name)
     loaded = {name.partition(".")[0] for name in sys.modules}
     assert not loaded & {*OURS, *LATER}, loaded & {*OURS, *LATER}
-    assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
+    threads = Path("/proc/self/task")
+    assert not threads.is_dir() or len(list(threads.iterdir())) == 1, "threads do not survive a fork"
     gc.freeze()
 
 
