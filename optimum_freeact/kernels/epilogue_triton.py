@@ -117,7 +117,7 @@ def branch_of_weight(
 def branch_of_rows(
     branch_ptr, types_ptr, tokens, n, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr
 ):  # fmt: skip
-    """The rows' coordinates and marks, (PR, tokens); without coordinates their types (tokens), of which [`add_branch`] makes marks
+    """The rows' coordinates and marks, (PR, tokens); without coordinates their types (tokens), of which [`marks_of`] makes marks
     once all else has been asked for.
     """
     found = tokens
@@ -130,8 +130,18 @@ def branch_of_rows(
 
 
 @triton.jit
+def marks_of(types, n_bias, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr):
+    """Marks (PR, tokens) of rows without coordinates (`reference.marked`); else what was given."""
+    found = types
+    if RANK == 0 and MARKS > 0:
+        kind = tl.minimum(types.to(tl.int32), n_bias - 1)
+        found = tl.where(((tl.arange(0, PR) >> 1) + 1)[:, None] == kind[None, :], 1.0, 0.0).to(tl.bfloat16)
+    return found
+
+
+@triton.jit
 def add_branch(
-    y, of_weight, right, n_bias, RANK: tl.constexpr, MARKS: tl.constexpr, PR: tl.constexpr, DOT: tl.constexpr
+    y, of_weight, right, RANK: tl.constexpr, MARKS: tl.constexpr, DOT: tl.constexpr
 ):  # fmt: skip
     """Y (outs, tokens) plus the low-rank branch, and how much the biases of further types differ from the first's.
 
@@ -147,9 +157,7 @@ def add_branch(
         y = tl.dot(left.to(DOT), lower.to(DOT), y)
         y = tl.dot(left.to(DOT), upper.to(DOT), y)
     elif MARKS > 0:
-        kind = tl.minimum(right.to(tl.int32), n_bias - 1)
-        marks = tl.where(((tl.arange(0, PR) >> 1) + 1)[:, None] == kind[None, :], 1.0, 0.0)
-        y = tl.dot(numbers.to(DOT), marks.to(tl.bfloat16).to(DOT), y)
+        y = tl.dot(numbers.to(DOT), right.to(DOT), y)
     return y
 
 

@@ -20,6 +20,7 @@ from optimum_freeact.kernels.epilogue_triton import (
     branch_of_rows,
     branch_of_weight,
     further_types,
+    marks_of,
     room_for_parts,
     scale_outputs,
     scales_of,
@@ -103,6 +104,9 @@ def _w4_groups(
         qscale = tl.load(qscale_ptr + outs, mask=outs < m, other=0.0)
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
         of_weight = branch_of_weight(low_rank_ptr, scales, columns_ptr, outs, m, RANK, MARKS, PR)
+        if RANK == 0:
+            types = branch_of_rows(branch_ptr, types_ptr, tokens, n, RANK, MARKS, PR)
+            right = marks_of(types, n_bias, RANK, MARKS, PR)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -134,18 +138,20 @@ def _w4_groups(
             return
     # all that is still missing is asked for at once, before any of it is looked at; last what goes through shared memory, which waits
     scale = tl.load(scale_ptr + tokens, mask=tokens < n, other=0.0)
-    right = branch_of_rows(branch_ptr, types_ptr, tokens, n, RANK, MARKS, PR)
+    if RANK > 0 or not EARLY:
+        right = branch_of_rows(branch_ptr, types_ptr, tokens, n, RANK, MARKS, PR)
     if not EARLY:
         qscale = tl.load(qscale_ptr + outs, mask=outs < m, other=0.0)
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
         of_weight = branch_of_weight(low_rank_ptr, scales, columns_ptr, outs, m, RANK, MARKS, PR)
+        right = marks_of(right, n_bias, RANK, MARKS, PR)
     if SPLIT > 1:
         acc = tl.zeros((BN, BM), tl.float32)
         for other in range(SPLIT):  # in their order, so that the sum does not depend on who came last
             acc += tl.load(partial_ptr + (other * m_blocks * BN * BM + here), cache_modifier=".cg")
     y = acc * scale[None, :] * qscale[:, None]
     y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
-    y = add_branch(y, of_weight, right, n_bias, RANK, MARKS, PR, DOT)
+    y = add_branch(y, of_weight, right, RANK, MARKS, DOT)
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 

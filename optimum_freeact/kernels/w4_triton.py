@@ -22,6 +22,7 @@ from optimum_freeact.kernels.epilogue_triton import (
     branch_of_rows,
     branch_of_weight,
     further_types,
+    marks_of,
     room_for_parts,
     scale_outputs,
     scaled,
@@ -90,6 +91,9 @@ def _w4_linear(
         qscale, row_sum = of_outputs(qscale_ptr, row_sum_ptr, outs, m)
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
         of_weight = branch_of_weight(low_rank_ptr, scales, columns_ptr, outs, m, RANK, MARKS, PR)
+        if RANK == 0:
+            types = branch_of_rows(branch_ptr, types_ptr, tokens, n, RANK, MARKS, PR)
+            right = marks_of(types, n_bias, RANK, MARKS, PR)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -117,18 +121,20 @@ def _w4_linear(
     scale = tl.load(stats_ptr + tokens, mask=is_token, other=0.0)
     offset = tl.load(stats_ptr + n + tokens, mask=is_token, other=0.0)
     total = tl.load(stats_ptr + 2 * n + tokens, mask=is_token, other=0.0)
-    right = branch_of_rows(branch_ptr, types_ptr, tokens, n, RANK, MARKS, PR)
+    if RANK > 0 or not EARLY:
+        right = branch_of_rows(branch_ptr, types_ptr, tokens, n, RANK, MARKS, PR)
     if not EARLY:
         qscale, row_sum = of_outputs(qscale_ptr, row_sum_ptr, outs, m)
         biases = biases_of(bias_ptr, types_ptr, tokens, outs, n, m, HAS_BIAS, KINDS)
         of_weight = branch_of_weight(low_rank_ptr, scales, columns_ptr, outs, m, RANK, MARKS, PR)
+        right = marks_of(right, n_bias, RANK, MARKS, PR)
     if SPLIT > 1:
         acc = tl.zeros((BN, BM), tl.int32)
         for other in range(SPLIT):
             acc += tl.load(partial_ptr + (other * m_blocks * BN * BM + here), cache_modifier=".cg")
     y = scaled(acc - 8 * total.to(tl.int32)[None, :], scale, offset, row_sum, qscale)
     y = add_bias(y, biases, bias_ptr, types_ptr, tokens, outs, n, m, n_bias, HAS_BIAS, KINDS)
-    y = add_branch(y, of_weight, right, n_bias, RANK, MARKS, PR, DOT)
+    y = add_branch(y, of_weight, right, RANK, MARKS, DOT)
     store_outputs(y_ptr, y, tokens, outs, n, m)
 
 

@@ -43,3 +43,23 @@ def test_bits_do_not_depend_on_the_neighbours_types(monkeypatch, device, n, d, m
         assert int((y[mine] != mixed[3][mine]).sum()) == 0
     again = outputs(x, types, tables, weight)
     assert all(torch.equal(*pair) for pair in zip(mixed, again, strict=True))
+
+
+@pytest.mark.parametrize("rank", [0, 24])
+@pytest.mark.parametrize(
+    ("n", "d", "m"), [(280, 96, 40), *([(2050, 576, 1536), (2050, 1536, 576)] if ON_GPU else [])], ids=str
+)
+def test_bits_do_not_depend_on_how_many_neighbours_there_are(monkeypatch, device, n, d, m, rank):
+    """A kernel compiled for other numbers of rows (a multiple of sixteen or not) does its sums in the same order."""
+    monkeypatch.setattr(ops, "_failed", {})
+    monkeypatch.setattr(ops, "_attempt", lambda name, kernel, fallback: kernel())
+    side = input_side(d, rank=rank, n_types=3, channel=False)
+    tables = to(side.tables, device)
+    weight = to(random_weight(m, d, rank=rank, n_bias=3), device)
+    x, types = (t.to(device) for t in rows_of(n, d, 3))
+    every = outputs(x, types, tables, weight)
+    for chosen in (types == 1, torch.arange(n, device=device) < n - n % 16 - 16):
+        some = outputs(x[chosen], types[chosen], tables, weight)
+        assert torch.equal(some[0], every[0][chosen])
+        assert torch.equal(some[1], every[1][:, chosen])
+        assert int((some[3] != every[3][chosen]).sum()) == 0
