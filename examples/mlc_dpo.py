@@ -36,6 +36,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     train, test = load(40, skip=0), load(15, skip=1)
+    print("Scoring the model as it is ...", flush=True)
     before = evaluate_model(model, tokenizer, test)
     with tempfile.TemporaryDirectory() as scratch:
         args = MLCDPOConfig(
@@ -45,6 +46,7 @@ def main() -> None:
             model, args=args, train_dataset=train, processing_class=tokenizer, peft_config=adapter()
         )
         trainer.train()
+    print("Scoring it again ...", flush=True)
     show(before, evaluate_model(trainer.model, tokenizer, test))
 
 

@@ -35,7 +35,6 @@ SETTINGS = {
     "report_to": "none",
     "save_strategy": "no",
     "logging_steps": 10,
-    "disable_tqdm": True,
     "seed": 0,
 }
 

@@ -37,6 +37,7 @@ def main() -> None:
     train, _ = load(20, skip=0)
     held_out, wrong = load(10, skip=1)
     test = held_out.rename_column("completion", "chosen").add_column("rejected", wrong)
+    print("Scoring the model as it is ...", flush=True)
     before = evaluate_model(model, tokenizer, test)
     with tempfile.TemporaryDirectory() as scratch:
         args = MLCSFTConfig(
@@ -46,6 +47,7 @@ def main() -> None:
             model, args=args, train_dataset=train, processing_class=tokenizer, peft_config=adapter()
         )
         trainer.train()
+    print("Scoring it again ...", flush=True)
     show(before, evaluate_model(trainer.model, tokenizer, test))
 
 

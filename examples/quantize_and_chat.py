@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from optimum_freeact import FreeActConfig, score_text, tokenize_windows  # noqa: E402
+from tools.arguments import existing  # noqa: E402
 from tools.assets import fetch, fetch_prose  # noqa: E402
 
 
@@ -40,8 +41,8 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; everything has a default."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="less calibration and evaluation, one prompt")
-    parser.add_argument("--model", type=Path, help="a model's folder (default: SmolLM2-135M-Instruct, fetched)")
-    parser.add_argument("--text", type=Path, help="a text file (default: the Debian handbook or the Brown corpus)")
+    parser.add_argument("--model", type=existing, help="a model's folder (default: SmolLM2-135M-Instruct, fetched)")
+    parser.add_argument("--text", type=existing, help="a text file (default: the Debian handbook or the Brown corpus)")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "quantize_and_chat", help="where to save")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens a calibration sample (default %(default)s)")
     parser.add_argument("--window", type=int, default=1024, help="tokens an evaluation window (default %(default)s)")

@@ -30,15 +30,18 @@ from optimum_freeact import FreeActConfig  # noqa: E402
 from optimum_freeact.calibration.masking import mask_samples  # noqa: E402
 from optimum_freeact.models.denoise import denoise  # noqa: E402
 from optimum_freeact.report.type_report import measure_types, write_report  # noqa: E402
+from tools.arguments import existing  # noqa: E402
 from tools.assets import fetch, fetch_prose  # noqa: E402
 
 
 def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; everything has a default."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a masked-diffusion model's folder (default: adapt one)")
-    parser.add_argument("--source", type=Path, help="the autoregressive model to adapt (default: SmolLM2, fetched)")
-    parser.add_argument("--text", type=Path, help="a text file (default: the Debian handbook or the Brown corpus)")
+    parser.add_argument("--model", type=existing, help="a masked-diffusion model's folder (default: adapt one)")
+    parser.add_argument(
+        "--source", type=existing, help="the autoregressive model to adapt (default: SmolLM2, fetched)"
+    )
+    parser.add_argument("--text", type=existing, help="a text file (default: the Debian handbook or the Brown corpus)")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "quantize_diffusion_lm", help="where to save")
     parser.add_argument("--train-seconds", type=float, default=240.0, help="of adapting (default %(default)s)")
     parser.add_argument("--mask-id", type=int, default=diffusion.MASK_ID, help="id of [MASK] when adapting")

@@ -29,15 +29,16 @@ from benchmarks.token_types.scenes import HEAD, Scenes  # noqa: E402
 from benchmarks.token_types.vision_world import IMAGE_ID  # noqa: E402
 from optimum_freeact import FreeActConfig  # noqa: E402
 from optimum_freeact.report.type_report import measure_types, write_report  # noqa: E402
+from tools.arguments import existing  # noqa: E402
 from tools.assets import fetch  # noqa: E402
 
 
 def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; everything has a default."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a model's folder (default: make one)")
-    parser.add_argument("--source", type=Path, help="the language model to start from (default: SmolLM2, fetched)")
-    parser.add_argument("--pictures", type=Path, help="the pictures (default: fetched)")
+    parser.add_argument("--model", type=existing, help="a model's folder (default: make one)")
+    parser.add_argument("--source", type=existing, help="the language model to start from (default: SmolLM2, fetched)")
+    parser.add_argument("--pictures", type=existing, help="the pictures (default: fetched)")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "quantize_vlm", help="where to save")
     parser.add_argument("--train-seconds", type=float, default=240.0, help="of making it (default %(default)s)")
     parser.add_argument("--image-id", type=int, default=IMAGE_ID, help="id of an image's placeholder")

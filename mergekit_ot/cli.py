@@ -20,10 +20,14 @@ from mergekit_ot.anchors import CalibrationError
 from mergekit_ot.bundle import BundleError, load_bundle
 from mergekit_ot.compatibility import table
 from mergekit_ot.pipeline import check_recipe, merge_recipe, plan_recipe
-from mergekit_ot.recipe import RecipeError, load_recipe
+from mergekit_ot.recipe import PARAMETER_KEYS, RecipeError, load_recipe
+from mergekit_ot.settings import Calibration, field_names
 from mergekit_ot.solvers import NotConvergedError
 from mergekit_ot.structure import UnsupportedModelError
 
+
+#: What stands in a recipe, where some look for an option, and below which key.
+KEYS = dict.fromkeys(PARAMETER_KEYS, "parameters") | dict.fromkeys(field_names(Calibration), "calibration")
 
 #: Errors that say all a user needs; anything else is a defect and keeps its traceback.
 EXPECTED = (
@@ -183,7 +187,10 @@ def main(arguments: list[str] | None = None) -> int:
             error.show()
             return error.exit_code
         place = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "mergekit-ot"
-        click.echo(f"{place}: {' '.join(error.format_message().split())} (see {place} --help)", err=True)
+        said = " ".join(error.format_message().split())
+        if isinstance(error, click.NoSuchOption) and (name := error.option_name.strip("-").replace("-", "_")) in KEYS:
+            said = f"{error.option_name} is no option: write {name!r} below {KEYS[name]!r} in the recipe."
+        click.echo(f"{place}: {said} (see {place} --help)", err=True)
         return error.exit_code
     except click.Abort:
         click.echo("interrupted", err=True)

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import torch
 
+from optimum_freeact.numerics.finite import all_finite
+
 
 def loudness_weights(rows: torch.Tensor, limit: float | None, usual: torch.Tensor | None = None) -> torch.Tensor:
     """How much each of some rows of one type counts, shape `(n,)`.
@@ -166,7 +168,7 @@ class Moments:
 
     def is_finite(self) -> bool:
         """Whether no NaN or inf was seen."""
-        return bool(torch.isfinite(self.sum).all() and torch.isfinite(self.second).all())
+        return all_finite(self.sum) and all_finite(self.second)
 
     def _overall(self, sums: torch.Tensor) -> torch.Tensor:
         return (sums + self.shift * self.weight[:, None]).sum(0) / self.weight.sum()

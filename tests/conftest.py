@@ -14,20 +14,28 @@ if not torch.cuda.is_available():  # Triton decides when it is first imported, w
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-#: Files that take long for the number of their tests. They begin first, or one worker would end alone with them.
+#: Files that take long, for their number of tests or for one of them; longest first. One worker would end alone with them.
 LONG = (
-    "test_journey.py",
+    "test_accuracy_benchmark.py",
+    "test_families.py",
     "test_lm_eval.py",
-    "test_kills.py",
-    "test_ddp.py",
     "test_real_model.py",
-    "test_trust.py",
-    "test_disk.py",
-    "test_notebooks.py",
     "test_kv_packed.py",
-    "test_adaptation_benchmark.py",
+    "test_mixed_batches.py",
+    "test_trust.py",
+    "test_pipeline.py",
+    "test_two_stacks.py",
+    "test_groups_triton.py",
+    "test_layering.py",
+    "test_kills.py",
+    "test_documentation.py",
+    "test_push_to_hub.py",
+    "test_ddp.py",
+    "test_trainers.py",
+    "test_quantizer.py",
+    "test_fresh_process.py",
     "test_determinism.py",
-    "test_types.py",
+    "test_journey.py",
 )
 
 

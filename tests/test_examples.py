@@ -87,3 +87,19 @@ def test_quantize_vlm_on_a_tiny_model(tiny_chat_model, tmp_path, capsys):
     assert "top" in shown or "bottom" in shown
     assert f"{rows['W4A4KV4']['caption_nll']:.3f}" in shown
     assert "| image |" in (tmp_path / "out" / "page" / "token_types.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("quantize_and_chat", "--model"), ("quantize_and_chat", "--text"), ("quantize_vlm", "--pictures"),
+        ("quantize_diffusion_lm", "--source"), ("journey/run", "--donor"), ("journey/run", "--rows"),
+    ],
+)  # fmt: skip
+def test_a_missing_file_is_said_in_one_line_before_any_work(name, option, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        example(name).main([option, str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr()
+    assert f"argument {option}: there is no file or folder" in said.err.splitlines()[-1]
+    assert said.out == ""
+    assert not (tmp_path / "out").exists()

@@ -7,7 +7,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers.quantized import fresh_python, quantized
+from tests.helpers import forked
+from tests.helpers.quantized import quantized
 from tests.helpers.tiny_models import tiny_tokenizer
 
 
@@ -54,7 +55,7 @@ def evaluate(model, folder, through: tuple[str, ...]) -> float:
         str(folder / "out"),
     ]
     module, *before = *through, "lm_eval"
-    run = fresh_python("", *(["-m", *before] if before else []), *words, module=module)
+    run = forked.run(*(["-m", *before] if before else []), *words, module=module)
     assert run.returncode == 0, run.stderr[-3000:]
     (found,) = (folder / "out").rglob("results*.json")
     return json.loads(found.read_text())["results"]["local_choices"]["acc,none"]

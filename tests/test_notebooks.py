@@ -2,13 +2,11 @@
 
 import ast
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from tests.conftest import asset_or_skip
+from tests.helpers import forked
 from tests.test_layering import ROOT
 
 
@@ -83,9 +81,5 @@ def test_its_cells_run_in_order(path, tiny_folder, tmp_path):
         assert old in code, f"{path.name} no longer says {old!r}"
         code = code.replace(old, new)
     (tmp_path / "program.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(tmp_path / "program.py")],
-        cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment, check=False,
-    )  # fmt: skip
+    run = forked.run(str(tmp_path / "program.py"), cwd=str(ROOT))
     assert run.returncode == 0, run.stderr[-3000:]

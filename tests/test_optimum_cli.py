@@ -1,37 +1,29 @@
 """`optimum-cli freeact ...`: Optimum finds our commands by itself, and pays nothing for them while it runs others."""
 
 import json
-import os
 import subprocess
-import sys
 
 import pytest
 from transformers import AutoConfig
 
 import optimum_freeact  # noqa: F401 - so that the configuration of a quantized model is known
+from tests.helpers import forked
+from tests.helpers.quantized import fresh_python
 from tests.helpers.tiny_models import tiny, tiny_tokenizer
-from tests.test_layering import ROOT
 
 
 pytest.importorskip("optimum.commands.optimum_cli", reason="optimum is not installed")
 START = "from optimum.commands.optimum_cli import main; main()"
 
 
-def optimum_cli(*words, code: str = START) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+def optimum_cli(*words) -> subprocess.CompletedProcess:
+    return forked.run(*map(str, words), code=START)
 
 
 def test_it_is_listed_without_loading_torch():
     """Optimum loads every plug-in's file for each of its commands."""
     code = f"import sys\ntry:\n    {START}\nfinally:\n    print('optimum_freeact' in sys.modules, file=sys.stderr)"
-    shown = optimum_cli("--help", code=code)
+    shown = fresh_python(code, "--help")
     assert shown.returncode == 0, shown.stderr
     assert "freeact" in shown.stdout
     assert shown.stderr.split()[-1] == "False"

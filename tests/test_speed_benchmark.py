@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from benchmarks.speed import claims as gpu
@@ -76,8 +77,6 @@ def test_the_roof_is_what_was_read_or_the_fastest_that_is_known():
 
 
 def test_a_read_reads_everything():
-    import pytest
-
     pytest.importorskip("triton")
     from benchmarks.speed.roof import BLOCK, read, reads
 
@@ -114,8 +113,6 @@ def test_a_row_measured_again_counts_once(tmp_path):
 
 def test_tuning_takes_the_settings_that_are_best_over_all_shapes():
     """Needs no GPU: times are made up; one candidate fails at a shape, dependent launches win or were not right."""
-    import pytest
-
     pytest.importorskip("triton")
     from benchmarks.speed import tune
 
@@ -168,8 +165,6 @@ def test_ways_of_attention_are_the_same():
 
 
 def test_weights_in_turn_exceed_what_was_asked_for(monkeypatch):
-    import pytest
-
     pytest.importorskip("triton")
     from benchmarks.speed import linear, roof
 
@@ -180,3 +175,27 @@ def test_weights_in_turn_exceed_what_was_asked_for(monkeypatch):
     for row in rows:
         of_weight = row["k"] * row["m"] * (2 if row["provider"] == "bf16" else 0.5)
         assert row["value"] * of_weight >= 1e6 * row["megabytes"] > (row["value"] - 1) * of_weight - 1
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 20])
+def test_few_tokens_fit_into_the_cache(tokens, tmp_path, monkeypatch):
+    from benchmarks.speed import model as whole
+
+    given = ["--provider", "bf16", "--run", "eager", "--shape", "tiny", "--prompt", "3", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", ["model", *given, "--tokens", str(tokens), "--out", str(tmp_path)])
+    whole.main()
+    rows = {row["metric"]: row["value"] for row in map(json.loads, (tmp_path / "model.jsonl").open())}
+    assert rows["decode_seconds"] > 0
+    assert rows["tokens"] >= 0
+
+
+def test_no_tokens_are_refused(tmp_path, monkeypatch, capsys):
+    from benchmarks.speed import model as whole
+
+    monkeypatch.setattr(
+        "sys.argv", ["model", "--provider", "bf16", "--shape", "tiny", "--tokens", "0", "--out", str(tmp_path / "new")]
+    )
+    with pytest.raises(SystemExit):
+        whole.main()
+    assert "--tokens 0" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()

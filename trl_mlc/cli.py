@@ -28,11 +28,16 @@ USAGE = """usage: trl-mlc {sft,dpo,evaluate,scan} [--config FILE.yaml] [options]
 `trl-mlc COMMAND --help` lists the options; a YAML file names them the same way. `trl-mlc --version` names versions."""
 
 
+def _named(name: str | None) -> str:
+    if not name:
+        raise ValueError("Name a model with --model_name_or_path.")
+    return name
+
+
 @contextmanager
 def _loading(name: str | None) -> Iterator[None]:
     """Say of a model that is neither a folder nor given by the hub that it is not here; hosts speak of connections."""
-    if not name:
-        raise ValueError("Name a model with --model_name_or_path.")
+    name = _named(name)
     try:
         yield
     except OSError as error:
@@ -69,6 +74,8 @@ def _load_model(options):
 
 def train(method: str, arguments: list[str]) -> None:
     """Run `sft` or `dpo`."""
+    import warnings
+
     from trl import ModelConfig, get_peft_config, get_quantization_config
 
     from trl_mlc.checkpoints import is_finished, last_checkpoint, save_whole
@@ -79,6 +86,8 @@ def train(method: str, arguments: list[str]) -> None:
     else:
         from trl_mlc.sft import MLCSFTConfig as config_class
         from trl_mlc.sft import MLCSFTTrainer as trainer_class
+    # TRL's own default wears an old name, of which transformers warns whatever one writes
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
     data_options, args, model_options = parse((TrainOptions, config_class, ModelConfig), arguments, method)
     loading = {
         "revision": model_options.model_revision,
@@ -118,11 +127,13 @@ def evaluate(arguments: list[str]) -> None:
         raise ValueError("--figure compares two reports; give the earlier one with --before.")
     check_paths(options)
     before = EvaluationReport.load(options.before) if options.before else None
+    _named(options.model_name_or_path)
+    rows = load_rows(options)
     model, tokenizer = _load_model(options)
     report = evaluate_model(
         model,
         tokenizer,
-        load_rows(options),
+        rows,
         anchor=options.anchor,
         languages=options.languages,
         layer=options.layer,
@@ -149,12 +160,14 @@ def scan(arguments: list[str]) -> None:
 
     (options,) = parse((ScanOptions,), arguments, "scan")
     check_paths(options)
+    _named(options.model_name_or_path)
+    table = load_rows(options)
     model, tokenizer = _load_model(options)
 
     class Reading:  # what encode_prompts_of needs of a trainer's arguments
         mlc_anchor, mlc_languages, mlc_max_length = options.anchor, options.languages, options.max_length
 
-    rows = encode_prompts_of(load_rows(options), tokenizer, Reading, LanguageTable(options.anchor))
+    rows = encode_prompts_of(table, tokenizer, Reading, LanguageTable(options.anchor))
     groups = complete_groups(list(rows), len(rows))
     scores = scan_layers(decoder_of(model), groups, options.poolings)
     print(f"{len(groups)} prompts, {len(groups[0])} languages, chance {1 / len(groups):.3f}")

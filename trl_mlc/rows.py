@@ -25,6 +25,10 @@ def load_rows(options: DataOptions):
     kind = KINDS.get(path.suffix)
     if kind is None and path.is_file():
         raise ValueError(f"{path} ends in {path.suffix!r}; rows are read from files that end in one of {list(KINDS)}.")
+    if (
+        kind is not None and not path.is_file() and not set("*?[:") & set(options.dataset_name)
+    ):  # a pattern, an address
+        raise ValueError(f"There is no file {path}; --dataset_name takes a file, a folder or a hub dataset.")
     try:
         if kind is not None:
             data = load_dataset(kind, data_files=str(path), split=options.dataset_split)

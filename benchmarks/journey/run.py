@@ -44,10 +44,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="the --out of examples/journey/run.py")
     parser.add_argument("--name", default="journey", help="name of the result file (default %(default)s)")
+    parser.add_argument("--busy", action="store_true", help="leave out the seconds, which other programs disturbed")
     parser.add_argument("--machine", help="where the journey ran, if not here")
     options = parser.parse_args()
     settings = json.loads((options.folder / "settings.json").read_text(encoding="utf-8"))
     rows = [{**row, "scale": settings["scale"], "device": settings["device"]} for row in rows_of(options.folder)]
+    rows = [row for row in rows if not (options.busy and row["metric"] == "seconds")]
     commands = settings["command"] + "; " + command_line()
     print(write(options.name, rows, "benchmarks.journey.claims", commands, [0], machine=options.machine))
 

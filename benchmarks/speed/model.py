@@ -28,6 +28,7 @@ from benchmarks.speed.timing import quiet
 
 
 RUNS = ("memory", "eager", "graph", "parts", "compile", "compile-pdl")
+WARM, SAID = 4, 16  # tokens before those that are timed; tokens by which two ways to run are compared
 
 
 class Meter:
@@ -114,6 +115,10 @@ def main() -> None:
     parser.add_argument("--skip-compiled-prefill", action="store_true")
     parser.add_argument("--kernels", action="store_true", help="print what runs on the GPU")
     args = parser.parse_args()
+    if min(args.prompt, args.tokens, args.rounds) < 1:
+        parser.error(
+            f"--prompt {args.prompt}, --tokens {args.tokens}, --rounds {args.rounds}: each must be at least 1"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.run == "compile-pdl":
         inductor = importlib.import_module("torch._inductor.config").triton
@@ -144,7 +149,7 @@ def main() -> None:
         meter("weight_bytes", torch.cuda.memory_allocated())
         torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(0, config.vocab_size, (1, args.prompt), device=device)
-    cache = StaticCache(config=config, max_cache_len=args.prompt + args.tokens + 8)
+    cache = StaticCache(config=config, max_cache_len=args.prompt + max(WARM + args.tokens, SAID) + 4)
     positions = torch.arange(args.prompt, device=device)[None]
 
     def prefill():
@@ -180,7 +185,7 @@ def main() -> None:
         cache.reset()
         prefill()
         where.fill_(args.prompt)
-        for _ in range(4):
+        for _ in range(WARM):
             token.copy_(call(token, where)[:, -1:].argmax(-1))
             where.add_(1)
         synchronize(device)
@@ -191,7 +196,7 @@ def main() -> None:
         synchronize(device)
         found.append((time.perf_counter() - start) / args.tokens)
 
-    def said(call, count: int = 16) -> int:
+    def said(call, count: int = SAID) -> int:
         """A sum over some tokens, by which to see whether two ways to run agree."""
         cache.reset()
         prefill()

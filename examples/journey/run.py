@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tools.arguments import existing  # noqa: E402
 from tools.assets import fetch, fetch_prose  # noqa: E402
 
 
@@ -32,13 +33,13 @@ LANGUAGES = ("de", "es", "fr")
 def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; everything has a default."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", type=Path, help="model that is written (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--donor", type=Path, help="model that gives (default: Qwen2.5-0.5B-Instruct)")
+    parser.add_argument("--target", type=existing, help="model that is written (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--donor", type=existing, help="model that gives (default: Qwen2.5-0.5B-Instruct)")
     parser.add_argument(
-        "--text", type=Path, help="text for plans, calibration and scores (default: handbook or Brown)"
+        "--text", type=existing, help="text for plans, calibration and scores (default: handbook or Brown)"
     )
     parser.add_argument(
-        "--rows", type=Path, help="preference rows with prompt_translations (default: from CLDR names)"
+        "--rows", type=existing, help="preference rows with prompt_translations (default: from CLDR names)"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "journey", help="folder of all steps")
     parser.add_argument(
@@ -132,8 +133,8 @@ def align(model: Path, folder: Path, options: argparse.Namespace) -> Path:
     # more steps are smaller ones: it is not to go further, which costs likelihood, but with less noise
     rate = 5e-4 / options.scale
     words = f"""--output_dir {folder / "2-adapter"} --max_steps {30 * options.scale} --learning_rate {rate} --mlc_every 1
-        --per_device_train_batch_size 8 --mlc_weight 1 --mlc_center true --mlc_repulsion 1 --mlc_extractor_dim 0
-        --mlc_scan_prompts 24 --use_peft --lora_r 16 --lora_target_modules all-linear --report_to none --logging_steps 4
+        --per_device_train_batch_size 8 --mlc_weight 1 --mlc_center common --mlc_signed true --mlc_contrast 1
+        --mlc_anchor_detached true --mlc_extractor_dim 0 --mlc_scan_prompts 24 --warmup_steps 3 --use_peft --lora_r 16 --lora_target_modules all-linear --report_to none --logging_steps 4
         --gradient_checkpointing false --dtype float32 --save_steps {10 * options.scale} --resume_from_checkpoint last"""
     words += " --bf16 false --use_cpu" if options.device == "cpu" else ""
     run("trl_mlc.cli", "dpo", "--model_name_or_path", model, "--dataset_name", data, *words.split())

@@ -4,6 +4,7 @@ python examples/merge/prepare.py code        # both models and code text, for co
 python examples/merge/prepare.py relative    # a short fine-tune of SmolLM2-135M on a handbook (else Brown), then widened twofold
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -78,7 +79,11 @@ def finetune(model, tokenizer, lines: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in (["code"], ["relative"]):
-        sys.exit("usage: prepare.py code | relative")
+    makers = {"code": code, "relative": relative}
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "what", choices=makers, help="the models and texts of code.yml and stock.yml, or of relative.yml"
+    )
+    make = makers[parser.parse_args().what]
     WORK.mkdir(exist_ok=True)
-    {"code": code, "relative": relative}[sys.argv[1]]()
+    make()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.experts import find_experts, stand_ins
 from optimum_freeact.modules.layout import block_linears, find_blocks, is_excluded
 from optimum_freeact.modules.surgery import check_linear, resolve_group_sizes
+from optimum_freeact.numerics.finite import all_finite
 
 
 def check_model(model: nn.Module, config: FreeActConfig) -> None:
@@ -56,7 +56,7 @@ def check_finite(model: nn.Module) -> None:
         `ValueError`: naming the first such tensor.
     """
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not tensor.is_meta and not all_finite(tensor):
             raise ValueError(
                 f"The weight {name!r} holds NaN or inf: repair the model, or fetch it again, before quantizing. Leaving "
                 "the module out does not help, since all that reads its output would be NaN."

@@ -25,6 +25,7 @@ from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.experts import FreeActExperts, plain_weights
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.moments import Moments
+from optimum_freeact.numerics.finite import all_finite
 from optimum_freeact.transforms.affine_map import InputMap, pick
 from optimum_freeact.transforms.correction import shrunk_weight
 from optimum_freeact.transforms.fit import fit_map, gather_statistics
@@ -196,7 +197,7 @@ def fit_experts(
     """Replace a block's experts by quantized ones, fitted; `make` makes them empty."""
     plain = block.get_submodule(name)
     for parameter_name, parameter in plain.named_parameters(recurse=False):
-        if not torch.isfinite(parameter).all():
+        if not all_finite(parameter):
             raise ValueError(
                 f"The weight of '{prefix}.{name}.{parameter_name}' holds NaN or inf: repair it before quantizing."
             )

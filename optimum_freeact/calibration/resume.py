@@ -16,6 +16,7 @@ from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.experts import FreeActExperts
 from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.numerics.finite import all_finite
 
 
 def fingerprint(config: FreeActConfig, samples: torch.Tensor, model: nn.Module) -> str:
@@ -84,7 +85,7 @@ class BlockStore:
         except RuntimeError as error:
             raise damaged(self._path(index), error) from None
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not all_finite(tensor):
                 raise damaged(self._path(index), f"{name!r} holds NaN or inf")
 
     @staticmethod

@@ -16,6 +16,7 @@ from optimum_freeact.modules.experts import FreeActExperts
 from optimum_freeact.modules.kv_buffers import NAME as CACHE_NAME
 from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.linear import FreeActLinear
+from optimum_freeact.numerics.finite import all_finite
 
 
 def check_checkpoint(files: list[str] | None) -> dict[str, str]:
@@ -165,7 +166,7 @@ def check_loaded(model: nn.Module, expected: dict[str, tuple[int, ...]]) -> None
             continue
         if not getattr(tensor, "_is_hf_initialized", False):
             missing.append(name)
-        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        elif tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(f"The checkpoint's tensor {name!r} holds NaN or inf: it is damaged.")
     if missing:
         raise ValueError(

@@ -31,17 +31,25 @@ ROUNDING_ERROR = 0.05
 PRODUCT_ERROR = 0.01  # outputs are bfloat16, whose own rounding is 0.002
 
 
+def _on(index: int | None, compare: Callable) -> tuple[str | None, str | None]:
+    """What a comparison on a CUDA device says, and the error that ended it. A full GPU says nothing of a kernel: that is raised."""
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    try:
+        with torch.no_grad(), torch.cuda.device(device):
+            return compare(device), None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler raises
+        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
 @cache
 @torch.compiler.assume_constant_result
 def groups_obstacle(index: int | None, special: Callable) -> str | None:
     """Why the kernels for groups are not to be used on a CUDA device, or `None`; `special` as in [`disagreement`]."""
-    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
-    try:
-        with torch.no_grad(), torch.cuda.device(device):
-            found = disagreement(device, special)
-    except Exception as error:  # whatever a compiler raises
-        first = str(error).strip().partition("\n")[0][:200]
-        return f"the kernels for groups do not run on this GPU ({type(error).__name__}: {first})"
+    found, error = _on(index, lambda device: disagreement(device, special))
+    if error is not None:
+        return f"the kernels for groups do not run on this GPU ({error})"
     return None if found is None else f"the kernels for groups disagree with torch on this GPU ({found})"
 
 
@@ -49,12 +57,8 @@ def groups_obstacle(index: int | None, special: Callable) -> str | None:
 @torch.compiler.assume_constant_result
 def pass_obstacle(index: int | None, module: str) -> str | None:
     """Why a module is not to round rows without a branch in one pass on a CUDA device, or `None`."""
-    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
-    try:
-        with torch.no_grad(), torch.cuda.device(device):
-            return pass_disagreement(device, module)
-    except Exception as error:  # whatever a compiler raises
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    found, error = _on(index, lambda device: pass_disagreement(device, module))
+    return error or found
 
 
 PASS_WIDTHS = {"rounding_pass_triton": WIDTH, "rounding_pass_hopper": 14336}  # 112 lines of a tile of 128
@@ -77,14 +81,14 @@ def pass_disagreement(device: torch.device, module: str, rows: tuple[int, ...] =
 @torch.compiler.assume_constant_result
 def stream_obstacle(index: int | None) -> str | None:
     """Why few rows are not to be multiplied by `w4_stream` on a Hopper GPU, or `None`."""
-    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
-    try:
+
+    def compare(device: torch.device) -> str | None:
         from optimum_freeact.kernels import w4_stream
 
-        with torch.no_grad(), torch.cuda.device(device):
-            return product_disagreement(device, w4_stream.w4_linear)
-    except Exception as error:  # whatever a compiler raises
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        return product_disagreement(device, w4_stream.w4_linear)
+
+    found, error = _on(index, compare)
+    return error or found
 
 
 def product_disagreement(device: torch.device, w4_linear: Callable, rows: tuple[int, ...] = (5, 16)) -> str | None:

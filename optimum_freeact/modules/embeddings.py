@@ -13,6 +13,7 @@ from torch import nn
 
 from optimum_freeact.kernels import ops
 from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module
+from optimum_freeact.numerics.finite import all_finite
 
 
 ALIGNMENT = 64  # bytes
@@ -25,7 +26,7 @@ def row_codes(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         `ValueError`: if the weight is not finite.
     """
-    if not weight.isfinite().all():
+    if not all_finite(weight):
         raise ValueError("The embeddings hold NaN or infinity, which have no 8-bit form: check the checkpoint.")
     scale = weight.detach().abs().amax(1, keepdim=True).float() / 127
     scale = torch.where(scale > 0, scale, torch.ones_like(scale)).to(weight.dtype)

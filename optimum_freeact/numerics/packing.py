@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import torch
 
+from optimum_freeact.numerics.finite import all_finite
+
 
 def _check_bits(bits: int) -> None:
     if bits not in (4, 8, 16):
@@ -48,7 +50,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     _check_bits(bits)
     if bits == 16:
         return codes.contiguous().view(torch.uint8)
-    if codes.is_floating_point() and not codes.isfinite().all():
+    if codes.is_floating_point() and not all_finite(codes):
         raise ValueError(
             f"{int((~codes.isfinite()).sum())} of {codes.numel()} codes are NaN or infinite and have no {bits}-bit form; "
             "the values that were quantized, or their scales, are not finite."

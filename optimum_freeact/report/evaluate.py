@@ -35,7 +35,10 @@ def tokenize_windows(
     needed = window * (n_windows or 1)
     if len(ids) < needed:
         skipped = f" after skipping {skip}" if skip else ""
-        raise ValueError(f"Evaluation needs {needed} tokens, the text has {len(ids)}{skipped}.")
+        raise ValueError(
+            f"Evaluation needs {needed} tokens, the text has {len(ids)}{skipped}. Give more text, or ask for fewer tokens or "
+            "shorter windows."
+        )
     whole = ids[: len(ids) // window * window].view(-1, window)
     return whole if n_windows is None else whole[:n_windows]
 

@@ -14,6 +14,7 @@ import torch
 
 from optimum_freeact.kernels.dispatch import triton_obstacle, wanted
 from optimum_freeact.numerics.affine import code_range
+from optimum_freeact.numerics.finite import all_finite
 from optimum_freeact.rounding.rtn import MAX_GROUP_SCALE, RoundedWeight, search_scale, split_scale
 
 
@@ -37,7 +38,7 @@ def inverse_factor(moments: torch.Tensor, damping: float) -> tuple[torch.Tensor,
     Raises:
         `ValueError`: if the moments are not finite.
     """
-    if not torch.isfinite(moments).all():
+    if not all_finite(moments):
         raise ValueError("GPTQ got second moments that are not finite: the calibration inputs hold NaN or inf.")
     mean = moments.diagonal().mean()
     mean = mean if mean > 0 else torch.ones_like(mean)
@@ -49,7 +50,7 @@ def inverse_factor(moments: torch.Tensor, damping: float) -> tuple[torch.Tensor,
         lower, failed = torch.linalg.cholesky_ex((moments + share * mean * eye).flip(0, 1))
         if not failed:
             upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-            if torch.isfinite(upper).all():
+            if all_finite(upper):
                 return upper, share * mean
         logger.debug("GPTQ damping %.1e too small, raised tenfold.", share)
         share = max(share, 1e-8) * 10

@@ -16,7 +16,8 @@ from optimum_freeact.modules.branch_rank import rank_of
 from optimum_freeact.modules.experts import FreeActExperts, experts_obstacle, find_experts, plain_weights
 from optimum_freeact.report.sizes import quantized_size
 from optimum_freeact.type_state import TypeState
-from tests.helpers.quantized import distance, fresh_python, logits, quantized, reload, settings
+from tests.helpers import forked
+from tests.helpers.quantized import distance, logits, quantized, reload, settings
 from tests.helpers.tiny_models import EXPERTS, sample_ids, tiny
 
 
@@ -211,7 +212,7 @@ def test_a_program_without_the_package_does_not_take_them_for_weights(tmp_path):
         "try:\n    MixtralForCausalLM.from_pretrained(sys.argv[1], config=config)\n    print(json.dumps('loaded'))\n"
         "except Exception as error:\n    print(json.dumps(str(error)))"
     )
-    run = fresh_python(code, str(tmp_path))
+    run = forked.run(str(tmp_path), code=code)
     assert "loaded" not in run.stdout.splitlines()[-1]
     assert "mismatch" in run.stdout + run.stderr
 

@@ -8,7 +8,7 @@ from optimum_freeact import FreeActConfig, save, score_text, tokenize_windows
 from optimum_freeact.modules.surgery import quantized_linears
 
 
-LAYERS = 8  # of 30: past the blocks where the sink forms, in half a minute of calibration
+LAYERS = 5  # of 30: the sink has formed after the third; errors and gaps are those of eight
 
 
 def load(folder, **arguments):
@@ -48,7 +48,7 @@ def test_calibration_ran_on_every_linear(model):
 
 
 def test_four_bits_stay_near_full_precision(model, plain, windows, smollm2, handbook):
-    """Plain rounding is far off on the same text; ours is near, and loses next to nothing of what eight blocks know."""
+    """Plain rounding is far off on the same text; ours is near, and loses next to nothing of what five blocks know."""
     nearest = FreeActConfig("rtn", dataset=[handbook.read_text()[:20_000]], n_samples=1, seq_len=128, progress=False)
     rounded = load(smollm2, dtype=torch.float32, quantization_config=nearest)
     ours, theirs = divergence(model, plain, windows), divergence(rounded, plain, windows)
@@ -70,7 +70,7 @@ def test_saved_and_reloaded_is_bit_equal_and_small(model, plain, windows, tmp_pa
 
 
 def test_it_says_what_the_plain_model_says(model, plain, windows, smollm2):
-    """Eight blocks write no prose, their distributions are flat, but the likeliest token of 49,152 is mostly the same."""
+    """Five blocks write no prose, their distributions are flat, but the likeliest token of 49,152 is mostly the same."""
     with torch.no_grad():
         wanted = plain(input_ids=windows).logits.argmax(-1)
         assert (model(input_ids=windows).logits.argmax(-1) == wanted).float().mean() > 0.5

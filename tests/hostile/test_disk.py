@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.helpers.quantized import fresh_python
+from tests.helpers import forked
 from tests.hostile.disk import JOBS
 from tests.hostile.outcomes import tree
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and user
 
 @pytest.fixture(scope="module")
 def attempts():
-    run = fresh_python("", module="tests.hostile.disk")
+    run = forked.run(module="tests.hostile.disk")
     assert run.returncode == 0, run.stderr[-3000:]
     found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     return {(attempt["kind"], attempt["job"]): attempt for attempt in found}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.helpers import forked
 from tests.helpers.quantized import answer, fresh_python
 from tests.test_layering import PACKAGES, ROOT
 
@@ -121,7 +122,7 @@ seen["files"] = sorted(os.listdir("."))
 print(json.dumps(seen))
 """
     )
-    seen = answer(fresh_python(code, str(tmp_path)))
+    seen = answer(forked.run(str(tmp_path), code=code))
     assert seen["net"] == []
     assert all(code in (1, 2) and len(said) > 30 for code, said in seen["said"])
     assert seen["files"] == ["recipe.yml", "texts.txt"]
@@ -143,7 +144,7 @@ seen["writes"] = sorted({os.path.relpath(path, sys.argv[1]).split("/")[0] for pa
 print(json.dumps(seen))
 """
     )
-    seen = answer(fresh_python(code, str(tmp_path)))
+    seen = answer(forked.run(str(tmp_path), code=code))
     assert seen["equal"]
     assert seen["pickle"] == []
 
@@ -181,7 +182,7 @@ for name in sorted(glob.glob("*.yml")):
 print(json.dumps(seen))
 """
     )
-    seen = answer(fresh_python(code, str(inside)))
+    seen = answer(forked.run(str(inside), code=code))
     allowed = tuple(str(inside / name) for name in ("out-", ".out-", "plans", ".plans"))
     elsewhere = {w for w in seen["writes"] if not w.startswith(allowed)} - set(map(str, [inside, *inside.parents]))
     assert sorted(w for w in elsewhere if "escape" in w or w.startswith(str(tmp_path))) == []

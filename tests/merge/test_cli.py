@@ -86,6 +86,9 @@ def test_what_yaml_makes_of_a_slip_is_told_in_one_line(tmp_path, capsys, text, t
         (["run", "r.yml", "out", "--out-shard-size", "-5B"], "'-5B' is no size"),
         (["run"], "Missing argument 'RECIPE'"),
         (["frob"], "No such command 'frob'"),
+        (["run", "r.yml", "out", "--alpha", "0.2"], "--alpha is no option: write 'alpha' below 'parameters'"),
+        (["check", "r.yml", "--samples=3"], "--samples is no option: write 'samples' below 'calibration'"),
+        (["check", "r.yml", "--frob"], "No such option"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

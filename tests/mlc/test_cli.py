@@ -70,6 +70,8 @@ def test_sft_from_flags_with_evaluation(tiny, tmp_path, capsys):
         (["scan", "--dataset_name", "rows.jsonl", "--output", "."], ". is a folder; name the file to write"),
         (["kto"], "Unknown command 'kto'; known are sft, dpo, evaluate, scan"),
         (["evaluate", "--dataset_name", "rows.txt"], "rows.txt ends in '.txt'; rows are read from files that end in"),
+        (["evaluate", "--model_name_or_path", "none", "--dataset_name", "none.jsonl"], "There is no file none.jsonl"),
+        (["scan", "--model_name_or_path", "none", "--dataset_name", "none.jsonl"], "There is no file none.jsonl"),
         (["evaluate", "--dataset_name", "damaged.jsonl"], "damaged.jsonl cannot be read: JSON parse error"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),

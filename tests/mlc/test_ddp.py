@@ -1,35 +1,19 @@
 """Two gloo processes must train as one."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers import forked
 from tests.mlc.ddp_worker import CASES, run_case
-
-
-def launch(module: str, *arguments: str) -> None:
-    """Run a module on two processes; fails with what it said if it fails."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=localhost"]
-    command += [f"--master-port={port}", "-m", module, *arguments]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
 def two_processes(tiny, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
-    launch("tests.mlc.ddp_worker", tiny, str(folder))
+    done = forked.together(forked.ranks(2), tiny, str(folder), module="tests.mlc.ddp_worker")
+    assert [each.returncode for each in done] == [0, 0], "".join(each.stderr[-4000:] for each in done)
     return folder
 
 

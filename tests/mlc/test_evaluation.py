@@ -102,6 +102,21 @@ def test_report_of_a_tiny_model(conversational, tiny, tokenizer, tmp_path):
         evaluate_model(model, tokenizer, data, languages=["xx"])
 
 
+def test_rows_without_a_pair_are_said_where_others_have_one(tiny, tokenizer, caplog):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    row = {"prompt": "say cat", "prompt_translations": {"sw": "sema cat"}}
+    for more, said in (
+        ([{}], []),
+        ([{"chosen": " yes"}], ["1 of 1 rows"]),
+        ([{"chosen": " yes", "rejected": " no"}, {"chosen": " yes", "rejected": None}], ["1 of 2 rows"]),
+        ([{"chosen": " yes", "rejected": " no"}], []),
+    ):
+        caplog.clear()
+        report = evaluate_model(model, tokenizer, [{**row, **columns} for columns in more])
+        assert [r.message[:11] for r in caplog.records] == said
+        assert ("accuracy" in report.languages["en"]) == ("rejected" in more[0] and not said)
+
+
 def test_a_table_beside_an_earlier_report_shows_both():
     before = EvaluationReport({"en": {"prompts": 4, "accuracy": 0.5}}, {"mean_accuracy": 0.5})
     after = EvaluationReport({"en": {"prompts": 4, "accuracy": 1.0}, "sw": {"prompts": 4}}, {"mean_accuracy": 1.0})

@@ -135,7 +135,12 @@ def evaluate_model(
     try:
         found: dict[str, dict[str, float]] = {name: {} for name in names}
         overall: dict[str, float] = {}
-        if all(row.get("chosen") is not None and row.get("rejected") is not None for row in rows):
+        pairs = sum(row.get("chosen") is not None and row.get("rejected") is not None for row in rows)
+        if pairs < len(rows) and any(row.get(side) is not None for row in rows for side in ("chosen", "rejected")):
+            logger.warning(
+                "%d of %d rows lack 'chosen' or 'rejected': preferences are not scored.", len(rows) - pairs, len(rows)
+            )
+        if pairs == len(rows):
             overall |= _preferences(model, tokenizer, rows, groups, names, found, batch_size)
         ids = [{name: tokenize_prompt(tokenizer, g[name], row) for name in g} for g, row in zip(groups, rows)]
         _geometry(decoder, ids, names, anchor, layer, pooling, found, batch_size)

@@ -1,42 +1,38 @@
 """Two processes calibrate as one does, and a block's memory stays below what the formula says."""
 
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from optimum_freeact.api import quantize
 from optimum_freeact.calibration.ranks import Ranks, block_bytes
 from optimum_freeact.modules.layout import block_linears
 from optimum_freeact.moments import Moments
+from tests.helpers import forked
 from tests.helpers.peak import PeakBytes
 from tests.helpers.quantized import distance, logits, settings
 from tests.helpers.tiny_models import tiny
 
 
-def _process(rank: int, port: int, folder: str, changes: dict) -> None:
-    import os
-
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+def process(folder: str, changes: dict) -> None:
+    """What one of two does."""
     torch.set_num_threads(1)
     model = quantize(tiny("llama"), settings(across_processes=True, **changes))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     records = [[entry.linears for entry in record.inputs] for record in model._freeact_records]
-    torch.save((state, logits(model), records), f"{folder}/{rank}.pt")
+    torch.save((state, logits(model), records), f"{folder}/{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture
 def together(tmp_path):
     def run(**changes):
-        import socket
-
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        mp.spawn(_process, args=(port, str(tmp_path), changes), nprocs=2)
+        code = "import json, sys\nfrom tests.freeact.calibration.test_ranks import process\n"
+        code += "process(sys.argv[1], json.loads(sys.argv[2]))"
+        done = forked.together(forked.ranks(2), str(tmp_path), json.dumps(changes), code=code)
+        assert [each.returncode for each in done] == [0, 0], "".join(each.stderr[-3000:] for each in done)
         return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
     return run

@@ -4,6 +4,7 @@ import pytest
 from safetensors.torch import save_file
 
 from optimum_freeact import save
+from tests.helpers import forked
 from tests.helpers.quantized import answer, fresh_python, logits, quantized
 from tests.helpers.tiny_models import sample_ids
 
@@ -56,7 +57,7 @@ def test_two_imports_are_enough_and_memory_stays_that_of_the_codes(saved):
 
 def test_without_the_import_loading_fails_and_says_why(saved):
     """Never a model of random weights: the packed tensor bears the name of the weight, so its shape cannot fit."""
-    run = fresh_python(LOAD, str(saved / "model"), str(saved / "expected.safetensors"))
+    run = forked.run(str(saved / "model"), str(saved / "expected.safetensors"), code=LOAD)
     assert run.returncode != 0
     assert "freeact" in run.stderr  # "Unknown quantization type, got freeact"
     assert "MISMATCH" in run.stderr
@@ -68,5 +69,5 @@ def test_a_program_that_does_not_know_us_runs_through_the_wrapper(saved, tmp_pat
     script = tmp_path / "evaluate.py"
     script.write_text(LOAD)
     arguments = [str(saved / "model"), str(saved / "expected.safetensors"), "--limit", "3"]
-    found = answer(fresh_python("", str(script), *arguments, module="optimum_freeact.run"))
+    found = answer(forked.run(str(script), *arguments, module="optimum_freeact.run"))
     assert found == {"equal": True, "kind": "FreeActLinear", "arguments": ["--limit", "3"]}

@@ -6,10 +6,13 @@ import os
 import pytest
 import torch
 
+from tests.helpers.interpreter import spare_repetition
+
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    spare_repetition()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -62,6 +62,31 @@ def test_whatever_a_compiler_raises_is_a_reason(monkeypatch):
         self_check.groups_obstacle.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("comparison", "asked"),
+    [
+        ("disagreement", lambda: self_check.groups_obstacle(7, lambda *args: None)),
+        ("pass_disagreement", lambda: self_check.pass_obstacle(7, "rounding_pass_triton")),
+        ("product_disagreement", lambda: self_check.stream_obstacle(7)),
+    ],
+    ids=["groups", "pass", "stream"],
+)
+def test_a_full_gpu_is_not_a_kernel_that_fails(monkeypatch, comparison, asked):
+    def full(*args):
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    monkeypatch.setattr(self_check, comparison, full)
+    with pytest.raises(torch.OutOfMemoryError, match="20.00 MiB"):
+        asked()
+    monkeypatch.setattr(self_check, comparison, lambda *args: None)
+    try:
+        assert asked() is None  # room was made, and nothing was remembered
+    finally:
+        for obstacle in (self_check.groups_obstacle, self_check.pass_obstacle, self_check.stream_obstacle):
+            obstacle.cache_clear()
+
+
 def test_the_kernel_of_this_gpu_alone_is_compared_too(device):
     import sys
     from types import SimpleNamespace
@@ -94,16 +119,21 @@ def test_rounding_in_one_pass_is_compared(device, monkeypatch):
     assert said.startswith("codes of 5 rows: error")
 
 
-@pytest.mark.parametrize(
-    "wrong", [lambda y: y * 1.02, lambda y: y.roll(1, 1), lambda y: y * float("nan")], ids=["scale", "order", "nan"]
-)
-def test_the_product_of_few_rows_is_compared(device, wrong):
+def test_the_product_of_few_rows_is_compared(device):
     from optimum_freeact.kernels import w4_triton
 
-    found = self_check.product_disagreement(torch.device(device), w4_triton.w4_linear)
-    assert found is None
-    found = self_check.product_disagreement(torch.device(device), lambda *args: wrong(w4_triton.w4_linear(*args)))
-    assert found.startswith("product of 5 rows: relative error")
+    made = []
+
+    def right(*args):
+        made.append(w4_triton.w4_linear(*args))
+        return made[-1]
+
+    assert self_check.product_disagreement(torch.device(device), right) is None
+    assert len(made) == 4  # two numbers of rows, with a branch and without
+    for wrong in (lambda y: y * 1.02, lambda y: y.roll(1, 1), lambda y: y * float("nan")):  # scale, order
+        products = iter(map(wrong, made))
+        found = self_check.product_disagreement(torch.device(device), lambda *args, products=products: next(products))
+        assert found.startswith("product of 5 rows: relative error")
 
 
 @pytest.mark.parametrize("answer", [None, "product of 5 rows: relative error 1, at most 0.01 was expected"])
