@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks._results import problems, read
-from benchmarks.token_types import cost_claims, earlier_claims, run, runner
+from benchmarks.token_types import cost_claims, run, runner
 from benchmarks.token_types.claims import claims, losses, won_back
 from benchmarks.token_types.methods import CLAIMED, METHODS, bits
 from benchmarks.token_types.plan import plan, timing
@@ -58,15 +58,6 @@ def test_a_quantized_cache_is_compared_with_full_precision_through_a_cache():
     short = found["token_types.diffusion.w4a4kv4.gap_won_back_over_flatquant"]
     assert short["value"] == pytest.approx(0.25)
     assert not short["holds"]
-
-
-def test_claims_of_the_earlier_run_are_those_of_its_two_models():
-    """What of it was measured anew is claimed where it was, and nothing twice."""
-    rows = rows_of(flatquant=0.4, freeact_fast=0.1) + rows_of("three_types", flatquant=0.4, freeact_fast=0.1)
-    assert len(claims(rows)) == 2
-    assert [entry["id"] for entry in earlier_claims.claims(rows)] == [
-        "token_types.diffusion.w4a4.gap_won_back_over_flatquant"
-    ]
 
 
 def test_a_seed_that_was_not_measured_does_not_count():

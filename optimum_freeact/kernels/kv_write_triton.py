@@ -12,8 +12,8 @@ from optimum_freeact.kernels.triton_state import triton_type
 
 FEW = 256  # rows up to which each has a program: a step of decoding has no tile full of them
 # how rows are rotated: so many by a program, a part of their channels at a time
-ONE_ROW = {"ROWS": 1, "STEP": 32, "num_warps": 4, "num_stages": 2}
-TILE = {"ROWS": 32, "STEP": 32, "num_warps": 8, "num_stages": 2}
+ONE_ROW = {"ROWS": 1, "STEP": 128, "num_warps": 4, "num_stages": 1}
+TILE = {"ROWS": 32, "STEP": 32, "num_warps": 8, "num_stages": 1}
 PLAIN = {"ROWS": 1, "STEP": 1, "num_warps": 1}
 
 

@@ -38,7 +38,7 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     ],
     "pass_small": [
         (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": True, "registers": 128, "pdl": True}),
-        (None, {"programs": 2112, "warps": 1, "stages": 1, "ahead": False, "mean_ahead": True, "registers": 128, "pdl": True}),
+        (None, {"programs": 2112, "warps": 1, "stages": 1, "ahead": False, "mean_ahead": False, "registers": 128, "pdl": False}),
     ],
     "pass_hopper_64": [
         (64, {"registers": 80, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False, "pdl": True}),
