@@ -36,7 +36,11 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
         (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": False, "registers": 128, "pdl": True}),
         (None, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": False, "registers": 128, "pdl": False}),
     ],
-    "pass_small": [
+    "pass_2048": [
+        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": True, "registers": 128, "pdl": True}),
+        (None, {"programs": 1056, "warps": 1, "stages": 1, "ahead": False, "mean_ahead": False, "registers": 128, "pdl": False}),
+    ],
+    "pass_1024": [
         (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": True, "registers": 128, "pdl": True}),
         (None, {"programs": 2112, "warps": 1, "stages": 1, "ahead": False, "mean_ahead": False, "registers": 128, "pdl": False}),
     ],
@@ -119,16 +123,12 @@ def round_launch(n: int, d: int, changes: dict) -> dict:
     return {**found, "steps": -(-d // (found["chunk"] * parts))}
 
 
-SMALL_TILE = 2048  # numbers of a padded tile, up to which one or two warps round a row
-
-
 def pass_launch(n: int, tile: int, changes: dict) -> dict:
-    """Settings to round `n` rows, each a padded tile of so many numbers, in one pass; `changes` override. Programs of one warp are as
-    many as are given for tiles of 1024 numbers, and half as many for tiles of twice that.
+    """Settings to round `n` rows, each a padded tile of so many numbers, in one pass; `changes` override. One warp rounds a row of a small
+    tile, since all warps of a program execute nearly the same few hundred instructions.
     """
-    name = "pass_small" if tile <= SMALL_TILE else "pass"
-    found = {**_find(_settings()[name], n), **changes}
-    return {**found, "programs": found["programs"] * 1024 // tile} if found["warps"] == 1 else found
+    name = "pass_1024" if tile <= 1024 else "pass_2048" if tile <= 2048 else "pass"
+    return {**_find(_settings()[name], n), **changes}
 
 
 def pass_hopper_launch(n: int, threads: int, columns: int, changes: dict) -> dict:
