@@ -79,8 +79,9 @@ def _dp4a_linear(
         acc = _dp4a(low, tl.broadcast_to(even[None, :], (BN, BW)), acc, PLAIN)
         acc = _dp4a(high, tl.broadcast_to(odd[None, :], (BN, BW)), acc, PLAIN)
         total = tl.load(stats_ptr + 2 * N + t).to(tl.int32)
-        y = (tl.sum(acc, 1) - 8 * total).to(tl.float32) * tl.load(stats_ptr + t)
-        y = (y + tl.load(stats_ptr + N + t) * row_sum) * qscale
+        product = (tl.sum(acc, 1) - 8 * total).to(tl.float32)
+        taken = tl.load(stats_ptr + N + t) * row_sum
+        y = tl.fma(product, tl.load(stats_ptr + t), taken) * qscale  # told apart, as in `epilogue_triton.scaled`
         if RANK > 0:
             p = tl.load(branch_ptr + t * PR + c) * low_rank_scale
             y += tl.sum(low_rank * p[None, :], 1)
