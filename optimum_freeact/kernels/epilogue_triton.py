@@ -146,7 +146,8 @@ def add_branch(
     """Y (outs, tokens) plus the low-rank branch, and how much the biases of further types differ from the first's.
 
     The latter are columns beside the branch's, each met by the mark that the rounding left where a token is of that type
-    (`reference.marked`): what types add is in a product that is made in any case.
+    (`reference.marked`): what types add is in a product that is made in any case. Without a branch they are a product of their own,
+    with marks made of the types ([`marks_of`]).
     """
     numbers, scales = of_weight
     if RANK > 0:
