@@ -1,5 +1,7 @@
 """Triton's rounding of rows in one pass against its specification and against the three launches that serve branches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,6 +84,31 @@ def test_programs_go_through_rows(device, launch):
     x, types = rows_of(10, 96)
     for one, other in zip(rounded(side, x, types, device, **launch), rounded(side, x, types, device), strict=True):
         assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("channel", [False, True])
+@pytest.mark.parametrize("n_types", [2, 3, 4, 5])
+@pytest.mark.parametrize("d", [96, 1536])
+def test_means_asked_for_before_the_type_is_known_are_the_same(device, d, n_types, channel):
+    side = input_side(d, rank=0, n_types=n_types, channel=channel)
+    x, types = rows_of(9, d, n_types)
+    types[-1] = n_types + 2  # beyond the last
+    found, expected = (rounded(side, x, types, device, all_means=choice, programs=4) for choice in (True, False))
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.stats, expected.stats)
+
+
+def test_means_and_clips_may_differ_in_number(device):
+    many, one = (input_side(96, rank=0, n_types=n, channel=False) for n in (3, 1))
+    x, types = rows_of(9, 96, 3)
+    for tables in (
+        replace(many.tables, mean=one.tables.mean, reach=one.tables.reach),
+        replace(many.tables, clip=one.tables.clip),
+    ):
+        side = many._replace(tables=tables)
+        found, expected = (rounded(side, x, types, device, all_means=choice) for choice in (True, False))
+        assert torch.equal(found.codes, expected.codes)
+        assert torch.equal(found.stats, expected.stats)
 
 
 def test_codes_are_those_of_three_launches_but_for_edges(device):
