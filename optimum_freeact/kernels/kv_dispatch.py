@@ -29,4 +29,9 @@ def kv_obstacle(device: torch.device, bits: int, dtype: torch.dtype, size: int) 
         return f"head_dim={size}: the kernels need a multiple of 4 up to {MAX_SIZE}"
     if device.type != "cuda":
         return f"no kernel reads the cache on device type {device.type!r}"
-    return triton_obstacle(device.index)
+    obstacle = triton_obstacle(device.index)
+    if obstacle is None and wanted() == "auto":
+        from optimum_freeact.kernels.kv_self_check import cache_obstacle
+
+        obstacle = cache_obstacle(device.index)
+    return obstacle

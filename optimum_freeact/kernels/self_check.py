@@ -31,8 +31,10 @@ ROUNDING_ERROR = 0.05
 PRODUCT_ERROR = 0.01  # outputs are bfloat16, whose own rounding is 0.002
 
 
-def _on(index: int | None, compare: Callable) -> tuple[str | None, str | None]:
-    """What a comparison on a CUDA device says, and the error that ended it. A full GPU says nothing of a kernel: that is raised."""
+def on_gpu(index: int | None, compare: Callable) -> tuple[str | None, str | None]:
+    """What a comparison on a CUDA device (`None`: the current one) says, and the error that ended it. A full GPU says nothing of a
+    kernel: that is raised.
+    """
     device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
     try:
         with torch.no_grad(), torch.cuda.device(device):
@@ -47,7 +49,7 @@ def _on(index: int | None, compare: Callable) -> tuple[str | None, str | None]:
 @torch.compiler.assume_constant_result
 def groups_obstacle(index: int | None, special: Callable) -> str | None:
     """Why the kernels for groups are not to be used on a CUDA device, or `None`; `special` as in [`disagreement`]."""
-    found, error = _on(index, lambda device: disagreement(device, special))
+    found, error = on_gpu(index, lambda device: disagreement(device, special))
     if error is not None:
         return f"the kernels for groups do not run on this GPU ({error})"
     return None if found is None else f"the kernels for groups disagree with torch on this GPU ({found})"
@@ -57,7 +59,7 @@ def groups_obstacle(index: int | None, special: Callable) -> str | None:
 @torch.compiler.assume_constant_result
 def pass_obstacle(index: int | None, module: str) -> str | None:
     """Why a module is not to round rows without a branch in one pass on a CUDA device, or `None`."""
-    found, error = _on(index, lambda device: pass_disagreement(device, module))
+    found, error = on_gpu(index, lambda device: pass_disagreement(device, module))
     return error or found
 
 
@@ -71,7 +73,7 @@ def pass_disagreement(device: torch.device, module: str, rows: tuple[int, ...] =
     for n, x, types in _rows(device, rows, width):
         want = reference.round_rows(x, types, found, tables.clip, 4, False, tables.branch, torch.float64)
         got = import_module(f"optimum_freeact.kernels.{module}").round_rows(x, types, tables)
-        error = _relative(_dequantized(got), _dequantized(want))
+        error = relative(_dequantized(got), _dequantized(want))
         if not error <= ROUNDING_ERROR:  # nan too
             return f"codes of {n} rows: error {error:.2g}, at most {ROUNDING_ERROR:g} was expected"
     return None
@@ -87,7 +89,7 @@ def stream_obstacle(index: int | None) -> str | None:
 
         return product_disagreement(device, w4_stream.w4_linear)
 
-    found, error = _on(index, compare)
+    found, error = on_gpu(index, compare)
     return error or found
 
 
@@ -101,7 +103,7 @@ def product_disagreement(device: torch.device, w4_linear: Callable, rows: tuple[
             branch = torch.nn.functional.pad(x[:, :RANK].float(), (0, 32 - RANK)).contiguous()
             given = reference.Rows(codes, torch.stack((scale, scale / 2, total)), branch)
             exact = reference.w4_linear(given, types, weight, torch.float64, torch.float64)
-            error = _relative(w4_linear(given, types, weight, torch.bfloat16), exact)
+            error = relative(w4_linear(given, types, weight, torch.bfloat16), exact)
             if not error <= PRODUCT_ERROR:  # nan too
                 return f"product of {n} rows: relative error {error:.2g}, at most {PRODUCT_ERROR:g} was expected"
     return None
@@ -146,8 +148,8 @@ def _errors(x, types, found: InputMap, tables: InputTables, weight: reference.We
     assert tables.mean is not None
     want = reference.marked(want, types, tables.rank, len(tables.mean))
     got = rounding_triton.round_rows(x, types, tables)
-    yield "rounding", _relative(_values(got), _values(want)), ROUNDING_ERROR
-    yield "branch", _relative(got.branch, want.branch), PRODUCT_ERROR
+    yield "rounding", relative(_values(got), _values(want)), ROUNDING_ERROR
+    yield "branch", relative(got.branch, want.branch), PRODUCT_ERROR
     exact = reference.w4_linear(got, types, weight, torch.float64, torch.float64)
     modules = [groups_gemv_triton if len(x) == 1 else w4_groups_triton]
     name = special(got, weight, torch.bfloat16)
@@ -155,14 +157,15 @@ def _errors(x, types, found: InputMap, tables: InputTables, weight: reference.We
         modules.append(import_module(f"optimum_freeact.kernels.{name}"))
     for module in modules:
         product = module.w4_linear(got, types, weight, torch.bfloat16)
-        yield "product", _relative(product, exact), PRODUCT_ERROR
+        yield "product", relative(product, exact), PRODUCT_ERROR
 
 
 def _values(rows: reference.Rows) -> torch.Tensor:
     return rows.codes.double() * rows.stats[0].double()[:, None]
 
 
-def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Distance of two tensors, over the norm of the second."""
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
