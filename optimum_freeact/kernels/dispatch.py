@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 from typing import NamedTuple
 
 import torch
 
+from optimum_freeact.kernels.asked_once import asked_once
 from optimum_freeact.kernels.reference import MOST_MARKED, Rows, Weight
 from optimum_freeact.kernels.tables import InputTables
 from optimum_freeact.numerics.kronecker import factor_pair
@@ -30,8 +30,7 @@ from optimum_freeact.numerics.kronecker import factor_pair
 CUDA_MIN_ROWS = 32  # _int_mm refuses 16 rows and fewer; 32 keeps tiles whole
 
 
-@cache
-@torch.compiler.assume_constant_result  # what it asks cannot be traced
+@asked_once  # what it asks cannot be traced
 def cpu_has_vnni() -> bool:
     """Whether this CPU multiplies bytes in hardware (AVX-512 VNNI or AMX)."""
     checks = (getattr(torch.cpu, name, None) for name in ("_is_vnni_supported", "_is_avx512_vnni_supported"))
@@ -89,8 +88,7 @@ def wanted() -> str:
     return value
 
 
-@cache
-@torch.compiler.assume_constant_result
+@asked_once
 def triton_obstacle(index: int | None) -> str | None:
     """Why Triton cannot run on a CUDA device, or `None`."""
     if importlib.util.find_spec("triton") is None:
@@ -155,6 +153,7 @@ def plan(device: torch.device | str, *, low_rank: int | None = None, **layer) ->
         product, reason = _torch_product(device, layer)
         return Plan("torch", product, f"{ENVIRONMENT}=torch; {reason}")
     kernel = {"cuda": "triton", "cpu": "native"}.get(device.type)
+    obstacle: str | None
     if kernel == "triton":
         obstacle = triton_obstacle(device.index)
     elif kernel == "native":
@@ -164,8 +163,8 @@ def plan(device: torch.device | str, *, low_rank: int | None = None, **layer) ->
     else:
         obstacle = f"no kernel is written for device type {device.type!r}"
     if choice not in ("auto", kernel) or (choice == kernel and obstacle):
-        reason = obstacle if choice == kernel else f"this is device type {device.type!r}"
-        raise ValueError(f"{ENVIRONMENT}={choice} cannot be followed: {reason}. Unset it for 'auto'.")
+        because = obstacle if choice == kernel else f"this is device type {device.type!r}"
+        raise ValueError(f"{ENVIRONMENT}={choice} cannot be followed: {because}. Unset it for 'auto'.")
     obstacle = layer_obstacle(**layer, kernel=kernel or "triton") or obstacle
     if obstacle is None and kernel == "triton" and choice == "auto" and _has_groups(layer):
         from optimum_freeact.kernels.self_check import groups_obstacle
@@ -219,8 +218,7 @@ def fits_hopper(a: int, b: int) -> bool:
 HOPPER_TILES = 96  # tiles of 128 rows by 256 outputs from which keeping programs on their multiprocessors pays
 
 
-@cache
-@torch.compiler.assume_constant_result
+@asked_once
 def is_hopper(index: int | None) -> bool:
     """Whether a CUDA device has compute capability 9.0, for which a kernel is written in Gluon."""
     return torch.version.hip is None and torch.cuda.get_device_capability(index) == (9, 0)

@@ -4,11 +4,10 @@ others. Where they disagree with torch, or do not run, torch writes and reads th
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 from optimum_freeact.kernels import kv_reference
+from optimum_freeact.kernels.asked_once import asked_once
 from optimum_freeact.kernels.kv_reference import CacheRows
 from optimum_freeact.kernels.self_check import ROUNDING_ERROR, on_gpu, relative
 from optimum_freeact.numerics.hadamard import flat_rotation
@@ -24,8 +23,7 @@ DTYPE = torch.bfloat16
 ATTENTION_ERROR = 0.03
 
 
-@cache
-@torch.compiler.assume_constant_result
+@asked_once
 def cache_obstacle(index: int | None) -> str | None:
     """Why the kernels of the KV cache are not to be used on a CUDA device, or `None`."""
     found, error = on_gpu(index, cache_disagreement)

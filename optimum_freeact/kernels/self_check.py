@@ -9,12 +9,12 @@ gives way to three launches, and the product that streams its weight to Triton's
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
 
 import torch
 
 from optimum_freeact.kernels import reference
+from optimum_freeact.kernels.asked_once import asked_once
 from optimum_freeact.kernels.tables import InputTables, make_tables
 from optimum_freeact.numerics.byte_rows import column_codes
 from optimum_freeact.numerics.hadamard import flat_rotation
@@ -45,8 +45,7 @@ def on_gpu(index: int | None, compare: Callable) -> tuple[str | None, str | None
         return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
-@cache
-@torch.compiler.assume_constant_result
+@asked_once
 def groups_obstacle(index: int | None, special: Callable) -> str | None:
     """Why the kernels for groups are not to be used on a CUDA device, or `None`; `special` as in [`disagreement`]."""
     found, error = on_gpu(index, lambda device: disagreement(device, special))
@@ -55,8 +54,7 @@ def groups_obstacle(index: int | None, special: Callable) -> str | None:
     return None if found is None else f"the kernels for groups disagree with torch on this GPU ({found})"
 
 
-@cache
-@torch.compiler.assume_constant_result
+@asked_once
 def pass_obstacle(index: int | None, module: str) -> str | None:
     """Why a module is not to round rows without a branch in one pass on a CUDA device, or `None`."""
     found, error = on_gpu(index, lambda device: pass_disagreement(device, module))
@@ -79,8 +77,7 @@ def pass_disagreement(device: torch.device, module: str, rows: tuple[int, ...] =
     return None
 
 
-@cache
-@torch.compiler.assume_constant_result
+@asked_once
 def stream_obstacle(index: int | None) -> str | None:
     """Why few rows are not to be multiplied by `w4_stream` on a Hopper GPU, or `None`."""
 

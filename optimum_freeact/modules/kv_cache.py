@@ -105,11 +105,19 @@ class _CacheHook:
         if inputs is None:
             return (), kwargs  # the decoder's own error says more
         cache = cache_in(kwargs)
-        if cache is None and _wants_cache(module, kwargs):
-            cache = kwargs[cache_name(module)] = DynamicCache(config=module.config)
+        if cache is not None:
+            self._quantize(cache, module, kwargs.get("attention_mask"), inputs)
+        elif _wants_cache(module, kwargs):
+            kwargs[cache_name(module)] = self._quantize(None, module, kwargs.get("attention_mask"), inputs)
+        return (), kwargs
+
+    @torch.compiler.disable  # it looks at the mask's numbers
+    def _quantize(self, cache, module: nn.Module, attention_mask, inputs: torch.Tensor):
+        """The cache given, or a new one, with quantized layers where it can have them."""
+        cache = DynamicCache(config=module.config) if cache is None else cache
         if isinstance(cache, DynamicCache) and convert_cache(cache, self.spec, module.config.num_hidden_layers):
-            _set_starts(cache, kwargs.get("attention_mask"), *inputs.shape[:2])
-        elif cache is not None and not self.warned:
+            _set_starts(cache, attention_mask, *inputs.shape[:2])
+        elif not self.warned:
             self.warned = True
             logger.warning(
                 "kv_bits=%d: this %s is left as it is, and keys and values in it are not quantized. Only an empty "
@@ -117,7 +125,7 @@ class _CacheHook:
                 self.spec.bits,
                 type(cache).__name__,
             )
-        return (), kwargs
+        return cache
 
 
 def _wants_cache(module: nn.Module, kwargs: dict) -> bool:

@@ -101,6 +101,13 @@ class FreeActCacheLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append states `(batch, heads, tokens, head_dim)`; return all that attention may see, dequantized."""
+        return self._update(torch.compiler.is_compiling(), key_states, value_states, *args, **kwargs)
+
+    @torch.compiler.disable  # rows of a text that grows, and tables that all calls share: compiled, each call would make them anew
+    def _update(
+        self, unpacked: bool, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor | PackedStates, torch.Tensor | PackedStates]:
+        """[`update`]; all states are `unpacked` for compiled attention, which cannot read them otherwise."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.start is None:
@@ -108,16 +115,16 @@ class FreeActCacheLayer(DynamicLayer):
         new, position = (key_states, value_states), self.get_seq_length()
         for store, states in zip(self.stores, new):
             store.keep_sink(states, self.start, position)
-        if self.obstacle is None and not torch.compiler.is_compiling():
-            return self._update_packed(new, self.start, position)
+        if self.obstacle is None:
+            return self._update_packed(new, self.start, position, unpacked)
         rows = (store.encode(states, self.start, position) for store, states in zip(self.stores, new))
         keys, values = (self._read(*item) for item in zip(self.stores, super().update(*rows, *args, **kwargs), new))
         return keys, values
 
     def _update_packed(
-        self, new: tuple[torch.Tensor, torch.Tensor], first: torch.Tensor, position: int
+        self, new: tuple[torch.Tensor, torch.Tensor], first: torch.Tensor, position: int, unpacked: bool
     ) -> tuple[torch.Tensor | PackedStates, torch.Tensor | PackedStates]:
-        """[`update`] by kernels: rows are written in place, and a single token's attention is left to read them."""
+        """[`update`] by kernels: rows are written in place, and a single token's attention is left to read them, or all is `unpacked`."""
         from optimum_freeact.kernels.kv_write_triton import write_rows
 
         if self._start_there is None or self._start_there[0] is not first:
@@ -129,7 +136,11 @@ class FreeActCacheLayer(DynamicLayer):
                 write_rows(states.detach(), store.packed(None, end), start, position, buffer[:, :, position:end])
             setattr(self, name, buffer[:, :, :end])
         rows = (self.keys, self.values)
-        if new[0].shape[-2] > 1 or (torch.is_grad_enabled() and any(states.requires_grad for states in new)):
+        if (
+            unpacked
+            or new[0].shape[-2] > 1
+            or (torch.is_grad_enabled() and any(states.requires_grad for states in new))
+        ):
             keys, values = (self._read(*item) for item in zip(self.stores, rows, new))
             return keys, values
         pair = Pair(start)

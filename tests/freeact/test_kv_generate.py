@@ -1,5 +1,7 @@
 """Generation and padded batches with the installed cache: equal to one quantized prefill per step, row by row."""
 
+import warnings
+
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache
@@ -54,6 +56,35 @@ def test_generate_equals_prefill_every_step(family, options):
     assert torch.equal(quantized, generate(model, ids, use_cache=False, **options))
     assert quantized.shape == (2 * options.get("num_return_sequences", 1), ids.shape[1] + 10)
     assert not torch.equal(quantized, exact)  # the cache was in use
+
+
+def test_a_compiled_model_generates_the_same(monkeypatch):
+    """What the cache does is left to Python, as a whole: rows grow with each call, and its tables are made once."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    model, ids = tiny_decoder("llama"), prompt()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    install_kv_cache(model, both_of(model))
+    want = generate(model, ids, attention_mask=mask, max_new_tokens=4)
+    counters.clear()
+    monkeypatch.setattr(model, "forward", torch.compile(model.forward, backend="eager"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that a cached function is traced, above all
+        assert torch.equal(generate(model, ids, attention_mask=mask, max_new_tokens=4), want)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert counters["graph_break"]
+    assert all("torch.compiler.disable" in reason for reason in counters["graph_break"])
+
+
+def test_without_a_cache_a_model_is_one_graph():
+    torch._dynamo.reset()  # or transformers' decorators, compiled for others, run eagerly by now
+    model, ids = tiny_decoder("llama"), prompt()
+    want = model(ids, use_cache=False).logits
+    install_kv_cache(model, both_of(model))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(ids, use_cache=False).logits, want)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
