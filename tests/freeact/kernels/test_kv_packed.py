@@ -1,10 +1,12 @@
 """The quantized cache through its kernels: layers, attention functions and generation, on the GPU or in the interpreter."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 from transformers import DynamicCache
 
-from optimum_freeact.kernels import kv_dispatch
+from optimum_freeact.kernels import kv_dispatch, kv_self_check
 from optimum_freeact.kernels.kv_dispatch import kv_obstacle
 from optimum_freeact.modules import kv_layer
 from optimum_freeact.modules.kv_cache import install_kv_cache
@@ -24,6 +26,7 @@ def kernels(device, monkeypatch):
     ))  # fmt: skip
     if device == "cpu":
         monkeypatch.setattr(kv_dispatch, "triton_obstacle", lambda index: None)
+        monkeypatch.setattr(kv_self_check, "cache_obstacle", lambda index: None)
     return device
 
 
@@ -146,6 +149,36 @@ def test_generation_is_that_of_the_unpacked_cache(attention, padded, rotate, ker
     assert distance(*scores) < 0.05
 
 
+def always_unpacked(layer, update, _, *args, **kwargs):
+    return update(layer, True, *args, **kwargs)
+
+
+def test_compiled_attention_gets_states_unpacked(kernels, monkeypatch):
+    """Kernels write what a compiled model caches, and its attention, which cannot read rows, is given states."""
+    from optimum_freeact.kernels import kv_attend_triton, kv_write_triton
+
+    written, write = [], kv_write_triton.write_rows
+    monkeypatch.setattr(kv_write_triton, "write_rows", lambda *args: written.append(1) or write(*args))
+    monkeypatch.setattr(kv_attend_triton, "attend", None)
+    torch._dynamo.reset()
+    model = tiny("qwen2", num_hidden_layers=1).to(kernels)
+    means = cache_means(model, sample_ids(4, 20, seed=2).to(kernels))
+    install_kv_cache(model, CacheSpec(4, True, **means._asdict()))
+    model = model.bfloat16()
+    ids, found = sample_ids(1, 5, seed=3).to(kernels), []
+    for run in (torch.compile(model, backend="eager"), model):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            run(input_ids=ids, past_key_values=cache, use_cache=True)
+            if run is model:  # what a compiled model asks for
+                monkeypatch.setattr(
+                    FreeActCacheLayer, "_update", partialmethod(always_unpacked, FreeActCacheLayer._update)
+                )
+            found.append(run(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits)
+    assert len(written) == 2 * 2 * 2  # keys and values of a prompt and of a step, twice
+    assert torch.equal(*found)
+
+
 def test_beams_are_those_of_the_unpacked_cache(kernels, monkeypatch):
     """Rows of the cache are copied and put in another order between tokens."""
     model = tiny("qwen2", num_hidden_layers=1).to(kernels)
@@ -173,6 +206,7 @@ def test_beams_are_those_of_the_unpacked_cache(kernels, monkeypatch):
 )
 def test_what_is_read_by_torch_is_told(change, reason, monkeypatch):
     monkeypatch.setattr(kv_dispatch, "triton_obstacle", lambda index: None)
+    monkeypatch.setattr(kv_self_check, "cache_obstacle", lambda index: None)
     settings = {"device": torch.device("cuda"), "bits": 4, "dtype": torch.bfloat16, "size": 64}
     assert kv_obstacle(**settings) is None
     assert reason in kv_obstacle(**{**settings, **change})
