@@ -19,6 +19,7 @@ from optimum_freeact.commands.folder import check_free, new_folder
 from optimum_freeact.commands.loading import (
     check_full_precision,
     console,
+    is_masked,
     load_calibration,
     load_config,
     load_model,
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
             settings={name: getattr(configs[0], name) for name in COMMON},
             machine=machine(),
             rows=rows,
+            masked=is_masked(source),
         )
         console().print(table_of(comparison))
         if all(row.nll is None for row in rows[1:]):

@@ -11,6 +11,7 @@ from rich.table import Table
 from optimum_freeact.commands.folder import check_file, write_json
 from optimum_freeact.commands.loading import (
     console,
+    is_masked,
     load_config,
     load_model,
     load_tokenizer,
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
         "text": Path(args.text).name,
         "window": args.window,
         "n_tokens": result.n_tokens,
+        "of": "hidden tokens" if is_masked(config) else "tokens",
         "nll": result.nll,
         "perplexity": result.perplexity,
         "seconds": round(time.perf_counter() - start, 2),
@@ -51,8 +53,9 @@ def run(args: argparse.Namespace) -> None:
         "machine": machine(),
     }
     table = Table(
-        "model", "perplexity", "nll", "tokens", "seconds", title=f"{found['text']}, windows of {args.window}"
-    )
+        "model", "perplexity", "nll", "tokens", "seconds",
+        title=f"{found['text']}, windows of {args.window}", caption=BOUND if is_masked(config) else None,
+    )  # fmt: skip
     table.add_row(
         found["model"],
         f"{result.perplexity:.3f}",
@@ -65,4 +68,5 @@ def run(args: argparse.Namespace) -> None:
         write_json(Path(args.json), found)
 
 
+BOUND = "upper bounds, from hidden tokens (LLaDA, Eq. 6)"
 BRIEF = ("quant_method", "preset", "weight_bits", "activation_bits", "kv_bits")

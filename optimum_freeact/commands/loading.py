@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from optimum_freeact.calibration.data import load_samples
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.hf.auto import auto_class
 from optimum_freeact.hf.serialization import check_checkpoint, check_index
+from optimum_freeact.models.loaders import loader_of
 from optimum_freeact.report.evaluate import TextScore, score_text, tokenize_windows
+from optimum_freeact.report.evaluate_masked import hide_tokens, score_masked
+from optimum_freeact.type_rules import field_value
 
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -62,7 +66,7 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype | str:
 
 
 def load_config(model: str) -> PretrainedConfig:
-    """The model's config; the headers of its files are checked on the way.
+    """The model's config; the headers of its files are checked on the way. Models that this package has a loader for are known then.
 
     Raises:
         `ValueError`: for a path that is no folder or holds no whole model, and a name that the hub does not give.
@@ -74,6 +78,9 @@ def load_config(model: str) -> PretrainedConfig:
     check_index(Path(model) / "model.safetensors.index.json")
     check_checkpoint([str(path) for path in sorted(Path(model).glob("*.safetensors"))])
     try:
+        loader = loader_of(PretrainedConfig.get_config_dict(model)[0].get("model_type"))
+        if loader is not None:
+            import_module(loader)
         return AutoConfig.from_pretrained(model)
     except OSError as error:
         if os.path.isdir(model):
@@ -168,12 +175,20 @@ def load_model(model: str, dtype: torch.dtype | str, device: torch.device) -> nn
     return loaded.to(device).eval()
 
 
+def is_masked(config: PretrainedConfig) -> bool:
+    """Whether a config is that of a masked-diffusion model, which fills in hidden tokens and gives none that follow."""
+    return field_value(config, "mask_token_id") is not None
+
+
 def score(model: nn.Module, windows: torch.Tensor, label: str, progress: bool) -> TextScore:
-    """Score a text window by window under a progress bar."""
+    """Score a text window by window under a progress bar: its likelihood, or that of hidden tokens for a masked-diffusion model."""
+    mask_id = field_value(model.config, "mask_token_id")
+    hidden = None if mask_id is None else hide_tokens(windows, mask_id)
     total, count = 0.0, 0
-    bar = tqdm(windows.split(1), desc=label, unit="window", disable=not progress)
-    for window in bar:
-        part = score_text(model, window)
+    bar = tqdm(range(len(windows)), desc=label, unit="window", disable=not progress)
+    for index in bar:
+        window = windows[index : index + 1]
+        part = score_text(model, window) if hidden is None else score_masked(model, window, hidden[index : index + 1])
         total, count = total + part.nll * part.n_tokens, count + part.n_tokens
         bar.set_postfix(nll=f"{total / count:.4f}", refresh=False)
     return TextScore(total / count, math.exp(min(total / count, 700.0)), count)

@@ -15,6 +15,7 @@ from optimum_freeact.commands.folder import check_free, new_folder
 from optimum_freeact.commands.loading import (
     check_full_precision,
     console,
+    is_masked,
     load_calibration,
     load_config,
     load_model,
@@ -25,6 +26,8 @@ from optimum_freeact.commands.loading import (
 )
 from optimum_freeact.commands.options import given_settings
 from optimum_freeact.config import FreeActConfig
+from optimum_freeact.hf.auto import auto_class
+from optimum_freeact.models.loaders import loader_of
 from optimum_freeact.report.model_card import model_card
 from optimum_freeact.report.sizes import human, quantized_size
 
@@ -58,6 +61,9 @@ def run(args: argparse.Namespace) -> None:
             config=model.config.quantization_config,
             size=size,
             chat=bool(getattr(tokenizer, "chat_template", None)),
+            auto=auto_class(source).__name__,
+            loader=loader_of(source.model_type),
+            masked=is_masked(source),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

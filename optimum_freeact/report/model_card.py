@@ -23,10 +23,10 @@ Embeddings, output head and norms are as in the original. The original model's l
 ## Load
 
 ```python
-import optimum_freeact  # makes transformers know this quantization; pip install hf-concord
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{folder}")
+import {module}  # makes transformers know {known}; pip install hf-concord
+from transformers import {auto}, AutoTokenizer
+{more}
+model = {auto}.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 {example}```
 
@@ -63,6 +63,21 @@ TEXT = """\
 inputs = tokenizer("The cat", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 """
+HIDDEN = """\
+prompt = tokenizer("The cat", return_tensors="pt").input_ids
+print(tokenizer.decode(denoise(model, prompt, new_tokens=64, steps=32)[0]))
+"""
+
+
+def _usage(auto: str, loader: str | None, masked: bool, chat: bool) -> dict[str, str]:
+    """What the page's example needs for a kind of model."""
+    return {
+        "module": loader or "optimum_freeact",
+        "known": "this kind of model, and this quantization" if loader else "this quantization",
+        "auto": auto,
+        "more": "from optimum_freeact.models.denoise import denoise\n" if masked else "",
+        "example": HIDDEN if masked else CHAT if chat else TEXT,
+    }
 
 
 def model_card(
@@ -74,6 +89,9 @@ def model_card(
     config: FreeActConfig,
     size: QuantizedSize,
     chat: bool,
+    auto: str = "AutoModelForCausalLM",
+    loader: str | None = None,
+    masked: bool = False,
 ) -> str:
     """The page's text.
 
@@ -85,6 +103,9 @@ def model_card(
         config ([`FreeActConfig`]): With the record of its calibration.
         size ([`QuantizedSize`]): Of the quantized linears.
         chat (`bool`): Whether the tokenizer has a chat template.
+        auto (`str`, *optional*): Which of transformers' automatic classes loads it.
+        loader (`str`, *optional*): The module of this package that makes transformers know the kind of model.
+        masked (`bool`, *optional*, defaults to `False`): Whether it is a masked-diffusion model.
     """
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
     if on_hub:
@@ -98,7 +119,7 @@ def model_card(
         base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
         folder=folder,
         dataset=dataset,
-        example=CHAT if chat else TEXT,
+        **_usage(auto, loader, masked, chat),
         scheme=config.scheme,
         preset=config.preset,
         weight_bits=config.weight_bits,

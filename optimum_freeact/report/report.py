@@ -51,6 +51,7 @@ class Comparison:
         settings (`dict`): Calibration settings common to all rows.
         machine (`dict`): What it ran on.
         rows (`list[Row]`): The measurements.
+        masked (`bool`, *optional*, defaults to `False`): A masked-diffusion model, scored by `evaluate_masked`.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Comparison:
     settings: dict[str, Any]
     machine: dict[str, str]
     rows: list[Row]
+    masked: bool = False
 
     def to_json(self) -> str:
         """JSON with a number or null in every place."""
@@ -94,8 +96,9 @@ class Comparison:
 
     def facts(self) -> dict[str, str]:
         """What the numbers mean and where they come from, for the foot of a table."""
+        bound = ", some of them hidden: nll and perplexity are upper bounds" if self.masked else ""
         return {
-            "evaluated on": f"{self.text}, {self.n_tokens} tokens in windows of {self.window}",
+            "evaluated on": f"{self.text}, {self.n_tokens} tokens in windows of {self.window}{bound}",
             "calibrated on": ", ".join([self.dataset, *(f"{k} {v}" for k, v in self.settings.items())]),
             "excess nll": "nats a token above full precision",
             "size": "bytes of the quantized linears over those in bfloat16",

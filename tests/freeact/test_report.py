@@ -189,7 +189,13 @@ def test_model_card_names_a_hub_model_in_its_metadata_only(on_hub, base):
         config=config,
         size=QuantizedSize(2, 1, 100, 60, 200),
         chat=False,
+        auto="AutoModelForImageTextToText",
     )
+    assert (
+        "from transformers import AutoModelForImageTextToText, AutoTokenizer\n\nmodel = AutoModelForImageTextToText.from_pretrained"
+        in text
+    )
+    assert "import optimum_freeact  # makes transformers know this quantization" in text
     front = text.split("---\n")[1]
     assert ("base_model: org/name" in front) == on_hub
     assert "| 2 | 1 | 60 B | 200 B | 0.300 |" in text
