@@ -76,6 +76,7 @@ FLOORS = {
             "type_rules.py",
             "type_state.py",
             "token_types.py",
+            "type_hooks.py",
         ],
         ["moments.py", "transforms/*.py", "rounding/*.py", "kernels/*.py"],
         ["modules/*.py", "models/*.py"],

@@ -24,7 +24,8 @@ from optimum_freeact.modules.kv_buffers import CacheMeanBuffers
 from optimum_freeact.modules.kv_means import cache_means
 from optimum_freeact.modules.layout import find_blocks, find_decoder, is_plain_linear, unquantized_parameters
 from optimum_freeact.modules.twins import find_encoder, find_reader, tie_quantized
-from optimum_freeact.token_types import TokenTyper, install_typing
+from optimum_freeact.token_types import TokenTyper
+from optimum_freeact.type_hooks import install_typing
 from optimum_freeact.type_rules import known_rules, resolve
 from optimum_freeact.type_state import attach_state
 

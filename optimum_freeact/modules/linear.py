@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from optimum_freeact.kernels import ops
-from optimum_freeact.kernels.dispatch import int_linear, plan
+from optimum_freeact.kernels.dispatch import plan
 from optimum_freeact.kernels.native import NativeWeight
 from optimum_freeact.kernels.reference import Rows, Weight, in_fours, type_columns
+from optimum_freeact.kernels.torch_product import int_linear
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.joined import keep_in_place
 from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes

@@ -17,7 +17,8 @@ from optimum_freeact.modules.layout import find_decoder
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.surgery import input_name, quantized_linears
 from optimum_freeact.modules.twins import find_reader, untie_quantized
-from optimum_freeact.token_types import TokenTyper, install_typing
+from optimum_freeact.token_types import TokenTyper
+from optimum_freeact.type_hooks import install_typing
 from optimum_freeact.type_rules import check_against
 from optimum_freeact.type_state import attach_state
 

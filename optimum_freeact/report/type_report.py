@@ -30,7 +30,8 @@ from optimum_freeact.moments import Moments
 from optimum_freeact.numerics.affine import fake_quantize
 from optimum_freeact.numerics.hadamard import flat_rotation
 from optimum_freeact.numerics.kronecker import factor_pair, kron_apply
-from optimum_freeact.token_types import TokenTyper, install_typing
+from optimum_freeact.token_types import TokenTyper
+from optimum_freeact.type_hooks import install_typing
 from optimum_freeact.type_rules import resolve
 from optimum_freeact.type_state import attach_state
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from optimum_freeact import FreeActConfig, quantize
-from optimum_freeact.kernels import dispatch
+from optimum_freeact.kernels import torch_product
 from optimum_freeact.modules.layout import INPUT_GROUPS
 from optimum_freeact.presets import PRESETS
 from optimum_freeact.report import plots
@@ -100,16 +100,16 @@ def test_bytes_are_written_for_people(n_bytes, text):
 
 @pytest.mark.parametrize("vnni", [True, False])
 def test_the_description_is_what_the_dispatch_does(monkeypatch, vnni):
-    monkeypatch.setattr(dispatch, "cpu_has_vnni", lambda: vnni)
+    monkeypatch.setattr(torch_product, "cpu_has_vnni", lambda: vnni)
     calls = []
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: calls.append(1) or (a.float() @ b.float()).int())
     codes = torch.ones(4, 8, dtype=torch.int8)
-    dispatch.int_linear(codes, codes)
-    name, reason = dispatch.describe("cpu")
+    torch_product.int_linear(codes, codes)
+    name, reason = torch_product.describe("cpu")
     assert ("_int_mm" in name) == bool(calls) == vnni
     assert "VNNI" in reason
-    assert "float32" in dispatch.describe("meta")[0]
-    assert "_int_mm" in dispatch.describe("cuda")[0]
+    assert "float32" in torch_product.describe("meta")[0]
+    assert "_int_mm" in torch_product.describe("cuda")[0]
 
 
 def test_settings_that_need_float_products_say_why(monkeypatch):
@@ -117,7 +117,7 @@ def test_settings_that_need_float_products_say_why(monkeypatch):
     odd = FreeActConfig("freeact-fast", weight_group_size=20)
     assert "weight_group_size=20" in kernel_of(odd, torch.device("cpu"))[1]
     monkeypatch.setenv("FREEACT_KERNELS", "torch")
-    assert kernel_of(FreeActConfig("freeact-fast"), torch.device("cpu"))[0] == dispatch.describe("cpu")[0]
+    assert kernel_of(FreeActConfig("freeact-fast"), torch.device("cpu"))[0] == torch_product.describe("cpu")[0]
     assert "dequantized" in kernel_of(FreeActConfig(), torch.device("cpu"))[0]
 
 

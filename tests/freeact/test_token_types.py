@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from optimum_freeact.token_types import TokenTyper, install_typer, sink_mask
+from optimum_freeact.token_types import TokenTyper, sink_mask
+from optimum_freeact.type_hooks import install_typer
 from optimum_freeact.type_state import TypeState, attach_state
 from tests.helpers.quantized import logits, quantized
 from tests.helpers.tiny_models import sample_ids, tiny
