@@ -31,7 +31,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 
@@ -234,6 +234,17 @@ def command_line() -> str:
     script = Path(sys.argv[0]).resolve()
     shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     return shlex.join(["python", str(shown), *sys.argv[1:]])
+
+
+def without_places(command: str, options: Collection[str] = ("--rows", "--out")) -> str:
+    """A command less the options, each with a value, that say where things lie on this machine."""
+    parts, kept = iter(shlex.split(command)), []
+    for part in parts:
+        if part in options:
+            next(parts, None)
+        else:
+            kept.append(part)
+    return shlex.join(kept)
 
 
 def commit_and_dirty() -> tuple[str, bool]:

@@ -154,6 +154,8 @@ def test_machine_and_command_are_told(monkeypatch):
     assert f"torch {torch.__version__}" in _results.machine_name()
     monkeypatch.setattr(sys, "argv", [str(_results.ROOT / "benchmarks/toy/run.py"), "--models", "a b"])
     assert _results.command_line() == "python benchmarks/toy/run.py --models 'a b'"
+    told = "python benchmarks/toy/run.py --rows /somewhere/rows.jsonl --models 'a b' --out /else --seeds 0"
+    assert _results.without_places(told) == "python benchmarks/toy/run.py --models 'a b' --seeds 0"
 
 
 # --- checking ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks._results import RESULTS, command_line, write
+from benchmarks._results import RESULTS, command_line, without_places, write
 from benchmarks.accuracy.jobs import SLICES, Text
 from benchmarks.accuracy.run import fetch_model, pairs, read_texts
 from benchmarks.accuracy.scoring import hidden_states
@@ -146,10 +146,8 @@ def summary(rows: list[dict]) -> list[dict]:
 def store(rows: list[dict], options: argparse.Namespace) -> Path:
     """Write what was measured so far: bare rows, to resume from, and the result file."""
     options.rows.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    folder = options.out or RESULTS
-    return write(
-        "accuracy_cache", rows + summary(rows), "benchmarks.accuracy.no_claims", command_line(), [0], folder=folder
-    )
+    folder, command = options.out or RESULTS, without_places(command_line())
+    return write("accuracy_cache", rows + summary(rows), "benchmarks.accuracy.no_claims", command, [0], folder=folder)
 
 
 def main(arguments: list[str] | None = None) -> None:

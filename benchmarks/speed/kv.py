@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks._results import RESULTS, command_line, write
+from benchmarks._results import RESULTS, command_line, without_places, write
 from benchmarks.speed.timing import copies_for, graph_microseconds
 from optimum_freeact.kernels import kv_attend_triton, kv_reference, kv_write_triton
 from optimum_freeact.kernels.kv_reference import CacheRows
@@ -185,7 +185,16 @@ def main() -> None:
                     print(json.dumps(row), flush=True)
                     file.write(json.dumps(row) + "\n")
     rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
-    print(write("speed_kv", rows, "benchmarks.speed.no_claims", command_line(), [0], folder=args.out or RESULTS))
+    print(
+        write(
+            "speed_kv",
+            rows,
+            "benchmarks.speed.no_claims",
+            without_places(command_line()),
+            [0],
+            folder=args.out or RESULTS,
+        )
+    )
 
 
 if __name__ == "__main__":

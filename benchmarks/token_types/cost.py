@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
             pass
         return 0
     name = "token_types_cost" if device == "cuda" else "token_types_cost_cpu"
-    command = _results.command_line().partition(" --out")[0]
+    command = _results.without_places(_results.command_line())
     source = "cost_claims" if device == "cuda" else "no_claims"  # the claim is about a GPU
     rows: list[dict] = []
     begun = time.perf_counter()

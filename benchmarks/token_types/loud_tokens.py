@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     head = {"model": "assembled", "setting": "w4a4", "seed": options.seed}
     rows = [{**head, "method": "fp", "group": "full", **row} for row in loudness(model, calibration)]
     wanted = outputs(model, test)
-    command = _results.command_line().partition(" --out")[0]
+    command = _results.without_places(_results.command_line())
     for name in options.cases.split(","):
         config = FreeActConfig(**CASES[name], dataset=calibration, n_samples=6, batch_size=1, progress=False)
         found = outputs(quantize(assembled(source, options.blocks, options.seed), config), test)

@@ -12,7 +12,6 @@ goes on where it was as long as the trained models are there.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import tempfile
 import time
@@ -107,13 +106,7 @@ def save(options: argparse.Namespace, rows: list[dict]) -> None:
 
 def command() -> str:
     """What was run, without the places where things lie."""
-    parts, kept = iter(shlex.split(_results.command_line())), []
-    for part in parts:
-        if part in PLACES:
-            next(parts, None)
-        else:
-            kept.append(part)
-    return shlex.join(kept)
+    return _results.without_places(_results.command_line(), PLACES)
 
 
 def slots(given: str | None, default: int) -> int | list[int]:
