@@ -11,7 +11,8 @@ from optimum_freeact.calibration.masking import mask_samples
 from optimum_freeact.calibration.prepared import batches
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.layout import block_linears, find_blocks, find_decoder
-from optimum_freeact.token_types import TokenTyper, install_typing
+from optimum_freeact.token_types import TokenTyper
+from optimum_freeact.type_hooks import install_typing
 from optimum_freeact.type_rules import resolve
 from optimum_freeact.type_state import attach_state
 
