@@ -33,7 +33,7 @@ SHOWN = ("torch", "transformers", "trl", "peft", "mergekit", "POT", "accelerate"
 #: Where our code meets its hosts' inner parts.
 TESTS = (
     "tests/freeact/hf", "tests/freeact/test_kv_cache.py", "tests/freeact/test_kv_generate.py",
-    "tests/freeact/test_token_types.py", "tests/freeact/test_diffusion_models.py", "tests/mlc/test_trainers.py",
+    "tests/freeact/test_token_types.py", "tests/freeact/test_diffusion_models.py", "tests/freeact/test_cli_masked.py", "tests/mlc/test_trainers.py",
     "tests/mlc/test_other_trainers.py", "tests/merge/test_pipeline.py",
 )  # fmt: skip
 
