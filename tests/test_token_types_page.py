@@ -55,6 +55,25 @@ def save_llava(folder):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_commands_keep_a_models_processor(tmp_path, monkeypatch):
+    pytest.importorskip("PIL.Image", reason="pictures are made with Pillow, which is not installed")
+    from optimum_freeact.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    save_llava("vlm")
+    Path("texts.txt").write_text("Optimal transport moves masses from one place to another, and no further.\n" * 40)
+    small = ["--preset", "rtn", "--n-samples", "4", "--seq-len", "32", "--quiet"]
+    eight = ["--weight-bits", "8", "--activation-bits", "8"]
+    assert main(["quantize", "vlm", "quantized", "--dataset", "texts.txt", *small, *eight]) == 0
+    assert main(["export", "quantized", "exported"]) == 0
+    before = transformers.AutoProcessor.from_pretrained("vlm")
+    for folder in ("quantized", "exported"):
+        after = transformers.AutoProcessor.from_pretrained(folder)
+        assert after.to_dict() == before.to_dict()
+        assert type(after) is type(before)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_page_runs(tmp_path, monkeypatch, capsys):
     image = pytest.importorskip("PIL.Image", reason="the page opens pictures with Pillow, which is not installed")
 

@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from optimum_freeact.commands.folder import check_free, new_folder
-from optimum_freeact.commands.loading import console, load_config, load_model, load_tokenizer, quantization_of
+from optimum_freeact.commands.loading import (
+    console,
+    copy_processor,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quantization_of,
+)
 from optimum_freeact.hf.compressed_tensors import PACKED, check_expressible, layout, quantization_config, tensors
 
 
@@ -38,4 +45,5 @@ def run(args: argparse.Namespace) -> None:
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        copy_processor(args.model, folder)
     console().print(f"[bold]{out}[/bold]: {config.scheme} in the compressed-tensors format", highlight=False)

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.console import Console
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.utils import cached_file
 
 from optimum_freeact.calibration.data import load_samples
 from optimum_freeact.config import FreeActConfig
@@ -124,6 +126,22 @@ def load_tokenizer(name: str) -> Any:
     ) as error:  # what transformers raises for a folder without one
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"No tokenizer could be loaded from {name!r} ({reason}); pass --tokenizer.") from error
+
+
+# what AutoProcessor reads beside a tokenizer's files: how pictures, films and sound become inputs
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+def copy_processor(model: str, folder: Path) -> None:
+    """Copy into `folder` what a model has of a processor, so that what is made of it reads pictures as it did. Nothing is loaded: a
+    processor may need packages that quantizing does not.
+    """
+    for name in PROCESSOR_FILES:
+        found = cached_file(
+            model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+        if found is not None:
+            shutil.copyfile(found, folder / name)
 
 
 def load_calibration(dataset: str, tokenizer: Any, config: FreeActConfig, vocab_size: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from optimum_freeact.commands.folder import check_free, new_folder
 from optimum_freeact.commands.loading import (
     check_full_precision,
     console,
+    copy_processor,
     is_masked,
     load_calibration,
     load_config,
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
         model = quantize(load_model(args.model, dtype, torch.device("cpu")), config)
         save(model, folder, getattr(source, "dtype", None))
         tokenizer.save_pretrained(folder)
+        copy_processor(args.model, folder)
         size = quantized_size(model)
         card = model_card(
             base=model_name(args.model),
