@@ -46,6 +46,9 @@ def show(out: Console, name: str, found: Inspection, device: str) -> None:
     if found.quantized:
         product, reason = found.kernel
         out.print(f"On {device} runs: {product}, because {reason}.", highlight=False, markup=False)
+        if found.cache is not None:
+            reader, reason = found.cache
+            out.print(f"The KV cache is written and read by {reader}: {reason}.", highlight=False, markup=False)
 
 
 def _quantized_table(found: Inspection) -> Table:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.hf.auto import auto_class
 from optimum_freeact.kernels.dispatch import plan
+from optimum_freeact.kernels.kv_dispatch import kv_obstacle
 from optimum_freeact.modules.experts import FreeActExperts, find_experts, stand_ins
 from optimum_freeact.modules.layout import block_linears, find_blocks, is_excluded
 from optimum_freeact.modules.linear import FreeActLinear
@@ -48,6 +49,7 @@ class Inspection:
         rest (`list[Rest]`): What is not, and why.
         record (`dict`, *optional*): The saved record of calibration.
         kernel (`tuple[str, str]`): The product that runs, and why.
+        cache (`tuple[str, str]`, *optional*): What writes and reads a quantized KV cache, and why.
         file_bytes (`int`): Bytes of the weight files here; 0 where they are not in a folder.
     """
 
@@ -59,6 +61,7 @@ class Inspection:
     rest: list[Rest]
     record: dict[str, Any] | None
     kernel: tuple[str, str]
+    cache: tuple[str, str] | None = None
     file_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,6 +106,7 @@ def inspect_model(source: PretrainedConfig, folder: Path | None, device: torch.d
         rest=unquantized(model, planned),
         record=config.calibration_record,
         kernel=kernel_of(config, device),
+        cache=cache_of(config, source, device),
         file_bytes=sum(path.stat().st_size for path in files),
     )
 
@@ -119,6 +123,19 @@ def kernel_of(config: FreeActConfig, device: torch.device) -> tuple[str, str]:
         low_rank=config.low_rank,
     )
     return found.product, found.reason
+
+
+def cache_of(config: FreeActConfig, source: PretrainedConfig, device: torch.device) -> tuple[str, str] | None:
+    """What writes and reads the KV cache of a model with these settings on a device, and why; `None` for one of 16 bits."""
+    if config.kv_bits == 16:
+        return None
+    text = source.get_text_config(decoder=True)
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dtype = getattr(source, "dtype", None) or torch.float32
+    obstacle = kv_obstacle(device, config.kv_bits, dtype, size)
+    if obstacle is None:
+        return "Triton kernels", "they agree with torch on this GPU; layers with a sliding window are read by torch"
+    return "torch", obstacle
 
 
 def _kinds(prefix: str, blocks: nn.ModuleList) -> list[Kind]:

@@ -12,7 +12,7 @@ from optimum_freeact.kernels import torch_product
 from optimum_freeact.modules.layout import INPUT_GROUPS
 from optimum_freeact.presets import PRESETS
 from optimum_freeact.report import plots
-from optimum_freeact.report.inspection import kernel_of
+from optimum_freeact.report.inspection import cache_of, kernel_of
 from optimum_freeact.report.model_card import model_card
 from optimum_freeact.report.report import FULL_PRECISION, Comparison, Row, cells, measured, write_files
 from optimum_freeact.report.sizes import QuantizedSize, human, quantized_size, tensor_bytes, unquantized
@@ -172,6 +172,28 @@ def test_figure_is_drawn_from_the_file_alone(tmp_path):
     write_files(nothing, tmp_path)
     plots.plot_comparison(tmp_path / "comparison.json", tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes().startswith(PNG)
+
+
+def test_what_reads_the_cache_is_told(monkeypatch):
+    from optimum_freeact.kernels import kv_dispatch, kv_self_check
+
+    source = tiny("llama").config
+    source.dtype = torch.bfloat16
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
+    assert cache_of(FreeActConfig(), source, cpu) is None
+    assert cache_of(FreeActConfig(kv_bits=4), source, cpu) == (
+        "torch",
+        "no kernel reads the cache on device type 'cpu'",
+    )
+    monkeypatch.setattr(kv_dispatch, "triton_obstacle", lambda index: None)
+    monkeypatch.setattr(kv_self_check, "cache_obstacle", lambda index: None)
+    assert cache_of(FreeActConfig(kv_bits=4), source, gpu)[0] == "Triton kernels"
+    assert "8" in cache_of(FreeActConfig(kv_bits=8), source, gpu)[1]
+    source.dtype = torch.float32
+    assert "float32" in cache_of(FreeActConfig(kv_bits=4), source, gpu)[1]
+    monkeypatch.setattr(kv_self_check, "cache_obstacle", lambda index: "they disagree")
+    source.dtype = torch.float16
+    assert cache_of(FreeActConfig(kv_bits=4), source, gpu) == ("torch", "they disagree")
 
 
 # --- pages that follow the code ----------------------------------------------------------------------------------
