@@ -1,5 +1,6 @@
 """The how-to page about models with token types, run as it is on tiny models."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -82,10 +83,13 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
     save_llava("path/to/vlm")
     for name in ("texts.txt", "held-out.txt"):
         Path(name).write_text("Optimal transport moves masses from one place to another, and no further.\n" * 400)
+    rows = []
     for name, colour in (("owl.png", "brown"), ("tram.png", "red"), ("pear.png", "green")):
         image.new("RGB", (24, 16), colour).save(name)
+        rows += [json.dumps({"images": name, "text": f"<image>This is one, in {colour}."})] * 12
+    Path("pictures.jsonl").write_text("\n".join(rows))
     done = run_page(ROOT / "docs" / "how-to" / "token-types.md", tmp_path, {})
-    assert done == ["freeact quantize", "freeact inspect", "freeact evaluate"]
+    assert done == ["freeact quantize", "freeact inspect", "freeact evaluate", "freeact quantize"]
     printed = capsys.readouterr().out
     assert "Optimal transport moves" in printed
     assert "['text', 'sink', 'image']" in printed

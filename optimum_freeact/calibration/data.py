@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from optimum_freeact.calibration.pictured import Pictured, is_pictured, prepare, read_images
 from optimum_freeact.calibration.prepared import choose, is_prepared, read_prepared
 
 
 KINDS = (
-    "the path of a .txt or .jsonl file, a list of strings or of chat messages, token ids of shape (n, length) or a list of "
+    "the path of a .txt or .jsonl file (with `images`, too), a list of strings or of chat messages, token ids of shape (n, length) or a list of "
     "tensors of them, a list of a processor's outputs, or a dataset name"
 )
 
@@ -41,11 +42,13 @@ def _read_file(path: Path) -> list:
             raise ValueError(
                 f"{path}, line {number}, is not JSON: {error}. One JSON object a line is expected."
             ) from None
+        images = None
         if isinstance(row, dict):
+            images = read_images(row, path.parent, f"{path}, line {number}") if "images" in row else None
             row = row.get("text", row.get("messages"))
         if row is None:
             raise ValueError(f"{path}, line {number}, has neither a 'text' nor a 'messages' field.")
-        rows.append(row)
+        rows.append(row if images is None else Pictured(row, images))
     return rows
 
 
@@ -178,6 +181,9 @@ def read_data(dataset: Any, n_samples: int, seq_len: int) -> torch.Tensor | list
     items = list(dataset)
     if items and all(isinstance(m, dict) and "role" in m for m in items):
         items = [items]  # one conversation
+    if any(isinstance(item, Pictured) for item in items):
+        rows = [item if isinstance(item, Pictured) else Pictured(item, []) for item in items]
+        return [row._replace(text=_text_of(row.text)) for row in rows]
     items = [_text_of(item) for item in items]
     if not any(items):
         raise _too_short(n_samples, seq_len, "is empty")
@@ -195,7 +201,7 @@ def load_samples(
 
     Args:
         dataset: See [`FreeActConfig`]; windows of text are cut without overlap and chosen at random.
-        tokenizer: Needed for text and chats.
+        tokenizer: Needed for text and chats; where rows have pictures, the model's processor.
         n_samples, seq_len (`int`): How many windows of how many tokens.
         seed (`int`): Of the choice.
         vocab_size (`int`, *optional*): Largest allowed id + 1.
@@ -207,6 +213,8 @@ def load_samples(
         `ValueError`: as [`read_data`], and for text without a tokenizer or ids out of range.
     """
     data = read_data(dataset, n_samples, seq_len)
+    if is_pictured(data):
+        data = prepare(data, tokenizer, n_samples, seed)
     if is_prepared(data):
         return choose(data, n_samples, seed, vocab_size)
     if isinstance(data, torch.Tensor):

@@ -15,6 +15,7 @@ from optimum_freeact.calibration.checks import check_model
 from optimum_freeact.calibration.data import load_samples
 from optimum_freeact.calibration.discover import add_discovered
 from optimum_freeact.calibration.masking import mask_if_needed
+from optimum_freeact.calibration.pictured import is_pictured
 from optimum_freeact.calibration.prepared import batches, is_prepared, size_of
 from optimum_freeact.calibration.ranks import Ranks
 from optimum_freeact.config import LOUDNESS_LIMIT, FreeActConfig
@@ -33,17 +34,17 @@ from optimum_freeact.type_state import attach_state
 logger = logging.getLogger(__name__)
 
 
-def find_tokenizer(model: nn.Module, config: FreeActConfig) -> Any:
-    """The config's tokenizer, or the one saved beside the model; `None` if there is none."""
+def find_tokenizer(model: nn.Module, config: FreeActConfig, pictured: bool = False) -> Any:
+    """The config's tokenizer, or the one saved beside the model (its processor for data that is `pictured`); `None` if there is none."""
     if config.tokenizer is not None and not isinstance(config.tokenizer, str):
         return config.tokenizer
-    from transformers import AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer
 
     name = config.tokenizer or getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "")
     if not name:
         return None
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return (AutoProcessor if pictured else AutoTokenizer).from_pretrained(name)
     except (OSError, ValueError) as error:
         logger.warning("No tokenizer found at %r (%s); pass FreeActConfig(tokenizer=...).", name, error)
         return None
@@ -90,7 +91,7 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
     is_ids = isinstance(data, torch.Tensor) or is_prepared(data)
     samples = load_samples(
         data,
-        None if is_ids else find_tokenizer(model, config),
+        None if is_ids else find_tokenizer(model, config, is_pictured(data)),
         config.n_samples,
         config.seq_len,
         config.seed,

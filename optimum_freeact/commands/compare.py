@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     vocab_size = source.get_text_config(decoder=True).vocab_size
     windows = load_windows(args.text, tokenizer, args.window, args.tokens, source)
-    samples = load_calibration(args.dataset, tokenizer, configs[0], vocab_size)
+    samples = load_calibration(args.dataset, tokenizer, configs[0], vocab_size, args.model)
     if os.path.isfile(args.dataset) and os.path.samefile(args.dataset, args.text):
         console().print("The presets are calibrated and evaluated on the same file: scores flatter.", style="yellow")
     dtype = pick_dtype(args.dtype, device)

@@ -16,10 +16,11 @@ import transformers
 from rich.console import Console
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig
 from transformers.utils import cached_file
 
-from optimum_freeact.calibration.data import load_samples
+from optimum_freeact.calibration.data import load_samples, read_data
+from optimum_freeact.calibration.pictured import is_pictured
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.hf.auto import auto_class
 from optimum_freeact.hf.serialization import check_checkpoint, check_index
@@ -144,12 +145,33 @@ def copy_processor(model: str, folder: Path) -> None:
             shutil.copyfile(found, folder / name)
 
 
-def load_calibration(dataset: str, tokenizer: Any, config: FreeActConfig, vocab_size: int) -> torch.Tensor:
-    """Calibration windows, read before the weights so that bad data is known early. Errors name the data."""
+def load_calibration(
+    dataset: str, tokenizer: Any, config: FreeActConfig, vocab_size: int, model: str
+) -> torch.Tensor | list[dict]:
+    """Calibration windows, or inputs with pictures as the model's processor makes them, read before the weights so that bad data is
+    known early. Errors name the data.
+    """
     try:
-        return load_samples(dataset, tokenizer, config.n_samples, config.seq_len, config.seed, vocab_size)
+        data = read_data(dataset, config.n_samples, config.seq_len)
+        reader = load_processor(model) if is_pictured(data) else tokenizer
+        return load_samples(data, reader, config.n_samples, config.seq_len, config.seed, vocab_size)
     except UnicodeDecodeError as error:
         raise ValueError(f"{dataset!r} is no UTF-8 text ({error.reason} at byte {error.start}).") from None
+
+
+def load_processor(model: str) -> Any:
+    """The model's processor.
+
+    Raises:
+        `ValueError`: if it has none, or one that needs what is not installed.
+    """
+    try:
+        return AutoProcessor.from_pretrained(model)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(
+            f"The calibration rows have pictures, and no processor could be loaded from {model!r} ({reason})."
+        ) from error
 
 
 def load_windows(text: str, tokenizer: Any, window: int, tokens: int, config: PretrainedConfig) -> torch.Tensor:

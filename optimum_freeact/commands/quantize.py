@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     check_full_precision(args.model, source)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     vocab_size = source.get_text_config(decoder=True).vocab_size
-    config.dataset = load_calibration(args.dataset, tokenizer, config, vocab_size)
+    config.dataset = load_calibration(args.dataset, tokenizer, config, vocab_size, args.model)
     config.tokenizer, config.resume_dir = tokenizer, args.resume_dir
     config.calibration_device, config.progress = str(device), not args.quiet
     start = time.perf_counter()
