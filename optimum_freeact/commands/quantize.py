@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
             config=model.config.quantization_config,
             size=size,
             chat=bool(getattr(tokenizer, "chat_template", None)),
-            auto=auto_class(source).__name__,
+            auto="AutoModelForMaskedLM" if is_masked(source) else auto_class(source).__name__,
             loader=loader_of(source.model_type),
             masked=is_masked(source),
         )

@@ -107,7 +107,8 @@ def model_card(
         loader (`str`, *optional*): The module of this package that makes transformers know the kind of model.
         masked (`bool`, *optional*, defaults to `False`): Whether it is a masked-diffusion model.
     """
-    front = ["library_name: transformers", "pipeline_tag: text-generation"]
+    sees = auto in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    front = ["library_name: transformers", f"pipeline_tag: {'image-text-to-text' if sees else 'text-generation'}"]
     if on_hub:
         front = [f"base_model: {base}", "base_model_relation: quantized", *front]
     front += ["tags:", "- freeact", f"- {config.scheme.lower()}"]

@@ -95,6 +95,8 @@ def test_the_model_cards_example_runs_by_itself(home):
     card = (folder / "w4a4" / "README.md").read_text()
     snippet = card.partition("```python\n")[2].partition("```")[0]
     assert "denoise" in snippet
+    assert "AutoModelForMaskedLM" in snippet
+    assert "pipeline_tag: text-generation" in card
     snippet = snippet.replace("new_tokens=64, steps=32", "new_tokens=4, steps=2")
     run = forked.run(str(folder), code=f"import os, sys\nos.chdir(sys.argv[1])\n{snippet}")
     assert run.returncode == 0, run.stderr[-2000:]

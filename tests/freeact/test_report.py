@@ -220,6 +220,7 @@ def test_model_card_names_a_hub_model_in_its_metadata_only(on_hub, base):
     assert "import optimum_freeact  # makes transformers know this quantization" in text
     front = text.split("---\n")[1]
     assert ("base_model: org/name" in front) == on_hub
+    assert "pipeline_tag: image-text-to-text" in front
     assert "| 2 | 1 | 60 B | 200 B | 0.300 |" in text
     assert "| 0 | 0.25 |" in text
     settings = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
