@@ -10,7 +10,7 @@ from optimum_freeact.kernels.dispatch import ENVIRONMENT, triton_obstacle, wante
 MAX_SIZE = 256  # channels of a head that a program holds
 
 
-def kv_obstacle(device: torch.device, bits: int, dtype: torch.dtype, size: int) -> str | None:
+def kv_obstacle(device: torch.device, bits: int, dtype: torch.dtype, size: int, rotated: bool) -> str | None:
     """Why the cache is read by torch, or `None` where the Triton kernels write and read it.
 
     Args:
@@ -18,6 +18,7 @@ def kv_obstacle(device: torch.device, bits: int, dtype: torch.dtype, size: int) 
         bits (`int`): Of the cache.
         dtype (`torch.dtype`): Of the states.
         size (`int`): Channels of a head.
+        rotated (`bool`): Whether states are rotated: that is other kernels.
     """
     if wanted() not in ("auto", "triton"):
         return f"{ENVIRONMENT}={wanted()}"
@@ -33,5 +34,5 @@ def kv_obstacle(device: torch.device, bits: int, dtype: torch.dtype, size: int) 
     if obstacle is None and wanted() == "auto":
         from optimum_freeact.kernels.kv_self_check import cache_obstacle
 
-        obstacle = cache_obstacle(device.index)
+        obstacle = cache_obstacle(device.index, rotated)
     return obstacle

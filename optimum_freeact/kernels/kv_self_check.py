@@ -24,25 +24,24 @@ ATTENTION_ERROR = 0.03
 
 
 @asked_once
-def cache_obstacle(index: int | None) -> str | None:
-    """Why the kernels of the KV cache are not to be used on a CUDA device, or `None`."""
-    found, error = on_gpu(index, cache_disagreement)
+def cache_obstacle(index: int | None, rotated: bool) -> str | None:
+    """Why the kernels of the KV cache are not to be used on a CUDA device, or `None`; `rotated` states have kernels of their own."""
+    found, error = on_gpu(index, lambda device: cache_disagreement(device, rotated))
     if error is not None:
         return f"the kernels of the KV cache do not run on this GPU ({error})"
     return None if found is None else f"the kernels of the KV cache disagree with torch on this GPU ({found})"
 
 
-def cache_disagreement(device: torch.device, written: tuple[int, ...] = WRITTEN) -> str | None:
+def cache_disagreement(device: torch.device, rotated: bool, written: tuple[int, ...] = WRITTEN) -> str | None:
     """What differs by more than rounding does, or `None`; `written` are numbers of tokens written at once."""
-    for rotated in (False, True):
-        kind = "rotated states" if rotated else "states"
-        for tokens in written:
-            error = _writing_error(device, rotated, tokens)
-            if not error <= ROUNDING_ERROR:  # nan too
-                return f"{tokens} {kind} written: relative error {error:.2g}, at most {ROUNDING_ERROR:g} was expected"
-        error = _reading_error(device, rotated)
-        if not error <= ATTENTION_ERROR:
-            return f"attention to {kind}: relative error {error:.2g}, at most {ATTENTION_ERROR:g} was expected"
+    kind = "rotated states" if rotated else "states"
+    for tokens in written:
+        error = _writing_error(device, rotated, tokens)
+        if not error <= ROUNDING_ERROR:  # nan too
+            return f"{tokens} {kind} written: relative error {error:.2g}, at most {ROUNDING_ERROR:g} was expected"
+    error = _reading_error(device, rotated)
+    if not error <= ATTENTION_ERROR:
+        return f"attention to {kind}: relative error {error:.2g}, at most {ATTENTION_ERROR:g} was expected"
     return None
 
 

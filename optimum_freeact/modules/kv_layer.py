@@ -80,7 +80,9 @@ class FreeActCacheLayer(DynamicLayer):
         self.keys, self.values = self.keys.to(torch.uint8), self.values.to(torch.uint8)
         sizes = {states.shape[-1] for states in (key_states, value_states)}
         self.obstacle = "keys and values of different sizes" if len(sizes) > 1 else None
-        self.obstacle = self.obstacle or kv_obstacle(key_states.device, self.spec.bits, key_states.dtype, sizes.pop())
+        self.obstacle = self.obstacle or kv_obstacle(
+            key_states.device, self.spec.bits, key_states.dtype, sizes.pop(), self.spec.rotate
+        )
 
     @property
     def awaits_start(self) -> bool:

@@ -132,7 +132,7 @@ def cache_of(config: FreeActConfig, source: PretrainedConfig, device: torch.devi
     text = source.get_text_config(decoder=True)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     dtype = getattr(source, "dtype", None) or torch.float32
-    obstacle = kv_obstacle(device, config.kv_bits, dtype, size)
+    obstacle = kv_obstacle(device, config.kv_bits, dtype, size, bool(config.kv_rotation))
     if obstacle is None:
         return "Triton kernels", "they agree with torch on this GPU; layers with a sliding window are read by torch"
     return "torch", obstacle

@@ -186,12 +186,12 @@ def test_what_reads_the_cache_is_told(monkeypatch):
         "no kernel reads the cache on device type 'cpu'",
     )
     monkeypatch.setattr(kv_dispatch, "triton_obstacle", lambda index: None)
-    monkeypatch.setattr(kv_self_check, "cache_obstacle", lambda index: None)
+    monkeypatch.setattr(kv_self_check, "cache_obstacle", lambda index, rotated: None)
     assert cache_of(FreeActConfig(kv_bits=4), source, gpu)[0] == "Triton kernels"
     assert "8" in cache_of(FreeActConfig(kv_bits=8), source, gpu)[1]
     source.dtype = torch.float32
     assert "float32" in cache_of(FreeActConfig(kv_bits=4), source, gpu)[1]
-    monkeypatch.setattr(kv_self_check, "cache_obstacle", lambda index: "they disagree")
+    monkeypatch.setattr(kv_self_check, "cache_obstacle", lambda index, rotated: "they disagree")
     source.dtype = torch.float16
     assert cache_of(FreeActConfig(kv_bits=4), source, gpu) == ("torch", "they disagree")
 

@@ -21,12 +21,12 @@ from tests.helpers.tiny_models import sample_ids, tiny
 @pytest.fixture
 def kernels(device, monkeypatch):
     """Kernels serve on this device, as they do on a GPU."""
-    monkeypatch.setattr(kv_layer, "kv_obstacle", lambda where, bits, dtype, size: kv_obstacle(
-        torch.device("cuda"), bits, dtype, size
+    monkeypatch.setattr(kv_layer, "kv_obstacle", lambda where, bits, dtype, size, rotated: kv_obstacle(
+        torch.device("cuda"), bits, dtype, size, rotated
     ))  # fmt: skip
     if device == "cpu":
         monkeypatch.setattr(kv_dispatch, "triton_obstacle", lambda index: None)
-        monkeypatch.setattr(kv_self_check, "cache_obstacle", lambda index: None)
+        monkeypatch.setattr(kv_self_check, "cache_obstacle", lambda index, rotated: None)
     return device
 
 
@@ -206,8 +206,8 @@ def test_beams_are_those_of_the_unpacked_cache(kernels, monkeypatch):
 )
 def test_what_is_read_by_torch_is_told(change, reason, monkeypatch):
     monkeypatch.setattr(kv_dispatch, "triton_obstacle", lambda index: None)
-    monkeypatch.setattr(kv_self_check, "cache_obstacle", lambda index: None)
-    settings = {"device": torch.device("cuda"), "bits": 4, "dtype": torch.bfloat16, "size": 64}
+    monkeypatch.setattr(kv_self_check, "cache_obstacle", lambda index, rotated: None)
+    settings = {"device": torch.device("cuda"), "bits": 4, "dtype": torch.bfloat16, "size": 64, "rotated": True}
     assert kv_obstacle(**settings) is None
     assert reason in kv_obstacle(**{**settings, **change})
     monkeypatch.setenv("FREEACT_KERNELS", "torch")

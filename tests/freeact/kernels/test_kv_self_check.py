@@ -12,8 +12,9 @@ def _nothing_remembered():
     kv_self_check.cache_obstacle.cache_clear()
 
 
-def test_kernels_that_agree_pass(device):
-    assert kv_self_check.cache_disagreement(torch.device(device), (1, 17)) is None
+@pytest.mark.parametrize("rotated", [False, True])
+def test_kernels_that_agree_pass(device, rotated):
+    assert kv_self_check.cache_disagreement(torch.device(device), rotated, (1, 17)) is None
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ def test_kernels_that_agree_pass(device):
 def test_attention_that_is_wrong_is_named(device, monkeypatch, wrong):
     right = kv_attend_triton.attend
     monkeypatch.setattr(kv_attend_triton, "attend", lambda *args: wrong(right(*args)))
-    assert "attention to states: relative error" in kv_self_check.cache_disagreement(torch.device(device), ())
+    assert "attention to states: relative error" in kv_self_check.cache_disagreement(torch.device(device), False, ())
 
 
 @pytest.mark.parametrize("part", ["mean", "cos", "rotation"])
@@ -40,8 +41,9 @@ def test_writing_that_leaves_a_part_out_is_named(device, monkeypatch, part):
             setattr(rows, part, kept)
 
     monkeypatch.setattr(kv_write_triton, "write_rows", without)
-    said = kv_self_check.cache_disagreement(torch.device(device), (1,))
-    assert said.startswith("1 rotated states written" if part == "rotation" else "1 states written")
+    rotated = part == "rotation"
+    said = kv_self_check.cache_disagreement(torch.device(device), rotated, (1,))
+    assert said.startswith("1 rotated states written" if rotated else "1 states written")
 
 
 def test_what_a_row_beyond_the_first_gets_is_compared(device, monkeypatch):
@@ -51,7 +53,7 @@ def test_what_a_row_beyond_the_first_gets_is_compared(device, monkeypatch):
         right(states, rows, torch.zeros_like(start), position, out)
 
     monkeypatch.setattr(kv_write_triton, "write_rows", same_start)
-    assert "8 states written" in kv_self_check.cache_disagreement(torch.device(device), (8,))
+    assert "8 states written" in kv_self_check.cache_disagreement(torch.device(device), False, (8,))
 
 
 @pytest.mark.parametrize(
@@ -62,27 +64,27 @@ def test_torch_takes_the_place_of_kernels_that_disagree(monkeypatch, choice, exp
     monkeypatch.setenv("FREEACT_KERNELS", choice)
     monkeypatch.setattr(kv_dispatch, "triton_obstacle", lambda index: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    monkeypatch.setattr(kv_self_check, "cache_disagreement", lambda device: "all")
-    assert kv_dispatch.kv_obstacle(torch.device("cuda:7"), 4, torch.bfloat16, 64) == expected
+    monkeypatch.setattr(kv_self_check, "cache_disagreement", lambda device, rotated: "all")
+    assert kv_dispatch.kv_obstacle(torch.device("cuda:7"), 4, torch.bfloat16, 64, True) == expected
 
 
 def test_whatever_a_compiler_raises_is_a_reason(monkeypatch):
-    def broken(device):
+    def broken(device, rotated):
         raise RuntimeError("ptxas\nmore")
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     monkeypatch.setattr(kv_self_check, "cache_disagreement", broken)
-    said = kv_self_check.cache_obstacle(7)
+    said = kv_self_check.cache_obstacle(7, False)
     assert said == "the kernels of the KV cache do not run on this GPU (RuntimeError: ptxas)"
 
 
 def test_a_full_gpu_is_not_a_kernel_that_fails(monkeypatch):
-    def full(device):
+    def full(device, rotated):
         raise torch.OutOfMemoryError("Tried to allocate 20.00 MiB.")
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     monkeypatch.setattr(kv_self_check, "cache_disagreement", full)
     with pytest.raises(torch.OutOfMemoryError, match="20.00 MiB"):
-        kv_self_check.cache_obstacle(7)
-    monkeypatch.setattr(kv_self_check, "cache_disagreement", lambda device: None)
-    assert kv_self_check.cache_obstacle(7) is None  # room was made, and nothing was remembered
+        kv_self_check.cache_obstacle(7, False)
+    monkeypatch.setattr(kv_self_check, "cache_disagreement", lambda device, rotated: None)
+    assert kv_self_check.cache_obstacle(7, False) is None  # room was made, and nothing was remembered
