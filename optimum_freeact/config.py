@@ -102,7 +102,8 @@ class FreeActConfig(QuantizationConfigMixin):
             in full precision, by the weight of the linear that reads it (STaR-Quant; closed form, no cost when running).
         dataset (`str`, `list` or `torch.Tensor`, *optional*): Calibration data: a dataset name (needs `datasets` and a
             reachable hub), the path of a text or JSON-lines file (`text` or `messages`, with `images` for a vision-language
-            model), a list of strings or of chat messages, token ids of shape `(n, length)`, or a processor's outputs. Needed to quantize, not to load. Not saved.
+            model), a list of strings or of chat messages, token ids of shape `(n, length)`, or a processor's outputs.
+            Needed to quantize, not to load. Not saved.
         tokenizer (`str` or tokenizer object, *optional*): Defaults to that of the model's folder. Not saved.
         n_samples (`int`, *optional*, defaults to 32), seq_len (`int`, *optional*, defaults to 512):
             Calibration samples and their length in tokens.
