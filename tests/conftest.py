@@ -50,6 +50,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile without what other tests left it: it gives up on code that it compiled too often, of transformers' too."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 def asset_or_skip(name: str) -> Path:
     """Folder of an asset; skips with the reason when it cannot be had, fails instead under `ASSETS_REQUIRED=1`."""
     try:

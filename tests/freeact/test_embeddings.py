@@ -117,6 +117,7 @@ def test_embeddings_that_compute_something_are_refused_before_anything_changes()
         settings(embedding_bits=4)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_traced_model_gives_the_same():
     model = quantized(embedding_bits=8)
     want = logits(model)
@@ -125,6 +126,7 @@ def test_a_traced_model_gives_the_same():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_head_compiles_on_a_cpu(dtype):
     head = FreeActHead(64, 48, False, dtype)
     codes, scale = row_codes(torch.randn(48, 64, dtype=dtype))

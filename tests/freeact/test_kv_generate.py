@@ -58,11 +58,11 @@ def test_generate_equals_prefill_every_step(family, options):
     assert not torch.equal(quantized, exact)  # the cache was in use
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_generates_the_same(monkeypatch):
     """What the cache does is left to Python, as a whole: rows grow with each call, and its tables are made once."""
     from torch._dynamo.utils import counters
 
-    torch._dynamo.reset()
     model, ids = tiny_decoder("llama"), prompt()
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -78,8 +78,8 @@ def test_a_compiled_model_generates_the_same(monkeypatch):
     assert all("torch.compiler.disable" in reason for reason in counters["graph_break"])
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_without_a_cache_a_model_is_one_graph():
-    torch._dynamo.reset()  # or transformers' decorators, compiled for others, run eagerly by now
     model, ids = tiny_decoder("llama"), prompt()
     want = model(ids, use_cache=False).logits
     install_kv_cache(model, both_of(model))

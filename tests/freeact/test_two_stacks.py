@@ -166,6 +166,7 @@ def test_without_a_type_of_its_own_the_canvas_is_text():
     assert told == [("prompt", [[1] + [0] * 7]), ("canvas", None)]
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_and_trained_through_it_knows_its_canvas():
     model = quantized()
     told = seen_types(model)

@@ -289,6 +289,7 @@ def test_two_models_with_other_types_in_turn(masked):
         assert torch.equal(logits(plain, ids), theirs)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled(masked):
     """Dynamo traces the typing without a graph break (the backend runs the graph as it is)."""
     torch._dynamo.reset()

@@ -446,6 +446,7 @@ def test_pipeline(folder):
     assert text.startswith("Hello")
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_without_graph_breaks():
     """One graph, run eagerly: making kernels of it takes a minute (and works: max difference 2e-6)."""
     model = quantized("llama", {"num_hidden_layers": 1})

@@ -8,6 +8,7 @@ import torch
 from optimum_freeact.kernels.asked_once import asked_once
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_code_takes_the_answer_and_asks_no_more():
     asked = []
 
@@ -17,7 +18,6 @@ def test_compiled_code_takes_the_answer_and_asks_no_more():
         asked.append(index)
         return 1 if index else -1
 
-    torch._dynamo.reset()
     compiled = torch.compile(lambda x: x * sign(3), fullgraph=True, backend="eager")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*lru_cache")  # torch says so where it traces a cached function

@@ -153,6 +153,7 @@ def always_unpacked(layer, update, _, *args, **kwargs):
     return update(layer, True, *args, **kwargs)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_attention_gets_states_unpacked(kernels, monkeypatch):
     """Kernels write what a compiled model caches, and its attention, which cannot read rows, is given states."""
     from optimum_freeact.kernels import kv_attend_triton, kv_write_triton
@@ -160,7 +161,6 @@ def test_compiled_attention_gets_states_unpacked(kernels, monkeypatch):
     written, write = [], kv_write_triton.write_rows
     monkeypatch.setattr(kv_write_triton, "write_rows", lambda *args: written.append(1) or write(*args))
     monkeypatch.setattr(kv_attend_triton, "attend", None)
-    torch._dynamo.reset()
     model = tiny("qwen2", num_hidden_layers=1).to(kernels)
     means = cache_means(model, sample_ids(4, 20, seed=2).to(kernels))
     install_kv_cache(model, CacheSpec(4, True, **means._asdict()))

@@ -219,6 +219,7 @@ def test_models_compute_the_same(settings, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_without_graph_breaks():
     model = quantized()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -157,6 +157,7 @@ def test_only_what_is_alike_is_joined(as_on_a_gpu):
     assert joined.join(list(model.layers)) is None
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_traced_without_a_break(as_on_a_gpu, monkeypatch):
     monkeypatch.setattr(ops, "w4_linear", ops.w4_linear_op)
     monkeypatch.setattr(ops, "round_rows", ops.round_rows_op)
