@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 
+from tests.helpers.tiny_diffusion import make
 from tests.helpers.tiny_models import VOCAB_SIZE, randomize_, tiny_tokenizer
 from tests.test_documentation import ROOT, run_page
 
@@ -22,11 +23,7 @@ TEXT = {
 
 
 def save_llada(folder):
-    from optimum_freeact.models.llada import LladaConfig, LladaForMaskedLM
-
-    model = LladaForMaskedLM(LladaConfig(**TEXT, mask_token_id=VOCAB_SIZE))
-    randomize_(model)
-    model.save_pretrained(folder)
+    make("llada", max_position_embeddings=2048).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 
 
-def mask_samples(samples: torch.Tensor, mask_id: int, seed: int) -> torch.Tensor:
+def mask_samples(samples: torch.Tensor, mask_id: int, seed: int, least: int = 0) -> torch.Tensor:
     """Replace a share of each row by the mask token; the shares are spread evenly over (0, 1), one per row.
 
     Args:
         samples (`torch.Tensor` of shape `(n, length)`): Token ids.
         mask_id (`int`): Id of the mask token.
         seed (`int`): Of the shares' order and of the masked places.
+        least (`int`, *optional*, defaults to 0): So many tokens are masked at least.
 
     Returns:
         `torch.Tensor` of shape `(n, length)`. Row by row, exactly `round(t * length)` tokens are masked.
@@ -23,7 +24,7 @@ def mask_samples(samples: torch.Tensor, mask_id: int, seed: int) -> torch.Tensor
     n, length = samples.shape
     generator = torch.Generator().manual_seed(seed)
     shares = (torch.arange(n) + 0.5) / n
-    counts = torch.round(shares[torch.randperm(n, generator=generator)] * length).long()
+    counts = torch.round(shares[torch.randperm(n, generator=generator)] * length).long().clamp_min(least)
     order = torch.rand(n, length, generator=generator).argsort(1).argsort(1)
     return torch.where(order < counts[:, None], mask_id, samples)
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig
-from transformers.utils import cached_file
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from optimum_freeact.calibration.data import load_samples, read_data
 from optimum_freeact.calibration.pictured import is_pictured
@@ -130,7 +130,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 # what AutoProcessor reads beside a tokenizer's files: how pictures, films and sound become inputs
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
 
 
 def copy_processor(model: str, folder: Path) -> None:

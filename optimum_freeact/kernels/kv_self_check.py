@@ -9,7 +9,7 @@ import torch
 from optimum_freeact.kernels import kv_reference
 from optimum_freeact.kernels.asked_once import asked_once
 from optimum_freeact.kernels.kv_reference import CacheRows
-from optimum_freeact.kernels.self_check import ROUNDING_ERROR, on_gpu, relative
+from optimum_freeact.kernels.self_check import ROUNDING_ERROR, obstacle_of, relative
 from optimum_freeact.numerics.hadamard import flat_rotation
 from optimum_freeact.numerics.vector_codec import encode, grid_dtype, row_bytes
 
@@ -26,10 +26,7 @@ ATTENTION_ERROR = 0.03
 @asked_once
 def cache_obstacle(index: int | None, rotated: bool) -> str | None:
     """Why the kernels of the KV cache are not to be used on a CUDA device, or `None`; `rotated` states have kernels of their own."""
-    found, error = on_gpu(index, lambda device: cache_disagreement(device, rotated))
-    if error is not None:
-        return f"the kernels of the KV cache do not run on this GPU ({error})"
-    return None if found is None else f"the kernels of the KV cache disagree with torch on this GPU ({found})"
+    return obstacle_of("the kernels of the KV cache", index, lambda device: cache_disagreement(device, rotated))
 
 
 def cache_disagreement(device: torch.device, rotated: bool, written: tuple[int, ...] = WRITTEN) -> str | None:

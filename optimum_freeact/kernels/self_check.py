@@ -45,13 +45,18 @@ def on_gpu(index: int | None, compare: Callable) -> tuple[str | None, str | None
         return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
+def obstacle_of(kernels: str, index: int | None, compare: Callable) -> str | None:
+    """Why some kernels are not to be used on a CUDA device, by a comparison, or `None`."""
+    found, error = on_gpu(index, compare)
+    if error is not None:
+        return f"{kernels} do not run on this GPU ({error})"
+    return None if found is None else f"{kernels} disagree with torch on this GPU ({found})"
+
+
 @asked_once
 def groups_obstacle(index: int | None, special: Callable) -> str | None:
     """Why the kernels for groups are not to be used on a CUDA device, or `None`; `special` as in [`disagreement`]."""
-    found, error = on_gpu(index, lambda device: disagreement(device, special))
-    if error is not None:
-        return f"the kernels for groups do not run on this GPU ({error})"
-    return None if found is None else f"the kernels for groups disagree with torch on this GPU ({found})"
+    return obstacle_of("the kernels for groups", index, lambda device: disagreement(device, special))
 
 
 @asked_once

@@ -30,6 +30,18 @@ def predictions(logits: torch.Tensor, before: torch.Tensor | None, shifted: bool
     return torch.cat((first, logits[:, :-1]), 1)
 
 
+def mask_of(model: nn.Module) -> tuple[int, bool]:
+    """Id of a model's mask token, and whether its logits are those of the next token.
+
+    Raises:
+        `ValueError`: if the model has no mask token.
+    """
+    mask_id = field_value(model.config, "mask_token_id")
+    if mask_id is None:
+        raise ValueError(f"{type(model).__name__}'s config has no mask_token_id: it is no masked-diffusion model.")
+    return mask_id, any(getattr(config, "shifted_logits", False) for config in sub_configs(model.config))
+
+
 @torch.no_grad()
 def denoise(
     model: nn.Module,
@@ -62,13 +74,10 @@ def denoise(
     Raises:
         `ValueError`: if the model has no mask token, or the numbers do not divide.
     """
-    mask_id = field_value(model.config, "mask_token_id")
+    mask_id, shifted = mask_of(model)
     told_ids = (field_value(model.config, field) for fields in ID_FIELDS.values() for field in fields)
     never = sorted({i for i in told_ids if i is not None})  # a place for a picture stands for one that was given
-    shifted = any(getattr(config, "shifted_logits", False) for config in sub_configs(model.config))
     block = block or new_tokens
-    if mask_id is None:
-        raise ValueError(f"{type(model).__name__}'s config has no mask_token_id: it is no masked-diffusion model.")
     if new_tokens % block or steps % (new_tokens // block) or steps > new_tokens:
         raise ValueError(
             f"new_tokens={new_tokens} must be a multiple of block={block}, and steps={steps} one of the "

@@ -12,23 +12,14 @@ import math
 import torch
 from torch import nn
 
-from optimum_freeact.models.denoise import predictions
+from optimum_freeact.calibration.masking import mask_samples
+from optimum_freeact.models.denoise import mask_of, predictions
 from optimum_freeact.report.evaluate import TextScore
-from optimum_freeact.type_rules import field_value, sub_configs
 
 
 def hide_tokens(windows: torch.Tensor, mask_id: int, seed: int = 0) -> torch.Tensor:
-    """Windows `(n, length)` with a share of each hidden behind `mask_id`, never its first token and at least one.
-
-    The shares are `(i + 1/2) / n`, in an order drawn with `seed`.
-    """
-    n, length = windows.shape
-    generator = torch.Generator().manual_seed(seed)
-    shares = ((torch.arange(n) + 0.5) / n)[torch.randperm(n, generator=generator)]
-    counts = (shares * (length - 1)).round().clamp_min(1)
-    order = torch.rand(n, length - 1, generator=generator).argsort(1).argsort(1)
-    hidden = nn.functional.pad(order < counts[:, None], (1, 0))
-    return windows.masked_fill(hidden, mask_id)
+    """Windows `(n, length)` with a share of each hidden behind `mask_id`, never its first token and at least one ([`mask_samples`])."""
+    return torch.cat((windows[:, :1], mask_samples(windows[:, 1:], mask_id, seed, least=1)), 1)
 
 
 @torch.no_grad()
@@ -45,10 +36,7 @@ def score_masked(model: nn.Module, windows: torch.Tensor, hidden: torch.Tensor) 
     Raises:
         `ValueError`: if the model has no mask token.
     """
-    mask_id = field_value(model.config, "mask_token_id")
-    if mask_id is None:
-        raise ValueError(f"{type(model).__name__}'s config has no mask_token_id: it is no masked-diffusion model.")
-    shifted = any(getattr(config, "shifted_logits", False) for config in sub_configs(model.config))
+    mask_id, shifted = mask_of(model)
     device, total = model.get_input_embeddings().weight.device, 0.0
     for ids, given in zip(windows.to(device), hidden.to(device), strict=True):
         there = given == mask_id

@@ -6,26 +6,14 @@ import pytest
 import torch
 
 from optimum_freeact.commands.loading import load_windows
-from optimum_freeact.models.dream import DreamConfig, DreamForMaskedLM
-from optimum_freeact.models.llada import LladaConfig, LladaForMaskedLM
 from optimum_freeact.report.evaluate_masked import hide_tokens, score_masked
 from tests.helpers import forked
 from tests.helpers.quantized import answer
-from tests.helpers.tiny_models import VOCAB_SIZE, randomize_, tiny_tokenizer
+from tests.helpers.tiny_diffusion import KINDS, MASK, make
+from tests.helpers.tiny_models import tiny_tokenizer
 
 
 TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs, 0123456789 times! "
-MASK = VOCAB_SIZE - 1
-SIZES = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "mask_token_id": MASK,
-}
 COMMANDS = """
 import contextlib, io, json, sys
 from optimum_freeact.cli import main
@@ -37,7 +25,6 @@ for name, words in json.loads(sys.argv[1]).items():
     told[name] = [code, said.getvalue()]
 print(json.dumps(told))
 """
-KINDS = {"llada": (LladaConfig, LladaForMaskedLM), "dream": (DreamConfig, DreamForMaskedLM)}
 WINDOWS = ["--window", "32", "--tokens", "256", "--quiet"]
 
 
@@ -45,10 +32,7 @@ WINDOWS = ["--window", "32", "--tokens", "256", "--quiet"]
 def home(request, tmp_path_factory):
     """A model and a text, and what the commands said and wrote."""
     home = tmp_path_factory.mktemp(request.param)
-    config_class, model_class = KINDS[request.param]
-    model = model_class._from_config(config_class(**SIZES)).eval()
-    randomize_(model)
-    model.save_pretrained(home / "model")
+    make(request.param).save_pretrained(home / "model")
     tiny_tokenizer().save_pretrained(home / "model")
     (home / "text.txt").write_text(TEXT * 20)
     model, text, quantized, report = (str(home / name) for name in ("model", "text.txt", "w4a4", "report"))

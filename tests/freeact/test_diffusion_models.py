@@ -11,33 +11,10 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from optimum_freeact.api import quantize
 from optimum_freeact.calibration.masking import mask_samples
 from optimum_freeact.models.denoise import denoise, fill, predictions
-from optimum_freeact.models.dream import DreamConfig, DreamForMaskedLM
-from optimum_freeact.models.llada import LladaConfig, LladaForMaskedLM
+from optimum_freeact.models.dream import DreamForMaskedLM
 from tests.helpers.quantized import distance, logits, settings
+from tests.helpers.tiny_diffusion import KINDS, MASK, make
 from tests.helpers.tiny_models import randomize_, sample_ids, tiny
-
-
-MASK = 103
-SIZES = {
-    "vocab_size": 104,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "mask_token_id": MASK,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-KINDS = {"llada": (LladaConfig, LladaForMaskedLM), "dream": (DreamConfig, DreamForMaskedLM)}
-
-
-def make(kind="llada", **changes):
-    config_class, model_class = KINDS[kind]
-    model = model_class._from_config(config_class(**{**SIZES, **changes}), attn_implementation="eager").eval()
-    randomize_(model)
-    return model
 
 
 def masked_ids():
