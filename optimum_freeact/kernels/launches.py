@@ -22,8 +22,8 @@ from optimum_freeact.kernels.triton_state import INTERPRETED
 # time; outputs are not shared by programs where there is a block of them for at least `whole` of the multiprocessors. Rounding in one pass, on
 # Hopper by the columns of a tile: `workers` of a program, each with `deep` rows on their way; the next one is asked for `soon`, after
 # the first product; means are read a row `ahead`; what follows is let start `early`. By Triton: rows are read a row `ahead`, and so are
-# means (`mean_ahead`), which pays where the kernel starts before its rows are there; of few types `all_means` are asked for at once, so that
-# none waits for the row's type. `pdl`: programmatic dependent launch.
+# means (`mean_ahead`), which pays where the kernel starts before its rows are there; so many programs `ask` for the means of all types before
+# any row's type is known. `pdl`: programmatic dependent launch.
 DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
     "round": [
         (4, {"rows": 16, "chunk": 512, "parts": 64, "fill": 264, "project_warps": 8, "correct_rows": 16, "elements": 1,
@@ -34,16 +34,16 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
                 "correct_warps": 4, "programs": 792, "finish_rows": 2, "finish_warps": 4, "pdl": False}),
     ],
     "pass": [
-        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": False, "all_means": False, "registers": 128, "pdl": True}),
-        (None, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": False, "all_means": False, "registers": 128, "pdl": False}),
+        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": False, "ask": 0, "registers": 128, "pdl": True}),
+        (None, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": False, "ask": 0, "registers": 128, "pdl": False}),
     ],
     "pass_2048": [
-        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": True, "all_means": False, "registers": 128, "pdl": True}),
-        (None, {"programs": 1056, "warps": 1, "stages": 1, "ahead": False, "mean_ahead": False, "all_means": False, "registers": 128, "pdl": False}),
+        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": True, "ask": 0, "registers": 128, "pdl": True}),
+        (None, {"programs": 1056, "warps": 1, "stages": 1, "ahead": False, "mean_ahead": False, "ask": 4, "registers": 192, "pdl": False}),
     ],
     "pass_1024": [
-        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": True, "all_means": False, "registers": 128, "pdl": True}),
-        (None, {"programs": 2112, "warps": 1, "stages": 1, "ahead": False, "mean_ahead": False, "all_means": False, "registers": 128, "pdl": False}),
+        (16, {"programs": 264, "warps": 8, "stages": 1, "ahead": False, "mean_ahead": True, "ask": 0, "registers": 128, "pdl": True}),
+        (None, {"programs": 2112, "warps": 1, "stages": 1, "ahead": False, "mean_ahead": False, "ask": 4, "registers": 128, "pdl": False}),
     ],
     "pass_hopper_64": [
         (64, {"registers": 80, "workers": 1, "deep": 1, "soon": False, "ahead": False, "early": False, "pdl": True}),

@@ -17,6 +17,7 @@ import triton.language as tl
 from optimum_freeact.kernels.grids_triton import MAGIC_BITS, grid_of, stepped
 from optimum_freeact.kernels.launcher import start
 from optimum_freeact.kernels.launches import launch_pdl, pass_launch
+from optimum_freeact.kernels.prefetch_triton import ask_for, lines_of
 from optimum_freeact.kernels.reference import HEADROOM, Rows
 from optimum_freeact.kernels.rounding_triton import outputs
 from optimum_freeact.kernels.tables import InputTables, padded
@@ -34,28 +35,6 @@ def _tile(pointer, place, inside, WHOLE: tl.constexpr):
     return tl.load(pointer + place) if WHOLE else tl.load(pointer + place, mask=inside, other=0.0)
 
 
-MOST_CHOSEN = tl.constexpr(4)  # types whose means may all be asked for at once: a tile of registers each
-
-
-@triton.jit
-def _chosen(pointer, kind, KINDS: tl.constexpr):
-    """The number of `kind`, of which all are asked for before anybody knows which. A choice between loads would not do: the compiler
-    makes one load of it, which waits for the kind.
-    """
-    k = tl.arange(0, MOST_CHOSEN)
-    kind = tl.minimum(kind, KINDS - 1)
-    return tl.sum(tl.where(k == kind, tl.load(pointer + k, mask=k < KINDS, other=0.0), 0.0), 0)
-
-
-@triton.jit
-def _chosen_tile(pointer, kind, place, inside, D: tl.constexpr, WHOLE: tl.constexpr, KINDS: tl.constexpr):
-    """The same of tiles of `D` numbers. Kinds beyond the last are the last."""
-    found = _tile(pointer, place, inside, WHOLE)
-    for k in tl.static_range(1, KINDS):
-        found = tl.where(kind >= k, _tile(pointer + k * D, place, inside, WHOLE), found)
-    return found
-
-
 @triton.jit
 def _round_tiles(
     x_ptr, types_ptr, mean_ptr, channel_ptr, reach_ptr, left_ptr, right_ptr, factor_ptr, clip_ptr, codes_ptr, stats_ptr,
@@ -63,7 +42,7 @@ def _round_tiles(
     HAS_TYPES: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_CHANNEL: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     SYMMETRIC: tl.constexpr, LIMIT: tl.constexpr, TOO_MUCH: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, MEAN_AHEAD: tl.constexpr,
-    MEANS: tl.constexpr, CLIPS: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
+    ASK: tl.constexpr, LINES: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Whole rows, one after the other. All that concerns a row is a scalar, so that no layout has it twice."""
     D: tl.constexpr = A * B
@@ -80,10 +59,17 @@ def _round_tiles(
     if HAS_CHANNEL:
         reach_channel = tl.load(reach_ptr + n_means)
     start = tl.program_id(0)
+    if LINES > 0 and not PLAIN:
+        if (
+            start < ASK
+        ):  # means may come all the way from memory: they set out while the rows' types are still on theirs
+            ask_for(mean_ptr, n_means * D, LINES, 2)
+            ask_for(reach_ptr, n_means, 1, 4)
+            ask_for(clip_ptr, n_clips, 1, 4)
     coming_kind = 0
     if HAS_TYPES:  # there since the model's own hook ran, long before
         coming_kind = tl.load(types_ptr + start).to(tl.int32)
-    if HAS_MEAN and MEAN_AHEAD and MEANS == 0:
+    if HAS_MEAN and MEAN_AHEAD:
         mean = _tile(mean_ptr + tl.minimum(coming_kind, n_means - 1) * D, place, inside, WHOLE)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -99,18 +85,11 @@ def _round_tiles(
         else:
             x = _tile(x_ptr + tl.cast(row, tl.int64) * D, place, inside, WHOLE)
         kind = tl.minimum(coming_kind, n_means - 1)
-        if CLIPS > 0:
-            clip = _chosen(clip_ptr, coming_kind, CLIPS)
-        else:
-            clip = tl.load(clip_ptr + tl.minimum(coming_kind, n_clips - 1))
+        clip = tl.load(clip_ptr + tl.minimum(coming_kind, n_clips - 1))
         if HAS_MEAN:
-            if MEANS > 0:
-                reach = _chosen(reach_ptr, coming_kind, MEANS)
-                mean = _chosen_tile(mean_ptr, coming_kind, place, inside, D, WHOLE, MEANS)
-            else:
-                reach = tl.load(reach_ptr + kind)
-                if not MEAN_AHEAD:
-                    mean = _tile(mean_ptr + kind * D, place, inside, WHOLE)
+            reach = tl.load(reach_ptr + kind)
+            if not MEAN_AHEAD:
+                mean = _tile(mean_ptr + kind * D, place, inside, WHOLE)
         if HAS_TYPES:  # the next row's type is on its way while this one is rounded
             coming_kind = tl.load(types_ptr + tl.minimum(row + tl.num_programs(0), n - 1)).to(tl.int32)
         u = x.to(tl.float32)
@@ -134,7 +113,7 @@ def _round_tiles(
             low, high = tl.min(lowest), tl.max(highest)
         else:  # one look at all warps for both
             low, high = tl.reduce((lowest, highest), None, _extremes)
-        if HAS_MEAN and MEAN_AHEAD and HAS_TYPES and MEANS == 0:
+        if HAS_MEAN and MEAN_AHEAD and HAS_TYPES:
             mean = _tile(mean_ptr + tl.minimum(coming_kind, n_means - 1) * D, place, inside, WHOLE)
         # what is not finite anywhere in a row was spread over all of it by the rotation, so the extremes tell
         good = tl.abs(high - low) < float("inf")
@@ -175,7 +154,9 @@ def round_rows(
     tile = padded(tables.a) * padded(tables.b)
     launch = pass_launch(n, tile, options or {})
     pdl = launch_pdl(launch["pdl"])
-    most = MOST_CHOSEN.value if launch["all_means"] and types is not None else 0
+    lines = 0
+    if launch["ask"] and types is not None and tables.mean is not None and n_means > 1:
+        lines = lines_of(tables.mean.numel(), tables.mean.element_size())
     start(
         _round_tiles, (min(n, launch["programs"]),),
         (x, types, tables.mean, tables.channel_scale, tables.reach, tables.left, tables.right, tables.factor, tables.clip,
@@ -184,7 +165,7 @@ def round_rows(
         A=tables.a, B=tables.b, PA=padded(tables.a),
         PB=padded(tables.b), QMIN=-qmax - 1, QMAX=qmax, SYMMETRIC=tables.symmetric, LIMIT=HEADROOM, TOO_MUCH=0 if INTERPRETED else (d * MAGIC_BITS.value + 2**31) % 2**32 - 2**31,
         STAGES=launch["stages"], AHEAD=launch["ahead"], MEAN_AHEAD=launch["mean_ahead"],
-        MEANS=n_means if n_means <= most else 0, CLIPS=n_clips if n_clips <= most else 0, PLAIN=INTERPRETED, PDL=bool(pdl), num_warps=launch["warps"],
+        ASK=launch["ask"], LINES=lines, PLAIN=INTERPRETED, PDL=bool(pdl), num_warps=launch["warps"],
         maxnreg=launch["registers"], **pdl,
     )  # fmt: skip
     return rows

@@ -87,28 +87,45 @@ def test_programs_go_through_rows(device, launch):
 
 
 @pytest.mark.parametrize("channel", [False, True])
-@pytest.mark.parametrize("n_types", [2, 3, 4, 5])
+@pytest.mark.parametrize("n_types", [2, 3, 5])
 @pytest.mark.parametrize("d", [96, 1536])
-def test_means_asked_for_before_the_type_is_known_are_the_same(device, d, n_types, channel):
+def test_asking_for_means_changes_nothing(device, d, n_types, channel):
     side = input_side(d, rank=0, n_types=n_types, channel=channel)
     x, types = rows_of(9, d, n_types)
     types[-1] = n_types + 2  # beyond the last
-    found, expected = (rounded(side, x, types, device, all_means=choice, programs=4) for choice in (True, False))
+    found, expected = (rounded(side, x, types, device, ask=ask, programs=4) for ask in (2, 0))
     assert torch.equal(found.codes, expected.codes)
     assert torch.equal(found.stats, expected.stats)
 
 
-def test_means_and_clips_may_differ_in_number(device):
+@pytest.mark.parametrize("ask", [0, 4])
+def test_means_and_clips_may_differ_in_number(device, ask):
     many, one = (input_side(96, rank=0, n_types=n, channel=False) for n in (3, 1))
     x, types = rows_of(9, 96, 3)
-    for tables in (
-        replace(many.tables, mean=one.tables.mean, reach=one.tables.reach),
-        replace(many.tables, clip=one.tables.clip),
+    assert not torch.equal(many.tables.mean[1], many.tables.mean[0])
+    for tables, alone in (
+        ({"mean": one.tables.mean, "reach": one.tables.reach}, {"clip": many.tables.clip}),
+        ({"clip": one.tables.clip}, {"mean": many.tables.mean, "reach": many.tables.reach}),
     ):
-        side = many._replace(tables=tables)
-        found, expected = (rounded(side, x, types, device, all_means=choice) for choice in (True, False))
-        assert torch.equal(found.codes, expected.codes)
-        assert torch.equal(found.stats, expected.stats)
+        found = rounded(many._replace(tables=replace(many.tables, **tables)), x, types, device, ask=ask)
+        for kind in range(3):  # what a row of the type gets from tables that hold nothing else
+            own = {name: value[kind : kind + 1] for name, value in alone.items() if name != "reach"}
+            if "reach" in alone:  # the last is that of the channel scale
+                own["reach"] = torch.stack((alone["reach"][kind], alone["reach"][-1]))
+            expected = rounded(many._replace(tables=replace(many.tables, **tables, **own)), x, None, device)
+            here = types == kind
+            assert torch.equal(found.codes[here], expected.codes[here])
+            assert torch.equal(found.stats[:, here], expected.stats[:, here])
+
+
+def test_lines_cover_what_is_asked_for(device):
+    from optimum_freeact.kernels.prefetch_triton import LINE, MOST_BYTES, lines_of
+
+    for numbers, size in ((1, 4), (64, 2), (65, 2), (3 * 576, 2), (MOST_BYTES // 2, 2)):
+        lines = lines_of(numbers, size)
+        assert lines * LINE.value >= numbers * size
+        assert lines & (lines - 1) == 0  # Triton's ranges
+    assert lines_of(MOST_BYTES // 2 + 1, 2) == 0  # means of many types: a batch has few of them
 
 
 def test_codes_are_those_of_three_launches_but_for_edges(device):
