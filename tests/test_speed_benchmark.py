@@ -166,9 +166,9 @@ def test_ways_of_attention_are_the_same():
 
 def test_weights_in_turn_exceed_what_was_asked_for(monkeypatch):
     pytest.importorskip("triton")
-    from benchmarks.speed import linear, roof
+    from benchmarks.speed import layers, roof
 
-    monkeypatch.setattr(linear.Shape, "part_product", linear.Shape.whole)  # the kernel's own product is a GPU's
+    monkeypatch.setattr(layers.Shape, "part_product", layers.Shape.whole)  # the kernel's own product is a GPU's
     monkeypatch.setattr(roof, "graph_microseconds", lambda calls: (float(len([call() for call in calls])), 0.0))
     rows = list(roof.cycled_rows("cpu", (1, 1_000_000), (512, 512)))
     assert {row["provider"] for row in rows} == {"read only", "bf16", "freeact-fastest", "freeact-fastest product"}

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from benchmarks.speed.claims import OURS
+from benchmarks.speed.layers import Shape
 from benchmarks.speed.timing import copies_for, graph_microseconds
 
 
@@ -58,9 +60,6 @@ def cycled_rows(
     device: str, sizes: tuple[int, ...] = CYCLED, shape: tuple[int, int] = (4096, 14336)
 ) -> Iterator[dict]:
     """One weight's time, of a plain read of its four bits, bfloat16's linear and ours, for ever more weights in turn."""
-    from benchmarks.speed.claims import OURS
-    from benchmarks.speed.linear import Shape
-
     k, m = shape
     for cycled in sizes:
         layers = Shape(k, m, device, cycled)

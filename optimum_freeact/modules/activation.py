@@ -12,8 +12,8 @@ from optimum_freeact.kernels import native_ops, ops
 from optimum_freeact.kernels.dispatch import plan
 from optimum_freeact.kernels.native import NativeSide
 from optimum_freeact.kernels.tables import InputTables, make_native_tables, make_tables
-from optimum_freeact.modules.joined import JoinedLinears, join, keep_in_place
-from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes
+from optimum_freeact.modules.joined import JoinedLinears, join
+from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes, keep_in_place
 from optimum_freeact.modules.rounded_rows import KernelRows, RoundedInput
 from optimum_freeact.numerics.affine import choose_qparams, dequantize, fake_quantize_ste, round_codes
 from optimum_freeact.numerics.byte_rows import column_codes

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from optimum_freeact.kernels.reference import SCALE_OUTPUTS, Weight, in_fours, type_columns
-
-
-if TYPE_CHECKING:
-    from optimum_freeact.modules.linear import FreeActLinear
-
-
-def keep_in_place(*tensors: torch.Tensor | None) -> None:
-    """Tell `torch.compile` that tensors on a GPU stay where they are: a CUDA graph would else copy them in each call."""
-    for tensor in tensors:
-        if tensor is not None and tensor.is_cuda:
-            torch._dynamo.mark_static_address(tensor, guard=True)
+from optimum_freeact.modules.manners import keep_in_place
 
 
 STORED = (
@@ -27,19 +19,33 @@ STORED = (
 )  # large enough to be held once: the linears keep views of the whole
 
 
+class Reader(Protocol):
+    """What is joined: a [`FreeActLinear`]."""
+
+    span: tuple[int, int]
+    out_features: int
+    bits: int
+    group_size: int
+    weight: Tensor
+    type_bias: Tensor | None
+
+    def kernel_weight(self) -> Weight:
+        """As a kernel reads it."""
+
+
 class JoinedLinears:
     """One weight in the place of several; each reader's `span` says which outputs are its own.
 
     Args:
-        readers (`list` of [`FreeActLinear`]): Prepared for Triton's kernels; see [`join`].
+        readers (sequence of [`FreeActLinear`]): Prepared for Triton's kernels; see [`join`].
     """
 
-    def __init__(self, readers: list[FreeActLinear]):
+    def __init__(self, readers: Sequence[Reader]):
         start = 0
         for reader in readers:
             reader.span = (start, start + reader.out_features)
             start += reader.out_features
-        whole: dict[str, torch.Tensor | None] = dict.fromkeys(STORED)
+        whole: dict[str, Tensor | None] = dict.fromkeys(STORED)
         for name in STORED:
             if getattr(readers[0], name) is not None:
                 whole[name] = joined = torch.cat([getattr(reader, name).data for reader in readers])
@@ -69,7 +75,7 @@ class JoinedLinears:
 
 
 @torch.no_grad()
-def join(readers: list[FreeActLinear]) -> JoinedLinears | None:
+def join(readers: Sequence[Reader]) -> JoinedLinears | None:
     """Linears on one device as one; `None` where they differ in what a kernel takes for all outputs, or where the blocks of outputs
     that kernels multiply would not lie in one linear each.
     """

@@ -15,8 +15,7 @@ from optimum_freeact.kernels.native import NativeWeight
 from optimum_freeact.kernels.reference import Rows, Weight, in_fours, type_columns
 from optimum_freeact.kernels.torch_product import int_linear
 from optimum_freeact.modules.activation import FreeActInput
-from optimum_freeact.modules.joined import keep_in_place
-from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes
+from optimum_freeact.modules.manners import PICKLE_REFUSED, deepcopy_module, keep_dtypes, keep_in_place
 from optimum_freeact.modules.rounded_rows import KernelRows
 from optimum_freeact.numerics.affine import dequantize
 from optimum_freeact.numerics.byte_rows import column_codes, from_bytes, to_bytes

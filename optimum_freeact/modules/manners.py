@@ -1,9 +1,10 @@
-"""How quantized modules behave when they are copied, cast or pickled."""
+"""How quantized modules behave when they are copied, cast, pickled or compiled."""
 
 from __future__ import annotations
 
 import copy
 
+import torch
 from torch import nn
 
 
@@ -31,3 +32,10 @@ def deepcopy_module(module: nn.Module, memo: dict) -> nn.Module:
     memo[id(module)] = clone
     clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in module.__dict__.items()})
     return clone
+
+
+def keep_in_place(*tensors: torch.Tensor | None) -> None:
+    """Tell `torch.compile` that tensors on a GPU stay where they are: a CUDA graph would else copy them in each call."""
+    for tensor in tensors:
+        if tensor is not None and tensor.is_cuda:
+            torch._dynamo.mark_static_address(tensor, guard=True)
