@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from benchmarks._results import problems, read
 from benchmarks.accuracy import cache, perform, run, runner, scoring
 from benchmarks.accuracy.claims import QUALITY, claims, excess, expected
 from benchmarks.accuracy.jobs import SLICES, Job, Text, absent, bits
@@ -16,6 +15,7 @@ from optimum_freeact import score_text
 from optimum_freeact.config_fields import DEFAULTS
 from optimum_freeact.presets import PRESETS
 from tests.helpers.tiny_models import tiny
+from tools.result_files import problems, read
 from tools.results import MARK, table
 
 
@@ -469,7 +469,7 @@ def test_the_marks_of_the_page_can_be_filled(commit, tmp_path):
     methods = "preset,freeact rounding=rtn"
     assert tiny_run(tmp_path, "--only", methods, "--schemes", "w4a16,w4a4") == 0
     document = read(tmp_path / "accuracy.json")
-    page = (run._results.ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    page = (run.result_files.ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
     marks = [match["query"].split() for match in MARK.finditer(page.replace("<!-- pending results:", "<!-- results:"))]
     assert len(marks) >= 8
     for name, *options in marks:

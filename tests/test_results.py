@@ -7,9 +7,8 @@ import types
 
 import pytest
 
-from benchmarks import _results
-from benchmarks._results import claim, problems, read, write
-from tools import results
+from tools import result_files, results
+from tools.result_files import claim, problems, read, write
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -84,18 +83,18 @@ def test_dirty_tree_is_said(monkeypatch, tmp_path):
 def test_commit_comes_from_git_and_result_files_do_not_make_a_tree_dirty(monkeypatch):
     monkeypatch.delenv("CONCORD_COMMIT")
     asked = []
-    monkeypatch.setattr(_results, "_git", lambda *a: asked.append(a) or {"rev-parse": COMMIT + "\n"}.get(a[0], ""))
-    assert _results.commit_and_dirty() == (COMMIT, False)
+    monkeypatch.setattr(result_files, "_git", lambda *a: asked.append(a) or {"rev-parse": COMMIT + "\n"}.get(a[0], ""))
+    assert result_files.commit_and_dirty() == (COMMIT, False)
     assert ":(exclude)benchmarks/results" in asked[1]
-    monkeypatch.setattr(_results, "_git", lambda *a: {"rev-parse": COMMIT}.get(a[0], " M x.py"))
-    assert _results.commit_and_dirty() == (COMMIT, True)
+    monkeypatch.setattr(result_files, "_git", lambda *a: {"rev-parse": COMMIT}.get(a[0], " M x.py"))
+    assert result_files.commit_and_dirty() == (COMMIT, True)
 
     def no_git(*_):
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(_results, "_git", no_git)
+    monkeypatch.setattr(result_files, "_git", no_git)
     with pytest.raises(RuntimeError, match="CONCORD_COMMIT"):
-        _results.commit_and_dirty()
+        result_files.commit_and_dirty()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +131,7 @@ def test_a_crash_while_writing_keeps_the_old_file(folder, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(_results.os, "replace", full)
+    monkeypatch.setattr(result_files.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         write("toy", toy_rows()[:3], "toy_benchmark", "python toy.py", [0], machine="a box", folder=folder)
     assert [path.name for path in folder.iterdir()] == ["toy.json"]
@@ -151,11 +150,11 @@ def test_claim_holds_follows_and_unknown_comparison_is_refused():
 def test_machine_and_command_are_told(monkeypatch):
     import torch
 
-    assert f"torch {torch.__version__}" in _results.machine_name()
-    monkeypatch.setattr(sys, "argv", [str(_results.ROOT / "benchmarks/toy/run.py"), "--models", "a b"])
-    assert _results.command_line() == "python benchmarks/toy/run.py --models 'a b'"
+    assert f"torch {torch.__version__}" in result_files.machine_name()
+    monkeypatch.setattr(sys, "argv", [str(result_files.ROOT / "benchmarks/toy/run.py"), "--models", "a b"])
+    assert result_files.command_line() == "python benchmarks/toy/run.py --models 'a b'"
     told = "python benchmarks/toy/run.py --rows /somewhere/rows.jsonl --models 'a b' --out /else --seeds 0"
-    assert _results.without_places(told) == "python benchmarks/toy/run.py --models 'a b' --seeds 0"
+    assert result_files.without_places(told) == "python benchmarks/toy/run.py --models 'a b' --seeds 0"
 
 
 # --- checking ----------------------------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ import numpy
 import pytest
 import torch
 
-from benchmarks._results import problems, read
 from benchmarks.token_types import cost_claims, run, runner
 from benchmarks.token_types.claims import claims, losses, won_back
 from benchmarks.token_types.methods import CLAIMED, METHODS, bits
 from benchmarks.token_types.plan import plan, timing
 from benchmarks.token_types.table import assemble
+from tools.result_files import problems, read
 
 
 def rows_of(model="diffusion", metric="masked_nll", setting="w4a4", mode="whole", **lost):
@@ -238,7 +238,7 @@ def test_lanes_may_differ_by_gpu():
 
 def test_a_result_tells_how_it_was_made_but_not_where(monkeypatch):
     monkeypatch.setattr(
-        run._results, "command_line", lambda: "python run.py --jobs 4 --work /tmp/x --seeds 0 --out out"
+        run.result_files, "command_line", lambda: "python run.py --jobs 4 --work /tmp/x --seeds 0 --out out"
     )
     assert run.command() == "python run.py --jobs 4 --seeds 0"
 

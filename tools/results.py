@@ -27,7 +27,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks._results import RESULTS, ROOT, problems, read
+from tools.result_files import RESULTS, ROOT, problems, read
 
 
 MARK = re.compile(r"<!-- results:(?P<query>[^\n]*?) -->(?P<body>.*?)<!-- /results -->", re.DOTALL)

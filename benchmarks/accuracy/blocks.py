@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import _results
 from benchmarks.accuracy.jobs import SLICES, bits
 from benchmarks.accuracy.plan import QUAROTS
 from benchmarks.accuracy.run import fetch_model, pairs, read_texts
+from tools import result_files
 
 
 METHODS: dict[str, dict] = {
@@ -95,8 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
         row for name in options.models.split(",") for row in errors(options, name, fetch_model(name, given), texts)
     ]
     command = "python benchmarks/accuracy/blocks.py " + " ".join(arguments or sys.argv[1:])
-    folder = options.out or _results.RESULTS
-    path = _results.write(
+    folder = options.out or result_files.RESULTS
+    path = result_files.write(
         "accuracy_blocks", rows, "benchmarks.accuracy.no_claims", command.strip(), [options.seed], folder=folder
     )
     print(f"Wrote {path.name}.")

@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks._results import RESULTS, command_line, without_places, write
 from benchmarks.accuracy.jobs import SLICES, Text
 from benchmarks.accuracy.run import fetch_model, pairs, read_texts
 from benchmarks.accuracy.scoring import hidden_states
@@ -35,6 +34,7 @@ from optimum_freeact.modules.kv_cache import install_kv_cache
 from optimum_freeact.modules.kv_means import cache_means
 from optimum_freeact.modules.kv_store import CacheSpec
 from optimum_freeact.modules.runtime import cache_spec
+from tools.result_files import RESULTS, command_line, without_places, write
 
 
 WITHOUT_VALUES = {"value_mean": None}

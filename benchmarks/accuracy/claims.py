@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
-from benchmarks._results import claim
+from tools.result_files import claim
 
 
 FP = ("fp", "w16a16")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import _results
 from benchmarks.accuracy.claims import claims, excess
 from benchmarks.accuracy.jobs import Job, absent
 from benchmarks.accuracy.runner import Store
+from tools import result_files
 
 
 COLUMNS = ("handbook", "brown")
@@ -47,7 +47,7 @@ def write(name: str, rows: list[dict], store: Store, jobs: list[Job], seeds: lis
     commands = "; ".join(dict.fromkeys(line["command"] for line in used))
     machines = " and ".join(dict.fromkeys(line["machine"] for line in used))
     module = "benchmarks.accuracy.no_claims" if name.endswith("variants") else "benchmarks.accuracy.claims"
-    return _results.write(name, rows, module, commands, seeds, machine=machines, folder=out)
+    return result_files.write(name, rows, module, commands, seeds, machine=machines, folder=out)
 
 
 def report(rows: list[dict], problems: list[str], wanted: list[str]) -> None:

@@ -26,12 +26,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import _results
 from benchmarks.accuracy.claims import claims, expected
 from benchmarks.accuracy.jobs import SCHEMES, SLICES, Job, Text, bits
 from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.report import assemble, report, write
 from benchmarks.accuracy.runner import Runner, Store, without_folders
+from tools import result_files
 
 
 MODELS = ("smollm2", "qwen2.5")
@@ -204,14 +204,14 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
-    commit, dirty = _results.commit_and_dirty()
+    commit, dirty = result_files.commit_and_dirty()
     with tempfile.TemporaryDirectory() as scratch:
         models, texts = _prepare(options, Path(scratch))
         jobs = make_plan(options, models, texts)
         store = Store(options.rows, commit + ("-dirty" if dirty else ""))
         if options.earlier is not None:
             store.take(options.earlier, jobs, set(options.earlier_methods.split(",")))
-        stamp = {"commit": store.commit, "machine": _results.machine_name(), "command": shown_command(arguments)}
+        stamp = {"commit": store.commit, "machine": result_files.machine_name(), "command": shown_command(arguments)}
         runner = Runner(options, store, stamp, start)
         print(f"{len(jobs)} jobs, {options.jobs or 'one process'} at a time, on {options.device}.", flush=True)
         runner.run(jobs)
@@ -243,7 +243,7 @@ def _prepare(options: argparse.Namespace, scratch: Path) -> tuple[dict[str, str]
         options.samples, options.seq_len, options.batch_size, options.windows = 16, TINY_WINDOW, 8, 32
         options.schemes = options.schemes or "w4a16,w4a4,w4a4kv4"
         options.learned_epochs, options.jobs = options.learned_epochs or 1, options.jobs or 0
-        options.out = options.out or _results.ROOT / "out"
+        options.out = options.out or result_files.ROOT / "out"
         options.rows = options.rows or scratch / "rows.jsonl"
         return tiny_world(scratch)
     if options.cpu_cost:
@@ -256,8 +256,8 @@ def _prepare(options: argparse.Namespace, scratch: Path) -> tuple[dict[str, str]
     options.jobs = 1 if options.jobs is None else options.jobs
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options.threads = options.threads or max(1, cores // max(1, options.jobs))
-    options.out = options.out or _results.RESULTS
-    options.rows = options.rows or _results.ROOT / "runs" / "accuracy.jsonl"
+    options.out = options.out or result_files.RESULTS
+    options.rows = options.rows or result_files.ROOT / "runs" / "accuracy.jsonl"
     given = pairs(options.model_path, "--model-path")
     return {name: fetch_model(name, given) for name in options.models.split(",")}, read_texts(
         pairs(options.text_path, "--text-path")

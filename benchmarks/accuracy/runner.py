@@ -14,10 +14,10 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks import _results
 from benchmarks._lanes import gpus, run_in_lanes
 from benchmarks.accuracy.jobs import Job
 from benchmarks.accuracy.perform import MEMORY_SHARE, perform
+from tools import result_files
 
 
 def without_folders(text: str) -> str:
@@ -182,7 +182,7 @@ class Worker:
         command = [sys.executable, "-m", "benchmarks.accuracy.perform"]
         with self._log.open("wb") as sink:
             self._process = subprocess.Popen(
-                command, cwd=_results.ROOT, env=environment, stdin=subprocess.PIPE, stdout=sink, stderr=sink
+                command, cwd=result_files.ROOT, env=environment, stdin=subprocess.PIPE, stdout=sink, stderr=sink
             )
 
     def ask(self, job: Job, seconds: float | None) -> dict | None:

@@ -1,6 +1,6 @@
 """Claims of the hostile benchmark, from its rows."""
 
-from benchmarks._results import claim
+from tools.result_files import claim
 
 
 def _total(rows: list[dict], metric: str) -> int:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from benchmarks._results import command_line, commit_and_dirty, write  # noqa: E402
+from tools.result_files import command_line, commit_and_dirty, write  # noqa: E402
 
 
 #: Share of all cases that a surface gets; those that load a model each time get fewer.

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks._results import command_line, write  # noqa: E402
+from tools.result_files import command_line, write  # noqa: E402
 
 
 def rows_of(folder: Path) -> list[dict]:

@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from benchmarks._results import command_line, write  # noqa: E402
 from benchmarks.merge.adaptation_claims import summary  # noqa: E402
 from benchmarks.merge.adaptation_loss import draws, joined, lesson_loss, score  # noqa: E402
 from benchmarks.merge.adaptation_plan import ARMS, Job, Setting, groups, measured, setting  # noqa: E402
@@ -41,6 +40,7 @@ from benchmarks.merge.gifts import TEMPERATURE, WRITINGS, WRITTEN, Givers, Lesso
 from benchmarks.merge.kit import TARGET, TASKS, digest, load_kit  # noqa: E402
 from mergekit_ot.adaptation import attach_residuals  # noqa: E402
 from tools.assets import ROOT, fetch  # noqa: E402
+from tools.result_files import command_line, write  # noqa: E402
 
 
 #: Of a batch in `writer` arms, the part that is the given texts.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from benchmarks._results import claim
+from tools.result_files import claim
 
 
 #: Everything that a donor's knowledge has no part in, with all that comes from a random donor.

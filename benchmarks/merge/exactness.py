@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from benchmarks._results import command_line, write  # noqa: E402
 from mergekit_ot.pipeline import merge_recipe  # noqa: E402
 from mergekit_ot.recipe import load_recipe  # noqa: E402
 from tests.merge.test_pipeline import COPIES, OPTIONS, distance, logits, pair, write_recipe  # noqa: E402
 from tests.merge.tiny import FAMILIES  # noqa: E402
+from tools.result_files import command_line, write  # noqa: E402
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks._results import command_line, write  # noqa: E402
+from tools.result_files import command_line, write  # noqa: E402
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "merge"

@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from benchmarks._results import command_line, write  # noqa: E402
 from benchmarks.merge.kit import TARGET, TASKS, load_kit, plans_of  # noqa: E402
 from mergekit_ot.controls import random_donor  # noqa: E402
 from mergekit_ot.gate import DEFAULT_MIN_CONFIDENCE  # noqa: E402
 from mergekit_ot.settings import PlanSettings  # noqa: E402
 from tools.assets import fetch  # noqa: E402
+from tools.result_files import command_line, write  # noqa: E402
 
 
 ALPHA = 0.05

@@ -19,7 +19,6 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
-from benchmarks._results import command_line, write  # noqa: E402
 from mergekit_ot.anchors import MatchedText  # noqa: E402
 from mergekit_ot.checkpoint import CheckpointReader  # noqa: E402
 from mergekit_ot.planning import open_pair, record_pair  # noqa: E402
@@ -27,6 +26,7 @@ from mergekit_ot.settings import PlanSettings  # noqa: E402
 from mergekit_ot.solve import rows_needed, solve_pair  # noqa: E402
 from mergekit_ot.transport import interpolate  # noqa: E402
 from mergekit_ot.transporter import Transporter  # noqa: E402
+from tools.result_files import command_line, write  # noqa: E402
 
 
 SHAPES = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks._results import claim
+from tools.result_files import claim
 
 
 def claims(rows: list[dict]) -> list[dict]:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks._results import command_line, write  # noqa: E402
 from benchmarks.merge.texts import code_chunks  # noqa: E402
 from mergekit_ot.pipeline import merge_recipe, plan_recipe  # noqa: E402
 from mergekit_ot.recipe import parse_recipe  # noqa: E402
 from tools.assets import fetch  # noqa: E402
+from tools.result_files import command_line, write  # noqa: E402
 
 
 ALPHA = 0.05

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from benchmarks._results import command_line, write  # noqa: E402
 from benchmarks.merge.texts import padded  # noqa: E402
 from mergekit_ot.checkpoint import CheckpointReader  # noqa: E402
 from mergekit_ot.planning import make_bundle, open_pair  # noqa: E402
@@ -37,6 +36,7 @@ from mergekit_ot.structure import ATTENTION_NORM, Family, split_name  # noqa: E4
 from mergekit_ot.transport import interpolate  # noqa: E402
 from mergekit_ot.transporter import Transporter  # noqa: E402
 from tools.assets import fetch  # noqa: E402
+from tools.result_files import command_line, write  # noqa: E402
 
 
 State = dict[str, torch.Tensor]

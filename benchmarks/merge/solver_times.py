@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from benchmarks._results import command_line, write  # noqa: E402
 from mergekit_ot.costs import correlation, correlation_cost  # noqa: E402
 from mergekit_ot.sinkhorn import log_sinkhorn  # noqa: E402
 from mergekit_ot.solvers import has_pot, marginal_error, solve_plan  # noqa: E402
+from tools.result_files import command_line, write  # noqa: E402
 
 
 def problem(n_target: int, n_donor: int, device: str) -> torch.Tensor:

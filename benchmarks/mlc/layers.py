@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks._results import RESULTS, command_line, write
 from benchmarks.mlc.concepts import load_concepts
 from tools.assets import fetch
+from tools.result_files import RESULTS, command_line, write
 from trl_mlc.early_exit import decoder_of, n_layers
 from trl_mlc.evaluation.geometry import language_geometry
 from trl_mlc.scan import prompt_states

@@ -151,7 +151,7 @@ def main() -> None:
     if options.worker:
         worker(options)
         return
-    from benchmarks._results import RESULTS, command_line, write
+    from tools.result_files import RESULTS, command_line, write
 
     rows = []
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.together) as pool:

@@ -32,10 +32,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks._results import RESULTS, command_line, write
 from benchmarks.mlc.concepts import load_concepts
 from benchmarks.mlc.step_cost_claims import claims
 from tools.assets import fetch
+from tools.result_files import RESULTS, command_line, write
 from trl_mlc.collator import KEY, select_prompts
 from trl_mlc.dpo import MLCDPOConfig, MLCDPOTrainer
 

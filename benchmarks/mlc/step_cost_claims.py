@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from benchmarks._results import claim
+from tools.result_files import claim
 
 
 def ratio(rows: list[dict], variant: str, metric: str) -> float | None:

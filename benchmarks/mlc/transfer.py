@@ -34,9 +34,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from anywhere
 
 from benchmarks._lanes import run_in_lanes
-from benchmarks._results import ROOT, command_line, write
 from benchmarks.mlc.transfer_claims import choose, choose_regime, claims, score
 from benchmarks.mlc.transfer_methods import CLAIMED, MAIN, REGIMES, first_points, methods, second_points
+from tools.result_files import ROOT, command_line, write
 
 
 MAP_SEED = 100  # never one of the table's: what is chosen on it is measured on others

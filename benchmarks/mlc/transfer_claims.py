@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from benchmarks._results import claim
 from benchmarks.mlc.transfer_methods import ALIGNED, BASE, MAIN, OURS, REGIMES, SHUFFLED, VARIANTS
+from tools.result_files import claim
 
 
 VARIANCE_CUTS = {"seen": 5, "held_out": 2}

@@ -1,6 +1,6 @@
 """What the packaging rows show: each package works wherever it was installed, and the tests pass there."""
 
-from benchmarks._results import claim
+from tools.result_files import claim
 
 
 PACKAGES = ("optimum_freeact", "trl_mlc", "mergekit_ot")

@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks._results import command_line, commit_and_dirty, write  # noqa: E402
 from tools.package import TEST_TOOLS, Environment, build, packages_of, problems  # noqa: E402
+from tools.result_files import command_line, commit_and_dirty, write  # noqa: E402
 
 
 EXTRAS = ("align", "merge", "plots", "peft")

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks._results import write
+from tools.result_files import write
 
 
 FILES = ("linear.jsonl", "model.jsonl", "calibrate.jsonl", "step.jsonl")

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, DynamicCache
 
-from benchmarks._results import command_line, write
 from benchmarks.speed.llama import plain, quantized
+from tools.result_files import command_line, write
 
 
 PROVIDERS = ("bf16", "fp32", "freeact torch", "freeact")

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks._results import command_line, write
 from optimum_freeact.modules.embeddings import replace_embeddings
 from optimum_freeact.report.evaluate import score_text, tokenize_windows
 from optimum_freeact.report.sizes import tensor_bytes
+from tools.result_files import command_line, write
 
 
 def embedding_bytes(model: torch.nn.Module) -> int:

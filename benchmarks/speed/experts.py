@@ -21,7 +21,6 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from benchmarks._results import command_line, write
 from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.activation import FreeActInput
 from optimum_freeact.modules.branch_rank import rank_of
@@ -29,6 +28,7 @@ from optimum_freeact.modules.experts import FreeActExperts
 from optimum_freeact.modules.surgery import float32_default
 from optimum_freeact.numerics.hadamard import flat_rotation
 from optimum_freeact.type_state import TypeState
+from tools.result_files import command_line, write
 
 
 # a quarter of the experts of the first: those that no token reaches cost nothing but memory

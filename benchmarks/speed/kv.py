@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks._results import RESULTS, command_line, without_places, write
 from benchmarks.speed.timing import copies_for, graph_microseconds
 from optimum_freeact.kernels import kv_attend_triton, kv_reference, kv_write_triton
 from optimum_freeact.kernels.kv_reference import CacheRows
 from optimum_freeact.numerics.hadamard import flat_rotation
 from optimum_freeact.numerics.vector_codec import encode
+from tools.result_files import RESULTS, command_line, without_places, write
 
 
 HEADS, KEY_HEADS, SIZE = 32, 8, 128

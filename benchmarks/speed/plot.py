@@ -9,8 +9,8 @@ import argparse
 import math
 from pathlib import Path
 
-from benchmarks._results import RESULTS, read
 from benchmarks.speed.claims import memory_speed
+from tools.result_files import RESULTS, read
 
 
 # provider: label, bytes of a weight, bytes of an input's number

@@ -64,6 +64,6 @@ across)
         --layers "$blocks" --across
     ;;
 esac
-python -c "import json; from benchmarks._results import machine_name; print(json.dumps(machine_name()))" >"$out/machine.json"
+python -c "import json; from tools.result_files import machine_name; print(json.dumps(machine_name()))" >"$out/machine.json"
 cat "$out/steps.log" "$out/failed.log" 2>/dev/null
 exit 0

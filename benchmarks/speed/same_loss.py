@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks._results import command_line, write
 from optimum_freeact import FreeActConfig
 from optimum_freeact.kernels.dispatch import ENVIRONMENT
 from optimum_freeact.modules.linear import FreeActLinear
 from optimum_freeact.modules.runtime import activate
 from optimum_freeact.report.evaluate import tokenize_windows
+from tools.result_files import command_line, write
 
 
 KERNELS = {"cpu": "native", "cuda": "triton"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean, pstdev
 
-from benchmarks._results import claim
+from tools.result_files import claim
 
 
 MODELS = ("diffusion", "vlm", "three_types")

@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from benchmarks import _results
 from benchmarks.token_types.methods import TIERS
 from benchmarks.token_types.timing import COPIES, ROUNDS, SECONDS, measure
+from tools import result_files
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add("--copies", type=int, default=COPIES, help=f"of the layers with one type, and with three (default {COPIES})")
     add("--warm", action="store_true", help="compile the kernels, time nothing")
-    add("--out", type=Path, default=_results.RESULTS, metavar="FOLDER", help="where the result is written")
+    add("--out", type=Path, default=result_files.RESULTS, metavar="FOLDER", help="where the result is written")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -67,13 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
             pass
         return 0
     name = "token_types_cost" if device == "cuda" else "token_types_cost_cpu"
-    command = _results.without_places(_results.command_line())
+    command = result_files.without_places(result_files.command_line())
     source = "cost_claims" if device == "cuda" else "no_claims"  # the claim is about a GPU
     rows: list[dict] = []
     begun = time.perf_counter()
 
     def write() -> Path:
-        return _results.write(name, rows, f"benchmarks.token_types.{source}", command, [0], folder=options.out)
+        return result_files.write(name, rows, f"benchmarks.token_types.{source}", command, [0], folder=options.out)
 
     for told in measure(device, tokens, shapes, options.presets.split(","), options.repeats, options.copies):
         rows.append({**head, **told})

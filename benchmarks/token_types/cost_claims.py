@@ -6,7 +6,7 @@ import random
 from itertools import combinations
 from statistics import median, pstdev
 
-from benchmarks._results import claim
+from tools.result_files import claim
 
 
 def ratio(ones: list[float], threes: list[float]) -> float:

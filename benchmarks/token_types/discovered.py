@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from benchmarks import _results
+from tools import result_files
 
 
 BLOCKS, CLUSTERS, BRANCH = (0, 5, 10, 15, 20, 25), (8, 16, 32), 24
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, default=_results.RESULTS, metavar="FOLDER", help="where the result is written"
+        "--out", type=Path, default=result_files.RESULTS, metavar="FOLDER", help="where the result is written"
     )
     options = parser.parse_args(arguments)
     # here, so that deriving the claims imports none of it
@@ -113,11 +113,11 @@ def main(arguments: list[str] | None = None) -> int:
             for method, value in energies(given, y[block, name], table[ids_x], table[ids_y], k).items():
                 head = {"model": "smollm2", "input": name, "block": block, "clusters": k, "method": method}
                 rows.append({**head, "metric": "energy_left", "value": round(value, 5), "seed": 0})
-    path = _results.write(
+    path = result_files.write(
         "token_types_discovered",
         rows,
         "benchmarks.token_types.discovered",
-        _results.command_line(),
+        result_files.command_line(),
         [0],
         folder=options.out,
     )

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import nn
 
-from benchmarks import _results
 from benchmarks.token_types import vision
 from benchmarks.token_types.loudness import loudness
 from benchmarks.token_types.scenes import Scenes
 from benchmarks.token_types.vision_world import IMAGE_ID
+from tools import result_files
 from tools.assets import fetch
 
 
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--seed", type=int, default=0, help="of the vision part: it decides whose tokens are loud (default 0)"
     )
     parser.add_argument("--cases", default=",".join(CASES), help="which (default: all)")
-    parser.add_argument("--out", type=Path, default=_results.RESULTS, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=result_files.RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
     from transformers import AutoTokenizer
 
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     head = {"model": "assembled", "setting": "w4a4", "seed": options.seed}
     rows = [{**head, "method": "fp", "group": "full", **row} for row in loudness(model, calibration)]
     wanted = outputs(model, test)
-    command = _results.without_places(_results.command_line())
+    command = result_files.without_places(result_files.command_line())
     for name in options.cases.split(","):
         config = FreeActConfig(**CASES[name], dataset=calibration, n_samples=6, batch_size=1, progress=False)
         found = outputs(quantize(assembled(source, options.blocks, options.seed), config), test)
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name:50s} {kind:6s} {rows[-1]['value']:.4f}", flush=True)
         made = f"token_types_loud_{options.seed}"
         source_of = "benchmarks.token_types.no_claims"
-        path = _results.write(made, rows, source_of, command, [options.seed], folder=options.out)
+        path = result_files.write(made, rows, source_of, command, [options.seed], folder=options.out)
     print(f"Wrote {path.name}.")
     return 0
 

@@ -20,12 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import _results
 from benchmarks.token_types.claims import MODELS
 from benchmarks.token_types.methods import METHODS
 from benchmarks.token_types.plan import plan, timing
 from benchmarks.token_types.runner import Runner
 from benchmarks.token_types.table import assemble, report
+from tools import result_files
 
 
 WRITE_EVERY = 30.0  # seconds
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit(f"--methods {unknown} names nothing here; methods: {sorted(METHODS)}.")
     with tempfile.TemporaryDirectory() as scratch:
         inputs = prepare(options, Path(scratch))
-        commit, dirty = _results.commit_and_dirty()
+        commit, dirty = result_files.commit_and_dirty()
         training, jobs = plan(options, inputs)
         timed = timing(options)
         everything = [job for job in [*timed, *training, *jobs] if job.group != "warm"]
@@ -101,12 +101,14 @@ def save(options: argparse.Namespace, rows: list[dict]) -> None:
     if any(row["value"] is not None for row in rows):
         seeds = [int(seed) for seed in options.seeds.split(",")]
         source = "claims" if options.name == "token_types" else "no_claims"
-        _results.write(options.name, rows, f"benchmarks.token_types.{source}", command(), seeds, folder=options.out)
+        result_files.write(
+            options.name, rows, f"benchmarks.token_types.{source}", command(), seeds, folder=options.out
+        )
 
 
 def command() -> str:
     """What was run, without the places where things lie."""
-    return _results.without_places(_results.command_line(), PLACES)
+    return result_files.without_places(result_files.command_line(), PLACES)
 
 
 def slots(given: str | None, default: int) -> int | list[int]:
@@ -124,7 +126,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> dict:
 
         options.device, options.jobs = "cpu", slots(options.jobs, 0)
         options.work = options.work or scratch / "work"
-        options.out = options.out or _results.ROOT / "out"
+        options.out = options.out or result_files.ROOT / "out"
         options.rows = options.rows or options.work / "rows.jsonl"
         options.epochs = options.epochs or 1
         return tiny_inputs(scratch)
@@ -132,9 +134,9 @@ def prepare(options: argparse.Namespace, scratch: Path) -> dict:
 
     options.jobs = slots(options.jobs, 2)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.work = (options.work or _results.ROOT / "runs" / "token_types").resolve()
+    options.work = (options.work or result_files.ROOT / "runs" / "token_types").resolve()
     options.rows = options.rows or options.work / "rows.jsonl"
-    options.out = options.out or _results.RESULTS
+    options.out = options.out or result_files.RESULTS
     given = dict(one.split("=", 1) for one in options.text_path)
     texts = {name: given.get(name) or str(assets.fetch(name) / "text.txt") for name in ("handbook", "brown")}
     inputs = {"source": str(Path(options.source or assets.fetch("smollm2")).resolve())}

@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import _results
 from benchmarks.token_types.jobs import Job, perform
+from tools import result_files
 
 
 class Worker:
@@ -42,7 +42,7 @@ class Worker:
         with self.log.open("ab") as sink:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.token_types.worker"],
-                **{"cwd": _results.ROOT, "env": environment},
+                **{"cwd": result_files.ROOT, "env": environment},
                 **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": sink},
             )
 
