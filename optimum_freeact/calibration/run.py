@@ -81,56 +81,18 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
     check_model(model, config)
     if config.embedding_bits == 8:
         find_embeddings(model)  # refused before anything is changed
-    data = config.dataset if data is None else data
-    vocab_size = model.get_input_embeddings().num_embeddings
-    config.token_types, config.type_rules = resolve(
-        model, config.token_types, config.type_rules, config.typer, vocab_size
-    )
-    if config.loudness_limit == "auto" and known_rules(model):
-        config.loudness_limit = LOUDNESS_LIMIT  # such tokens are there, also where no type is made of them
-    is_ids = isinstance(data, torch.Tensor) or is_prepared(data)
-    samples = load_samples(
-        data,
-        None if is_ids else find_tokenizer(model, config, is_pictured(data)),
-        config.n_samples,
-        config.seq_len,
-        config.seed,
-        vocab_size,
-    )
-    if find_encoder(model) is not None:
-        check_canvas(model, config, samples)
-        samples = with_noise(model, samples, config.seed)
-    elif isinstance(samples, torch.Tensor):
-        samples = mask_if_needed(samples, config.type_rules, config.seed)
+    resolve_types(model, config)
+    samples = make_samples(model, config, config.dataset if data is None else data)
     if config.discovered_types:
         add_discovered(model, samples, config)
     prefix, blocks = find_blocks(model)
     linear = next(m for m in blocks.modules() if is_plain_linear(m))
     config.weight_dtype = str(linear.weight.dtype).removeprefix("torch.")
-    ranks = Ranks(config)
-    if ranks.device is not None:
-        device = ranks.device
-    elif config.calibration_device is not None:
-        device = torch.device(config.calibration_device)
-    else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(config)
     if config.embedding_bits == 8:
         replace_embeddings(model)  # first: blocks are calibrated on what reaches them
-    state = attach_state(model)
-    typer = TokenTyper(config.token_types, config.type_rules, config.typer, config.cluster_table)
-    handles = install_typing(model, find_reader(model), typer, state)
     start = time.perf_counter()
-    if config.kv_rotation is None:
-        config.kv_rotation = config.transform != "none"
-    if config.kv_bits < 16 and config.centring != "none":
-        measure_cache(model, config, samples)
-    try:
-        with one_chain(model, samples, typer, state):
-            records = list(calibrate(model, config, samples, state, device))
-    finally:
-        for handle in handles:
-            handle.remove()
-        state.types = None
+    records = calibrate_typed(model, config, samples, device)
     tie_quantized(model)
     n_samples, seq_len = size_of(samples)
     config.calibration_record = {
@@ -140,7 +102,73 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
         "output_error": [round(record.output_error, 6) for record in records],
     }
     model.__dict__["_freeact_records"] = records
-    kept = unquantized_parameters(model, prefix, find_blocks(model)[1])
+    tell_kept(unquantized_parameters(model, prefix, find_blocks(model)[1]))
+    return records
+
+
+def resolve_types(model: nn.Module, config: FreeActConfig) -> None:
+    """Fill in the token types and their rules, and what their presence says of loud tokens."""
+    vocab_size = model.get_input_embeddings().num_embeddings
+    config.token_types, config.type_rules = resolve(
+        model, config.token_types, config.type_rules, config.typer, vocab_size
+    )
+    if config.loudness_limit == "auto" and known_rules(model):
+        config.loudness_limit = LOUDNESS_LIMIT  # such tokens are there, also where no type is made of them
+
+
+def make_samples(model: nn.Module, config: FreeActConfig, data: torch.Tensor | list) -> torch.Tensor | list:
+    """Token ids or prepared inputs of the data, masked or with noise as a diffusion model meets them."""
+    is_ids = isinstance(data, torch.Tensor) or is_prepared(data)
+    samples = load_samples(
+        data,
+        None if is_ids else find_tokenizer(model, config, is_pictured(data)),
+        config.n_samples,
+        config.seq_len,
+        config.seed,
+        model.get_input_embeddings().num_embeddings,
+    )
+    if find_encoder(model) is not None:
+        check_canvas(model, config, samples)
+        return with_noise(model, samples, config.seed)
+    if isinstance(samples, torch.Tensor):
+        return mask_if_needed(samples, config.type_rules, config.seed)
+    return samples
+
+
+def find_device(config: FreeActConfig) -> torch.device:
+    """Where blocks are calibrated: this process's own device where several share the work, else the config's, else the GPU if there
+    is one.
+    """
+    ranks = Ranks(config)
+    if ranks.device is not None:
+        return ranks.device
+    if config.calibration_device is not None:
+        return torch.device(config.calibration_device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def calibrate_typed(
+    model: nn.Module, config: FreeActConfig, samples: torch.Tensor | list, device: torch.device
+) -> list:
+    """The calibration loop with the types of each batch known to all that reads them."""
+    state = attach_state(model)
+    typer = TokenTyper(config.token_types, config.type_rules, config.typer, config.cluster_table)
+    handles = install_typing(model, find_reader(model), typer, state)
+    try:
+        if config.kv_rotation is None:
+            config.kv_rotation = config.transform != "none"
+        if config.kv_bits < 16 and config.centring != "none":
+            measure_cache(model, config, samples)
+        with one_chain(model, samples, typer, state):
+            return list(calibrate(model, config, samples, state, device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        state.types = None
+
+
+def tell_kept(kept: dict[str, str]) -> None:
+    """Log which parameters stay as they are and why; experts that stay are worth a warning, for most of a model may be in them."""
     for name, reason in kept.items():
         logger.info("%s stays as it is: %s.", name, reason)
     experts = [name for name, reason in kept.items() if "experts" in reason]
@@ -151,4 +179,3 @@ def run_calibration(model: nn.Module, config: FreeActConfig, data: torch.Tensor 
             len(experts),
             experts[0],
         )
-    return records
