@@ -6,6 +6,8 @@ expert that few tokens reach is rounded as all tokens would have it, one that ma
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -62,6 +64,20 @@ def routed_tokens(stream: Stream, block: nn.Module, index: int, module: nn.Modul
     return Routed(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
+class _Shared(NamedTuple):
+    """What all experts of one product have in common: the moments and map of their input, and sample rows of it.
+
+    `z` are the transformed rows, `noise` what rounding adds to them, `types` their token types.
+    """
+
+    moments: Moments
+    stored: InputMap
+    block_moments: torch.Tensor
+    z: torch.Tensor
+    noise: torch.Tensor
+    types: torch.Tensor
+
+
 class ExpertsFit:
     """The experts of one block on their way to being quantized.
 
@@ -96,10 +112,37 @@ class ExpertsFit:
         config, weights = self.config, self.weights[product]
         name = f"{self.name}.{self.target.names[product]}"
         source: FreeActInput = linears[0].source
-        d, n_types, device = source.in_features, config.n_types, source.clip.device
+        moments = self._moments(source, inputs, name)
+        spec = map_spec(config, 0 if source.basis is None else source.basis.shape[1])
+        stats = gather_statistics(moments, [weight.float() for weight, _ in weights], spec)
+        source.store(fit_map(stats, spec, generator))
+        stored = source.input_map(torch.float64)
+        kept, kept_types = moments.rows
+        z, _ = stored.apply(kept.double(), kept_types)
+        transformed = [stored.transform_weight(weight.double()) for weight, _ in weights]
+        self._clip(source, z, kept_types, [v for v, _ in transformed])
+        noise = fake_rows(z, config, pick(source.clip.double().unsqueeze(-1), kept_types)) - z
+        shared = _Shared(moments, stored, stored.transform_moments(stats.c), z, noise, kept_types)
+        sums = torch.zeros(3, device=z.device).double()  # errors by activations and by weights, energy
+        for linear, weight, own, found in zip(linears, weights, inputs, transformed, strict=True):
+            sums += self._round(linear, weight, own, found, shared)
+        energy = kept.double().square().sum()
+        left = stored.centre(kept.double(), kept_types).square().sum()
+        return InputRecord(
+            linears=[name],
+            clip=source.clip.tolist(),
+            rank=0 if source.basis is None else source.basis.shape[1],
+            mean_share=float(1 - left / energy.clamp_min(1e-30)),
+            activation_error=float(sums[0] / sums[2].clamp_min(1e-30)),
+            weight_error=float(sums[1] / sums[2].clamp_min(1e-30)),
+        )
+
+    def _moments(self, source: FreeActInput, inputs: list[tuple[torch.Tensor, torch.Tensor]], name: str) -> Moments:
+        """Of the rows of all experts, in a random order: what moments take from the first rows, and evenly from each part, is of all."""
+        config = self.config
         rows, types = (torch.cat(part) for part in zip(*inputs, strict=True))
         peaks = config.channel_scale == "smoothquant"
-        moments = Moments(d, n_types, device, peaks=peaks, limit=config.loudest)
+        moments = Moments(source.in_features, config.n_types, source.clip.device, peaks=peaks, limit=config.loudest)
         shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).to(rows.device)
         for part in shuffled.chunk(8):
             moments.update(rows[part], types[part])
@@ -108,54 +151,37 @@ class ExpertsFit:
                 f"The input of {name!r} holds NaN or inf in calibration: nothing can be fitted to it. Check the model in "
                 "full precision on the same data, or load it in bfloat16 or float32 instead of float16."
             )
-        spec = map_spec(config, 0 if source.basis is None else source.basis.shape[1])
-        stats = gather_statistics(moments, [weight.float() for weight, _ in weights], spec)
-        source.store(fit_map(stats, spec, generator))
-        stored = source.input_map(torch.float64)
-        block_moments = stored.transform_moments(stats.c)
-        kept, kept_types = moments.rows
-        z, _ = stored.apply(kept.double(), kept_types)
-        transformed = [stored.transform_weight(weight.double()) for weight, _ in weights]
-        gram = sum(v.mT @ v for v, _ in transformed)
-        root = torch.linalg.cholesky(
-            gram + 1e-9 * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(d, device=device)
-        )
-        pooled = config.pooled_types
-        clip = search_clip(z, root.mT, torch.tensor(pooled, device=device)[kept_types], config)
+        return moments
+
+    def _clip(self, source: FreeActInput, z: torch.Tensor, types: torch.Tensor, weights: list[torch.Tensor]) -> None:
+        """Store the clip of each type, by what rounding `z` costs the outputs of all experts together."""
+        gram = sum(v.mT @ v for v in weights)
+        floor = 1e-9 * gram.diagonal().mean().clamp_min(1e-30)
+        root = torch.linalg.cholesky(gram + floor * torch.eye(source.in_features, device=z.device))
+        pooled = self.config.pooled_types
+        clip = search_clip(z, root.mT, torch.tensor(pooled, device=z.device)[types], self.config)
         source.clip.copy_(torch.tensor([clip[kind] for kind in pooled]))
-        noise = fake_rows(z, config, pick(source.clip.double().unsqueeze(-1), kept_types)) - z
-        variance = noise[kept_types == 0].square().mean().nan_to_num()
+
+    def _round(self, linear: FreeActLinear, weight, own, transformed, shared: _Shared) -> torch.Tensor:
+        """Fill one expert's linear; returns its errors by activations and by weights, and its outputs' energy, on sample rows."""
+        config, (plain, bias), (rows, types), (v, low_rank) = self.config, weight, own, transformed
+        variance = shared.noise[shared.types == 0].square().mean().nan_to_num()
+        moments_z = _mixed(shared.stored, rows, types, shared.block_moments)
+        moments_z = (moments_z + moments_z.mT) / 2
+        wanted = shrunk_weight(v, moments_z, variance) if is_shrunk(config, shared.moments) else v
         spread = variance if config.rounding_noise else 0.0
-        errors, energies = torch.zeros(2, device=device).double(), torch.zeros((), device=device).double()
-        for linear, (weight, bias), (v, low_rank), (own, own_types) in zip(
-            linears, weights, transformed, inputs, strict=True
-        ):
-            moments_z = _mixed(stored, own, own_types, block_moments)
-            moments_z = (moments_z + moments_z.mT) / 2
-            wanted = shrunk_weight(v, moments_z, variance) if is_shrunk(config, moments) else v
-            moments_z = moments_z + spread * torch.eye(d, device=device, dtype=torch.float64)
-            rounded = round_weight(wanted, moments_z, config)
-            linear.set_weight(*(rounded if rounded is not None else (wanted.unsqueeze(1), None)))
-            biases = output_biases(moments, stored, weight.double(), None if bias is None else bias.double())
-            if biases is not None:
-                linear.set_bias_rows(biases)
-            if low_rank is not None:
-                linear.set_low_rank(low_rank)
-            used = linear.transformed_weight(torch.float64)
-            output = z @ v.mT
-            errors += torch.stack(((noise @ v.mT).square().sum(), (z @ (used - v).mT).square().sum()))
-            energies += output.square().sum()
-            self._balance(linear, stored, own, own_types, v, used)
-        energy = kept.double().square().sum()
-        left = stored.centre(kept.double(), kept_types).square().sum()
-        return InputRecord(
-            linears=[name],
-            clip=source.clip.tolist(),
-            rank=0 if source.basis is None else source.basis.shape[1],
-            mean_share=float(1 - left / energy.clamp_min(1e-30)),
-            activation_error=float(errors[0] / energies.clamp_min(1e-30)),
-            weight_error=float(errors[1] / energies.clamp_min(1e-30)),
-        )
+        moments_z = moments_z + spread * torch.eye(v.shape[1], device=v.device, dtype=torch.float64)
+        rounded = round_weight(wanted, moments_z, config)
+        linear.set_weight(*(rounded if rounded is not None else (wanted.unsqueeze(1), None)))
+        biases = output_biases(shared.moments, shared.stored, plain.double(), None if bias is None else bias.double())
+        if biases is not None:
+            linear.set_bias_rows(biases)
+        if low_rank is not None:
+            linear.set_low_rank(low_rank)
+        used = linear.transformed_weight(torch.float64)
+        self._balance(linear, shared.stored, rows, types, v, used)
+        products = (shared.noise @ v.mT, shared.z @ (used - v).mT, shared.z @ v.mT)
+        return torch.stack([product.square().sum() for product in products])
 
     def _balance(self, linear: FreeActLinear, stored: InputMap, own, types, v, used) -> None:
         """Add to an expert's biases what rounding takes from its mean output on its own tokens, type by type."""

@@ -116,6 +116,37 @@ def evaluate_model(
     rows = [dict(row) for row in rows]
     groups = [prompt_group(row, anchor, languages) for row in rows]
     names = list(dict.fromkeys([anchor, *sorted({name for group in groups for name in group})]))
+    _check(rows, names, languages, pooling, batch_size)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = decoder_of(base)
+    depth = base.config.get_text_config().num_hidden_layers
+    layer = check_layer(round(0.8 * depth) if layer is None else layer, decoder)
+    found: dict[str, dict[str, float]] = {name: {} for name in names}
+    overall: dict[str, float] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        if _have_pairs(rows):
+            overall |= _preferences(model, tokenizer, rows, groups, names, found, batch_size)
+        ids = [{name: tokenize_prompt(tokenizer, g[name], row) for name in g} for g, row in zip(groups, rows)]
+        _geometry(decoder, ids, names, anchor, layer, pooling, found, batch_size)
+        for name in names if texts is None else [name for name in names if name in texts]:
+            lines = [_plain(g[name]) for g in groups if name in g] if texts is None else texts[name]
+            found[name]["perplexity"] = perplexity(model, [tokenizer(text=t)["input_ids"] for t in lines], batch_size)
+    finally:
+        model.train(was_training)
+    for metric in ("retrieval_at_1", "centred_cosine", "cross_prompt_cosine"):
+        values = [found[name][metric] for name in names if metric in found[name]]
+        if values:
+            overall[f"mean_{metric}"] = sum(values) / len(values)
+    settings = {"anchor": anchor, "layer": layer, "pooling": pooling, "rows": len(rows)}
+    return EvaluationReport(found, overall, settings)
+
+
+def _check(
+    rows: Sequence[Mapping], names: list[str], languages: Sequence[str] | None, pooling: str, batch_size: int
+) -> None:
+    """Refuse what cannot be scored, and say what will not be."""
     unknown = sorted(set(languages or []) - set(names))
     if not rows or unknown:
         present = sorted({name for row in rows for name in translations_of(row)})
@@ -126,37 +157,17 @@ def evaluate_model(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {list(POOLINGS)}, got {pooling!r}.")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = decoder_of(base)
-    depth = base.config.get_text_config().num_hidden_layers
-    layer = check_layer(round(0.8 * depth) if layer is None else layer, decoder)
-    was_training = model.training
-    model.eval()
-    try:
-        found: dict[str, dict[str, float]] = {name: {} for name in names}
-        overall: dict[str, float] = {}
-        pairs = sum(row.get("chosen") is not None and row.get("rejected") is not None for row in rows)
-        if pairs < len(rows) and any(row.get(side) is not None for row in rows for side in ("chosen", "rejected")):
-            logger.warning(
-                "%d of %d rows lack 'chosen' or 'rejected': preferences are not scored.", len(rows) - pairs, len(rows)
-            )
-        if pairs == len(rows):
-            overall |= _preferences(model, tokenizer, rows, groups, names, found, batch_size)
-        ids = [{name: tokenize_prompt(tokenizer, g[name], row) for name in g} for g, row in zip(groups, rows)]
-        _geometry(decoder, ids, names, anchor, layer, pooling, found, batch_size)
-        for name in names:
-            if texts is not None and name not in texts:
-                continue
-            lines = texts[name] if texts is not None else [_plain(g[name]) for g in groups if name in g]
-            found[name]["perplexity"] = perplexity(model, [tokenizer(text=t)["input_ids"] for t in lines], batch_size)
-    finally:
-        model.train(was_training)
-    for metric in ("retrieval_at_1", "centred_cosine", "cross_prompt_cosine"):
-        values = [found[name][metric] for name in names if metric in found[name]]
-        if values:
-            overall[f"mean_{metric}"] = sum(values) / len(values)
-    settings = {"anchor": anchor, "layer": layer, "pooling": pooling, "rows": len(rows)}
-    return EvaluationReport(found, overall, settings)
+
+
+def _have_pairs(rows: Sequence[Mapping]) -> bool:
+    """Whether every row has a chosen and a rejected answer; says so where only some do."""
+    sides = ("chosen", "rejected")
+    pairs = sum(all(row.get(side) is not None for side in sides) for row in rows)
+    if pairs < len(rows) and any(row.get(side) is not None for row in rows for side in sides):
+        logger.warning(
+            "%d of %d rows lack 'chosen' or 'rejected': preferences are not scored.", len(rows) - pairs, len(rows)
+        )
+    return pairs == len(rows)
 
 
 def _preferences(model, tokenizer, rows, groups, names, found, batch_size: int) -> dict[str, float]:
