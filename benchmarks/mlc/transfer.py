@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 
 from benchmarks._lanes import run_in_lanes
 from benchmarks.mlc.transfer_claims import choose, choose_regime, claims, score
-from benchmarks.mlc.transfer_methods import CLAIMED, MAIN, REGIMES, first_points, methods, second_points
+from benchmarks.mlc.transfer_methods import CLAIMED, MAIN, REGIMES, first_points, methods, point, second_points
 from tools.result_files import ROOT, command_line, write
 
 
@@ -80,7 +80,35 @@ def parse() -> argparse.Namespace:
     options.rows = options.rows or ROOT / "runs" / f"mlc_transfer{suffix}.jsonl"
     options.map_rows = options.map_rows or ROOT / "runs" / f"mlc_transfer_map{suffix}.jsonl"
     options.suffix = suffix
+    wrong = unknown(options)
+    if wrong:
+        table = ", ".join(methods(f"{MAIN}@{next(iter(REGIMES))}"))
+        parser.error(
+            f"unknown {', '.join(wrong)}: the table has {table}; points of the map are POINT@REGIME, as "
+            "benchmarks/mlc/transfer_methods.py names them."
+        )
     return options
+
+
+def unknown(options: argparse.Namespace) -> list[str]:
+    """Names that stand for nothing, of methods of the table, of points and of regimes."""
+
+    def is_point(name: str) -> bool:
+        try:
+            point(name)
+        except (KeyError, ValueError):
+            return False
+        return True
+
+    given = options.methods or []
+    points = [*options.then, *(given if options.map else []), *([] if options.ours == "chosen" else [options.ours])]
+    table = [] if options.map else given
+    known = methods(f"{MAIN}@{next(iter(REGIMES))}")
+    return [
+        *(name for name in table if name not in known),
+        *(name for name in points if not is_point(name)),
+        *(name for name in options.regimes if name not in REGIMES),
+    ]
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -140,6 +168,7 @@ class Pool:
         self.gpus = options.gpus.split(",") if options.gpus else gpus()
         self.scratch = tempfile.TemporaryDirectory()
         self.idle: dict[str, list[subprocess.Popen]] = {}
+        self.logs: dict[int, Path] = {}  # of a worker's process
         self.mapping, self.rows = False, options.rows
 
     def left(self) -> float:
@@ -180,7 +209,9 @@ class Pool:
         while not target.is_file() and worker.poll() is None and self.left() > 0:
             time.sleep(0.1)
         if not target.is_file():
-            print(f"{'DIED' if worker.poll() is not None else 'Stopped in'} {job}", flush=True)
+            died = worker.poll() is not None
+            said = self.logs[worker.pid].read_text(encoding="utf-8").strip().splitlines() if died else []
+            print(f"{'DIED' if died else 'Stopped in'} {job}", *said[-1:], flush=True)
             worker.kill()
             return
         with self.lock:
@@ -194,10 +225,13 @@ class Pool:
         for name in SHARED:
             command += ["--" + name.replace("_", "-"), str(getattr(self.options, name))]
         environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
-        log = (Path(self.scratch.name) / f"{time.monotonic_ns()}.log").open("w")
-        return subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, text=True
-        )
+        path = Path(self.scratch.name) / f"{time.monotonic_ns()}.log"
+        with path.open("w") as log:
+            worker = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, text=True
+            )
+        self.logs[worker.pid] = path
+        return worker
 
     def take(self, job: tuple[str, int], found: list[dict] | dict) -> None:
         """Keep what a run found, or show why it found nothing."""

@@ -138,7 +138,6 @@ def train(
     if shuffled:
         data = shuffled_translations(data, seed, each=shuffled == "each")
     set_seed(seed)
-    gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     if head == "frozen" and words_rate and own.get("mlc_weight") != 0:
         own["mlc_embedding_lr"], head, words_rate = words_rate, None, None  # the trainer does both
@@ -148,23 +147,12 @@ def train(
         model.get_input_embeddings().requires_grad_(False)
     start_weights = {n: p.detach().clone() for n, p in model.named_parameters()} if kept and not rank else {}
     with tempfile.TemporaryDirectory() as scratch:
-        args = MLCDPOConfig(
+        args = arguments(
             output_dir=scratch,
             per_device_train_batch_size=options.batch,
             max_steps=steps,
             learning_rate=rate,
-            lr_scheduler_type="cosine",
             warmup_steps=round(steps * warmup),
-            precompute_ref_log_probs=True,
-            precompute_ref_batch_size=64,
-            gradient_checkpointing=own.get("mlc_weight") != 0,  # DPO's own rows are few and short
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            bf16=gpu,  # computing only: weights stay in float32
-            tf32=True if gpu else None,
-            use_cpu=not gpu,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
             logging_steps=max(1, steps // 10),
             seed=seed,
             **own,
@@ -176,24 +164,54 @@ def train(
         start = time.perf_counter()
         trainer.train()
         numbers = {"train_seconds": time.perf_counter() - start}
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    for name in ("loss", "rewards/accuracies", "mlc/loss", "mlc/cross_prompt_cosine", "mlc/repulsion", "mlc/contrast"):
-        for when, entry in (("first", log[0]), ("last", log[-1])):
-            if name in entry:
-                numbers[f"{name} {when}"] = float(entry[name])
+    numbers |= first_and_last(trainer.state.log_history)
     layer = trainer._mlc_pass.layer if trainer._mlc_pass is not None else None
     trained = trainer.model
     if rank:
         scale_adapters(trained, 1 - kept)
         trained = trained.merge_and_unload()
-    with torch.no_grad():
-        for name, value in trained.named_parameters():
-            if name in start_weights:
-                value.lerp_(start_weights[name].to(value.device), kept)
+    pull_back(trained, start_weights, kept)
     del trainer  # its optimizer takes twice the model's memory
     gc.collect()
     torch.cuda.empty_cache()
     return trained, layer, numbers, used
+
+
+def arguments(**given) -> MLCDPOConfig:
+    """What all runs have in common, and what is `given`."""
+    gpu = torch.cuda.is_available()
+    return MLCDPOConfig(
+        lr_scheduler_type="cosine",
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=64,
+        gradient_checkpointing=given.get("mlc_weight") != 0,  # DPO's own rows are few and short
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=gpu,  # computing only: weights stay in float32
+        tf32=True if gpu else None,
+        use_cpu=not gpu,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **given,
+    )
+
+
+LOGGED = ("loss", "rewards/accuracies", "mlc/loss", "mlc/cross_prompt_cosine", "mlc/repulsion", "mlc/contrast")
+
+
+def first_and_last(history: list[dict]) -> dict[str, float]:
+    """What a trainer logged of its losses, at the beginning and at the end."""
+    log = [entry for entry in history if "loss" in entry]
+    ends = (("first", log[0]), ("last", log[-1]))
+    return {f"{name} {when}": float(entry[name]) for name in LOGGED for when, entry in ends if name in entry}
+
+
+@torch.no_grad()
+def pull_back(model, start_weights: dict[str, torch.Tensor], share: float) -> None:
+    """Weights a share of the way back to where they started, those of them that are given."""
+    for name, value in model.named_parameters():
+        if name in start_weights:
+            value.lerp_(start_weights[name].to(value.device), share)
 
 
 def scale_adapters(model, share: float) -> None:
