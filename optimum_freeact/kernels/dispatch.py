@@ -108,7 +108,8 @@ def plan(device: torch.device | str, *, low_rank: int | None = None, **layer) ->
     """What runs a layer on a device; `layer` as in [`layer_obstacle`], the rank of its branch only for the reason.
 
     Raises:
-        `ValueError`: if `FREEACT_KERNELS` names a kernel that cannot run on this device.
+        `ValueError`: if `FREEACT_KERNELS` names a kernel that cannot run on this device, or the file that `FREEACT_LAUNCHES` names
+            is not one of settings.
     """
     device, choice = torch.device(device), wanted()
     if choice == "torch":
@@ -136,29 +137,31 @@ def plan(device: torch.device | str, *, low_rank: int | None = None, **layer) ->
         product, reason = torch_product(device, layer)
         return Plan("torch", product, obstacle if reason in obstacle else f"{obstacle}; {reason}")
     if kernel == "triton":
-        major, minor = torch.cuda.get_device_capability(device)
-        if _has_groups(layer):
-            return Plan(
-                "triton",
-                "4-bit Triton kernels for groups",
-                f"compute capability {major}.{minor}; codes times their groups' bytes are whole numbers in float16, multiplied "
-                "on float16 tensor cores"
-                + (", many rows by warps with roles of their own" if (major, minor) == (9, 0) else ""),
-            )
-        return Plan(
-            "triton",
-            "4-bit Triton kernels",
-            f"compute capability {major}.{minor}; "
-            + (
-                "one row on plain cores, more on int8 tensor cores, few and many by warps with roles of their own"
-                if (major, minor) == (9, 0)
-                else f"one row to {DP4A_ROWS} on plain cores, more on int8 tensor cores"
-            )
-            + ("; without a branch rows are rounded in one pass" if low_rank == 0 else ""),
-        )
+        from optimum_freeact.kernels.launches import check_launches
+
+        check_launches()
+        return _triton_plan(device, _has_groups(layer), low_rank)
     from optimum_freeact.kernels.native import kind
 
     return Plan("native", "4-bit kernel in C", f"packed weights stay packed; compiled once for this CPU ({kind()})")
+
+
+def _triton_plan(device: torch.device, has_groups: bool, low_rank: int | None) -> Plan:
+    """What Triton's and Gluon's kernels do on this GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
+    hopper = (major, minor) == (9, 0)
+    if has_groups:
+        product = "4-bit Triton kernels for groups"
+        ways = "codes times their groups' bytes are whole numbers in float16, multiplied on float16 tensor cores"
+        ways += ", many rows by warps with roles of their own" if hopper else ""
+    else:
+        product = "4-bit Triton kernels"
+        if hopper:
+            ways = "one row on plain cores, more on int8 tensor cores, few and many by warps with roles of their own"
+        else:
+            ways = f"one row to {DP4A_ROWS} on plain cores, more on int8 tensor cores"
+        ways += "; without a branch rows are rounded in one pass" if low_rank == 0 else ""
+    return Plan("triton", product, f"compute capability {major}.{minor}; {ways}")
 
 
 def _has_groups(layer: dict) -> bool:

@@ -92,17 +92,55 @@ DEFAULTS: dict[str, list[tuple[int | None, dict]]] = {
 }  # fmt: skip
 
 
+ENVIRONMENT = "FREEACT_LAUNCHES"
+
+
 @cache
 def _settings() -> dict[str, list[tuple[int | None, dict]]]:
-    path = os.environ.get("FREEACT_LAUNCHES")
+    path = os.environ.get(ENVIRONMENT)
     if not path:
         return DEFAULTS
-    with open(path, encoding="utf-8") as file:
-        given = json.load(file)
-    unknown = sorted(set(given) - set(DEFAULTS))
-    if unknown:
-        raise ValueError(f"FREEACT_LAUNCHES={path!r} names {unknown}; known are {sorted(DEFAULTS)}.")
+    given = _read(path)
     return {**DEFAULTS, **{name: _filled(name, entries) for name, entries in given.items()}}
+
+
+def check_launches() -> None:
+    """Read `FREEACT_LAUNCHES`, so that what is wrong there is said before any kernel runs.
+
+    Raises:
+        `ValueError`: if the file is not there, is no JSON, or names kernels or settings that are not known.
+    """
+    _settings()
+
+
+def _read(path: str) -> dict[str, list]:
+    """What a file of settings says, checked."""
+    told = f"{ENVIRONMENT}={path!r}"
+    try:
+        with open(path, encoding="utf-8") as file:
+            given = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{told} cannot be read as JSON ({error}). Correct it, or unset it.") from error
+    form = 'an object like {"w4": [[64, {"stages": 3}], [null, {"stages": 4}]]}: settings up to so many rows, null for any number'
+    if not isinstance(given, dict):
+        raise ValueError(f"{told} must hold {form}; got {type(given).__name__}.")
+    for name, entries in given.items():
+        if name not in DEFAULTS:
+            raise ValueError(f"{told} names the kernel {name!r}; known are {sorted(DEFAULTS)}.")
+        if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
+            raise ValueError(f"{told} must hold {form}; got {str(entries)[:100]} for {name!r}.")
+        known = {setting for _, settings in DEFAULTS[name] for setting in settings}
+        unknown = sorted({setting for _, settings in entries for setting in settings} - known)
+        if unknown:
+            raise ValueError(f"{told} names the settings {unknown} of {name!r}; known are {sorted(known)}.")
+    return given
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, list) or len(entry) != 2:
+        return False
+    most, settings = entry
+    return (most is None or type(most) is int) and isinstance(settings, dict)
 
 
 def _filled(name: str, entries: list) -> list[tuple[int | None, dict]]:
