@@ -199,3 +199,64 @@ def test_no_tokens_are_refused(tmp_path, monkeypatch, capsys):
         whole.main()
     assert "--tokens 0" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("run", ["memory", "eager"])
+def test_rows_of_a_model_come_in_their_order(run, tmp_path, monkeypatch):
+    from benchmarks.speed import model as whole
+
+    given = ["--provider", "bf16", "--run", run, "--shape", "tiny", "--prompt", "3", "--rounds", "1", "--tokens", "1"]
+    monkeypatch.setattr("sys.argv", ["model", *given, "--out", str(tmp_path)])
+    whole.main()
+    rows = [json.loads(line) for line in (tmp_path / "model.jsonl").open()]
+    labels = {"provider": "bf16", "run": run, "shape": "tiny", "layers": 2, "prompt": 3, "attention": "sdpa_gqa"}
+    assert all(labels.items() <= row.items() for row in rows)
+    found = [(row["metric"], row.get("how")) for row in rows if "bytes" not in row["metric"]]  # which only a GPU has
+    prefill = [("build_seconds", None), ("first_prefill_seconds", None), ("prefill_seconds", "eager")]
+    decoding = [("first_decode_seconds", None), ("decode_seconds", None), ("tokens", None)]
+    assert found == prefill + (decoding if run == "eager" else [])
+
+
+def test_token_and_position_are_written_in_place():
+    """A CUDA graph reads them where they were when it was captured."""
+    from benchmarks.speed.decoding import SAID, WARM, Decoder, Prompt
+
+    config = shape_config("tiny", 1)
+    seen = []
+    with torch.no_grad():
+        decoder = Decoder(Prompt(plain(config, "cpu"), config, 3, 2, "cpu"))
+
+        def step(token, where):
+            assert token is decoder.token
+            assert where is decoder.where
+            seen.append(int(where))
+            return decoder.prompt.step(token, where)
+
+        places = decoder.token.data_ptr(), decoder.where.data_ptr()
+        decoder.decode(step, 2)
+        decoder.said(step)
+    assert (decoder.token.data_ptr(), decoder.where.data_ptr()) == places
+    assert seen == [*range(3, 3 + WARM + 2), *range(3, 3 + SAID)]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rows_of_the_cache_come_in_their_order(batch, monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks.speed import kv
+
+    monkeypatch.setattr(kv, "graph_microseconds", lambda calls: (float(len(calls)), 0.0))  # a GPU's
+    monkeypatch.setattr(kv, "copies_for", lambda n: 3)
+    monkeypatch.setattr(kv.kv_attend_triton, "attend", kv.kv_reference.attend)
+    rows = kv.measure(batch, 8, "cpu")
+    assert all(row["batch"] == batch and row["tokens"] == 8 for row in rows)
+    errors = {row["provider"]: row["value"] for row in rows if row["metric"] == "relative_error"}
+    assert set(errors) == {"freeact", "unpack, sdpa"}
+    assert max(errors.values()) < 0.02
+    wanted = [("attention", "sdpa, bfloat16", 3), ("attention", "sdpa, bfloat16, query heads", 3),
+              ("attention", "freeact", 3), ("attention", "unpack, sdpa", 2), ("attention", "freeact, not rotated", 3),
+              ("attention", "freeact, no means", 3), ("write", "freeact", 8), ("write", "torch", 8),
+              ("write", "freeact, not rotated", 8)]  # fmt: skip
+    if batch == 1:
+        wanted += [("write 2048", "freeact", 8), ("write 2048", "freeact, not rotated", 8)]
+    found = [(row["what"], row["provider"], row["value"]) for row in rows if row["metric"] == "microseconds"]
+    assert found == wanted

@@ -61,86 +61,111 @@ def unpacked(query, keys, values, start, scale):
     return torch.nn.functional.scaled_dot_product_attention(query, k, v, scale=scale)
 
 
+class Context:
+    """One step of attention and of writing at a batch and a number of tokens; its rows as they come. Each method's tensors go when
+    it ends, before the next makes its own.
+    """
+
+    def __init__(self, batch: int, tokens: int, device: str):
+        self.batch, self.tokens, self.device = batch, tokens, device
+        self.start = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.scale = SIZE**-0.5
+        self.n_bytes = 2 * 2 * batch * KEY_HEADS * tokens * SIZE  # of keys and values in bfloat16
+        self.rows: list[dict] = []
+
+    def record(self, what: str, provider: str, calls: list) -> None:
+        """The time of one of the calls."""
+        value, spread = graph_microseconds(calls)
+        self._row("microseconds", what, provider, value, spread=spread)
+
+    def random(self, batch: int, tokens: int) -> torch.Tensor:
+        """Keys, values or, where tokens are query heads of one key head, queries."""
+        return torch.randn(batch, KEY_HEADS, tokens, SIZE, device=self.device, dtype=torch.bfloat16)
+
+    def queries(self, n: int) -> list[torch.Tensor]:
+        """Queries of one token, by key head."""
+        return [self.random(self.batch, HEADS // KEY_HEADS) for _ in range(n)]
+
+    def attention_dense(self) -> None:
+        """SDPA on keys and values in bfloat16."""
+        batch, scale, sdpa = self.batch, self.scale, torch.nn.functional.scaled_dot_product_attention
+        plain = [tuple(self.random(batch, self.tokens) for _ in range(2)) for _ in range(copies_for(self.n_bytes))]
+        pairs = list(zip(self.queries(len(plain)), plain))
+        self.record("attention", "sdpa, bfloat16", [
+            lambda q=q, k=k, v=v: sdpa(q, k, v, scale=scale) for q, (k, v) in pairs
+        ])  # fmt: skip
+        self.record("attention", "sdpa, bfloat16, query heads", [
+            lambda q=q, k=k, v=v: sdpa(q.view(batch, HEADS, 1, SIZE), k, v, scale=scale, enable_gqa=True)
+            for q, (k, v) in pairs
+        ])  # fmt: skip
+
+    def attention_stored(self, name: str, means: bool, rotate: bool) -> None:
+        """Our kernel on one way to store rows; on rotated ones, the default, unpacking too, and the errors of both."""
+        # a row of 256 bytes is stored in 68
+        copies = copies_for(self.n_bytes * 68 // 256)
+        packed = [cached(self.batch, self.tokens, self.device, means, rotate) for _ in range(copies)]
+        pairs = list(zip(self.queries(len(packed)), packed))
+        self.record("attention", name, [
+            lambda q=q, k=k, v=v: kv_attend_triton.attend(q, k, v, self.start, self.scale) for q, (k, v) in pairs
+        ])  # fmt: skip
+        if rotate:
+            if self.tokens <= 8192:  # the reference makes all states float64: gigabytes of more
+                self.attention_errors(pairs[0])
+            self.record("attention", "unpack, sdpa", [
+                lambda q=q, k=k, v=v: unpacked(q, k, v, self.start, self.scale) for q, (k, v) in pairs[:2]
+            ])  # fmt: skip
+
+    def attention_errors(self, pair: tuple[torch.Tensor, tuple[CacheRows, CacheRows]]) -> None:
+        """How far the outputs lie from the reference's in float64, relatively."""
+        q, (k, v) = pair
+        want = kv_reference.attend(q.double(), k, v, self.start, self.scale, dtype=torch.float64)
+        for provider, attend in (("freeact", kv_attend_triton.attend), ("unpack, sdpa", unpacked)):
+            got = attend(q, k, v, self.start, self.scale)
+            self._row("relative_error", "attention", provider, float((got.double() - want).norm() / want.norm()))
+
+    def write_one(self) -> None:
+        """A new token's keys, rotated or not, and the same rotated by torch."""
+        keys, _ = cached(self.batch, 256, self.device, True, True)
+        new = self.random(self.batch, 1)
+        out = torch.empty(self.batch, KEY_HEADS, 1, 68, dtype=torch.uint8, device=self.device)
+        assert keys.mean is not None
+        assert keys.rotation is not None
+        means, rotation = keys.mean[None, :, None], keys.rotation
+        plain, start = dataclasses.replace(keys, rotation=None), self.start
+        for provider, call in (
+            ("freeact", lambda: kv_write_triton.write_rows(new, keys, start, 200, out)),
+            ("torch", lambda: out.copy_(encode((new.float() - means) @ rotation, 4, torch.bfloat16))),
+            ("freeact, not rotated", lambda: kv_write_triton.write_rows(new, plain, start, 200, out)),
+        ):
+            self.record("write", provider, [call] * 8)
+
+    def write_prompt(self) -> None:
+        """The keys of a prompt of 2048 tokens, of one sequence."""
+        prompt = self.random(1, 2048)
+        room = torch.empty(1, KEY_HEADS, 2048, 68, dtype=torch.uint8, device=self.device)
+        keys, _ = cached(1, 4096, self.device, True, True)
+        plain, start = dataclasses.replace(keys, rotation=None), self.start[:1]
+        for provider, there in (("freeact", keys), ("freeact, not rotated", plain)):
+            self.record("write 2048", provider, [
+                lambda there=there: kv_write_triton.write_rows(prompt, there, start, 0, room)
+            ] * 8)  # fmt: skip
+
+    def _row(self, metric: str, what: str, provider: str, value: float, **more) -> None:
+        labels = {"batch": self.batch, "tokens": self.tokens, "metric": metric, "what": what, "provider": provider}
+        self.rows.append({**labels, "value": value, **more})
+
+
 @torch.no_grad()
 def measure(batch: int, tokens: int, device: str) -> list[dict]:
     """Rows of one context."""
-    rows, groups = [], HEADS // KEY_HEADS
-    labels = {"batch": batch, "tokens": tokens, "metric": "microseconds"}
-    start = torch.zeros(batch, dtype=torch.int32, device=device)
-    scale = SIZE**-0.5
-
-    def record(what: str, provider: str, calls: list) -> None:
-        value, spread = graph_microseconds(calls)
-        rows.append({**labels, "what": what, "provider": provider, "value": value, "spread": spread})
-
-    def queries(n: int) -> list[torch.Tensor]:
-        return [torch.randn(batch, KEY_HEADS, groups, SIZE, device=device, dtype=torch.bfloat16) for _ in range(n)]
-
-    n_bytes = 2 * 2 * batch * KEY_HEADS * tokens * SIZE
-    plain = [
-        tuple(torch.randn(batch, KEY_HEADS, tokens, SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))
-        for _ in range(copies_for(n_bytes))
-    ]
-    pairs = list(zip(queries(len(plain)), plain))
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    record("attention", "sdpa, bfloat16", [lambda q=q, k=k, v=v: sdpa(q, k, v, scale=scale) for q, (k, v) in pairs])
-    record("attention", "sdpa, bfloat16, query heads", [
-        lambda q=q, k=k, v=v: sdpa(q.view(batch, HEADS, 1, SIZE), k, v, scale=scale, enable_gqa=True)
-        for q, (k, v) in pairs
-    ])  # fmt: skip
-    del plain, pairs
+    context = Context(batch, tokens, device)
+    context.attention_dense()
     for name, (means, rotate) in STORED.items():
-        packed = [cached(batch, tokens, device, means, rotate) for _ in range(copies_for(n_bytes * 68 // 256))]
-        pairs = list(zip(queries(len(packed)), packed))
-        record("attention", name, [
-            lambda q=q, k=k, v=v: kv_attend_triton.attend(q, k, v, start, scale) for q, (k, v) in pairs
-        ])  # fmt: skip
-        if rotate:
-            q, (k, v) = pairs[0]
-            want = kv_reference.attend(q.double(), k, v, start, scale, dtype=torch.float64) if tokens <= 8192 else None
-            for provider, got in (
-                ("freeact", kv_attend_triton.attend(q, k, v, start, scale)),
-                ("unpack, sdpa", unpacked(q, k, v, start, scale)),
-            ):
-                if want is not None:
-                    error = float((got.double() - want).norm() / want.norm())
-                    rows.append(
-                        {
-                            **labels,
-                            "metric": "relative_error",
-                            "what": "attention",
-                            "provider": provider,
-                            "value": error,
-                        }
-                    )
-            record(
-                "attention",
-                "unpack, sdpa",
-                [lambda q=q, k=k, v=v: unpacked(q, k, v, start, scale) for q, (k, v) in pairs[:2]],
-            )
-        del packed, pairs
-    keys, _ = cached(batch, 256, device, True, True)
-    new = torch.randn(batch, KEY_HEADS, 1, SIZE, device=device, dtype=torch.bfloat16)
-    out = torch.empty(batch, KEY_HEADS, 1, 68, dtype=torch.uint8, device=device)
-    assert keys.mean is not None
-    assert keys.rotation is not None
-    means, rotation = keys.mean[None, :, None], keys.rotation
-    record("write", "freeact", [lambda: kv_write_triton.write_rows(new, keys, start, 200, out)] * 8)
-    record("write", "torch", [lambda: out.copy_(encode((new.float() - means) @ rotation, 4, torch.bfloat16))] * 8)
-    plain = dataclasses.replace(keys, rotation=None)
-    record("write", "freeact, not rotated", [lambda: kv_write_triton.write_rows(new, plain, start, 200, out)] * 8)
-    if batch > 1:
-        return rows
-    prompt = torch.randn(1, KEY_HEADS, 2048, SIZE, device=device, dtype=torch.bfloat16)
-    room = torch.empty(1, KEY_HEADS, 2048, 68, dtype=torch.uint8, device=device)
-    keys, _ = cached(1, 4096, device, True, True)
-    for provider, there in (("freeact", keys), ("freeact, not rotated", dataclasses.replace(keys, rotation=None))):
-        record(
-            "write 2048",
-            provider,
-            [lambda there=there: kv_write_triton.write_rows(prompt, there, start[:1], 0, room)] * 8,
-        )
-    return rows
+        context.attention_stored(name, means, rotate)
+    context.write_one()
+    if batch == 1:
+        context.write_prompt()
+    return context.rows
 
 
 @torch.no_grad()

@@ -20,29 +20,43 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
+from benchmarks.speed.decoding import Decoder, Prompt, Step, captured
 from benchmarks.speed.llama import plain, quantized, shape_config
-from benchmarks.speed.timing import quiet
+from benchmarks.speed.timing import quiet, synchronize
 
 
 RUNS = ("memory", "eager", "graph", "parts", "compile", "compile-pdl")
-WARM, SAID = 4, 16  # tokens before those that are timed; tokens by which two ways to run are compared
 
 
 class Meter:
-    """Prints rows and appends them to a file."""
+    """Times prefills, prints rows and appends them to a file."""
 
-    def __init__(self, out: Path, **labels):
+    def __init__(self, out: Path, device: str, rounds: int, **labels):
         out.mkdir(parents=True, exist_ok=True)
         self.path, self.labels = out / "model.jsonl", labels
+        self.device, self.rounds = device, rounds
 
     def __call__(self, metric: str, value: float | None, **more) -> None:
         text = json.dumps({**self.labels, "metric": metric, "value": value, **more})
         print(text, flush=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
+
+    def prefill(self, call: Callable, how: str) -> None:
+        """The time of a prefill."""
+        value, spread = seconds(call, self.device, self.rounds)
+        self("prefill_seconds", value, spread=spread, how=how)
+
+    def prefill_graph(self, call: Callable[[], torch.Tensor], how: str) -> None:
+        """A prefill as a CUDA graph: what the GPU alone needs for it."""
+        try:
+            graph, _ = captured(call)
+            self.prefill(graph.replay, how)
+        except RuntimeError as error:
+            self("prefill_seconds", None, how=how, note=f"{type(error).__name__}: {error}"[:200])
 
 
 def compile_parts() -> None:
@@ -76,12 +90,6 @@ def print_kernels(name: str, call, device: str) -> None:
         print(f"{name}: {event.self_device_time_total:9.1f} us in {event.count:4d} of {event.key[:90]}", flush=True)
 
 
-def synchronize(device: str) -> None:
-    """Wait for the GPU, if there is one."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds(call, device: str, rounds: int) -> tuple[float, float]:
     """Median and spread of the time of a call."""
     found = []
@@ -95,9 +103,8 @@ def seconds(call, device: str, rounds: int) -> tuple[float, float]:
     return statistics.median(found), (max(found) - min(found)) / 2
 
 
-@torch.no_grad()
-def main() -> None:
-    """One provider, one way to run."""
+def arguments() -> argparse.Namespace:
+    """What the command line asks for; what cannot be run is refused."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--provider", choices=("bf16", "freeact"), required=True)
     parser.add_argument("--run", choices=RUNS, default="graph")
@@ -119,172 +126,132 @@ def main() -> None:
         parser.error(
             f"--prompt {args.prompt}, --tokens {args.tokens}, --rounds {args.rounds}: each must be at least 1"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.run == "compile-pdl":
         inductor = importlib.import_module("torch._inductor.config").triton
         if not hasattr(inductor, "enable_pdl"):
             parser.error(f"torch {torch.__version__} has no such setting")
         inductor.enable_pdl = True
-    torch.manual_seed(0)
-    config = shape_config(args.shape, args.layers, args.attention)
-    name = args.provider
-    if name == "freeact":
-        name = args.preset
-        name += "" if args.embedding_bits == 8 else ", bfloat16 embeddings"
-    meter = Meter(
-        args.out, provider=name, run=args.run, shape=args.shape, layers=config.num_hidden_layers,
-        prompt=args.prompt, attention=args.attention,
-    )  # fmt: skip
+    return args
+
+
+def provider_name(args: argparse.Namespace) -> str:
+    """The name in the rows: `bf16`, or a preset's."""
+    if args.provider != "freeact":
+        return args.provider
+    return args.preset + ("" if args.embedding_bits == 8 else ", bfloat16 embeddings")
+
+
+def measure_build(args: argparse.Namespace, config: PretrainedConfig, meter: Meter) -> PreTrainedModel:
+    """A model on its device, how long that takes and how many bytes it has."""
     begin = time.perf_counter()
     with quiet():
         if args.provider == "freeact":
-            model = quantized(config, device, preset=args.preset, embedding_bits=args.embedding_bits)
+            model = quantized(config, meter.device, preset=args.preset, embedding_bits=args.embedding_bits)
         else:
-            model = plain(config, device)
+            model = plain(config, meter.device)
     if args.run == "parts":
         compile_parts()
-    synchronize(device)
+    synchronize(meter.device)
     meter("build_seconds", time.perf_counter() - begin)
-    if device == "cuda":
+    if meter.device == "cuda":
         meter("weight_bytes", torch.cuda.memory_allocated())
         torch.cuda.reset_peak_memory_stats()
-    ids = torch.randint(0, config.vocab_size, (1, args.prompt), device=device)
-    cache = StaticCache(config=config, max_cache_len=args.prompt + max(WARM + args.tokens, SAID) + 4)
-    positions = torch.arange(args.prompt, device=device)[None]
+    return model
 
-    def prefill():
-        cache.reset()
-        return step(ids, positions)
 
-    def prefill_dynamic():
-        """Into a cache that grows, for which the causal mask need not be made: attention's fastest kernel."""
-        return step(ids, positions, DynamicCache(config=config))
-
-    def step(tokens, where, states=cache):
-        return model(
-            input_ids=tokens, position_ids=where, past_key_values=states, use_cache=True, logits_to_keep=1
-        ).logits
-
+def measure_prefill(prompt: Prompt, run: str, meter: Meter) -> None:
+    """The first prefill, whose logits are kept while the others run and count in their peak; then the time of those."""
     first = time.perf_counter()
     with quiet():
-        logits = prefill()
-        synchronize(device)
+        logits = prompt.prefill()
+        synchronize(meter.device)
     meter("first_prefill_seconds", time.perf_counter() - first)
     if not torch.isfinite(logits).all():
         meter("finite", 0.0)
-    if args.run != "parts":
-        value, spread = seconds(prefill, device, args.rounds)
-        meter("prefill_seconds", value, spread=spread, how="eager")
-        if device == "cuda":
+    if run != "parts":
+        meter.prefill(prompt.prefill, "eager")
+        if meter.device == "cuda":
             meter("peak_bytes", torch.cuda.max_memory_allocated())
-    if args.run == "memory":
-        return
-    token, where = ids[:, :1].clone(), torch.full((1, 1), args.prompt, device=device)
 
-    def decode(call) -> None:
-        cache.reset()
-        prefill()
-        where.fill_(args.prompt)
-        for _ in range(WARM):
-            token.copy_(call(token, where)[:, -1:].argmax(-1))
-            where.add_(1)
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(args.tokens):
-            token.copy_(call(token, where)[:, -1:].argmax(-1))
-            where.add_(1)
-        synchronize(device)
-        found.append((time.perf_counter() - start) / args.tokens)
 
-    def said(call, count: int = SAID) -> int:
-        """A sum over some tokens, by which to see whether two ways to run agree."""
-        cache.reset()
-        prefill()
-        where.fill_(args.prompt)
-        token.copy_(ids[:, :1])
-        total = 0
-        for place in range(count):
-            token.copy_(call(token, where)[:, -1:].argmax(-1))
-            where.add_(1)
-            total += (place + 1) * int(token)
-        return total
+def step_of(run: str, decoder: Decoder) -> Step:
+    """How one token is decoded: by a CUDA graph, compiled, or by the model as it is."""
+    device = decoder.prompt.device
+    if run in ("graph", "parts") and device == "cuda":
+        return decoder.captured_step()
+    if run.startswith("compile"):
+        mode = "reduce-overhead" if device == "cuda" else "default"
+        return torch.compile(decoder.prompt.step, mode=mode, fullgraph=True)
+    return decoder.prompt.step
 
-    def captured(function):
-        """A call as a CUDA graph, and what it returns."""
-        with quiet():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    function()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                kept = function()
-        return graph, kept
 
-    def measure_graph(function, how: str) -> None:
-        """A prefill as a CUDA graph: what the GPU alone needs for it."""
-        try:
-            graph, _ = captured(function)
-            value, spread = seconds(graph.replay, device, args.rounds)
-            meter("prefill_seconds", value, spread=spread, how=how)
-        except RuntimeError as error:
-            meter("prefill_seconds", None, how=how, note=f"{type(error).__name__}: {error}"[:200])
-
-    found: list[float] = []
-    call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = step
-    if args.run in ("graph", "parts") and device == "cuda":
-        graph, kept = captured(lambda: step(token, where))
-
-        def replayed(token, where):  # noqa: ARG001
-            graph.replay()
-            return kept
-
-        call = replayed
-    elif args.run.startswith("compile"):
-        call = torch.compile(step, mode="reduce-overhead" if device == "cuda" else "default", fullgraph=True)
+def measure_decoding(decoder: Decoder, step: Step, args: argparse.Namespace, meter: Meter) -> None:
+    """Decoding after the first time, which compiles and counts by itself, and what was said."""
     begin = time.perf_counter()
     # only a compiler, which takes long and needs the GPU little, works while others are timed
     with contextlib.nullcontext() if args.run.startswith("compile") else quiet():
-        decode(call)
+        decoder.decode(step, args.tokens)
     meter("first_decode_seconds", time.perf_counter() - begin)
+    found = []
     for _ in range(5):
         with quiet():
-            decode(call)
-    meter("decode_seconds", statistics.median(found[1:]), spread=(max(found[1:]) - min(found[1:])) / 2)
+            found.append(decoder.decode(step, args.tokens))
+    meter("decode_seconds", statistics.median(found), spread=(max(found) - min(found)) / 2)
     with quiet():
-        total = said(call)
+        total = decoder.said(step)
     meter("tokens", total)
-    if device == "cuda":
+    if meter.device == "cuda":
         meter("peak_bytes_decode", torch.cuda.max_memory_allocated())
         if args.kernels:
-            print_kernels("decode", lambda: call(token, where), device)
+            print_kernels("decode", lambda: step(decoder.token, decoder.where), meter.device)
+
+
+def measure_graphs(prompt: Prompt, args: argparse.Namespace, meter: Meter) -> None:
+    """Prefills of the eager model, its parts compiled or not, as CUDA graphs."""
+    how = "graph" if args.run == "graph" else "parts compiled, graph"
+    meter.prefill_graph(prompt.prefill, how)
+    meter.prefill_graph(prompt.prefill_dynamic, f"{how}, growing cache")
+    if args.kernels:
+        print_kernels("prefill", prompt.prefill_dynamic, meter.device)
+
+
+def measure_compiled(prompt: Prompt, meter: Meter) -> None:
+    """Prefills compiled as a whole, from a compiler that has forgotten the step of one token."""
+    torch._dynamo.reset()
+    compiled = torch.compile(prompt.step, fullgraph=True)
+    begin = time.perf_counter()
+    prompt.prefill(compiled)
+    synchronize(meter.device)
+    meter("first_compiled_prefill_seconds", time.perf_counter() - begin)
+    meter.prefill(lambda: prompt.prefill(compiled), "compile")
+    if meter.device == "cuda":
+        meter.prefill_graph(lambda: prompt.prefill(compiled), "compile, graph")
+        meter.prefill_graph(lambda: prompt.prefill_dynamic(compiled), "compile, graph, growing cache")
+
+
+@torch.no_grad()
+def main() -> None:
+    """One provider, one way to run."""
+    args = arguments()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    config = shape_config(args.shape, args.layers, args.attention)
+    meter = Meter(
+        args.out, device, args.rounds, provider=provider_name(args), run=args.run, shape=args.shape,
+        layers=config.num_hidden_layers, prompt=args.prompt, attention=args.attention,
+    )  # fmt: skip
+    model = measure_build(args, config, meter)
+    prompt = Prompt(model, config, args.prompt, args.tokens, device)
+    measure_prefill(prompt, args.run, meter)
+    if args.run == "memory":
+        return
+    decoder = Decoder(prompt)
+    step = step_of(args.run, decoder)
+    measure_decoding(decoder, step, args, meter)
     if args.run in ("graph", "parts") and device == "cuda":
-        how = "graph" if args.run == "graph" else "parts compiled, graph"
-        measure_graph(prefill, how)
-        measure_graph(prefill_dynamic, f"{how}, growing cache")
-        if args.kernels:
-            print_kernels("prefill", prefill_dynamic, device)
+        measure_graphs(prompt, args, meter)
     if args.run == "compile" and not args.skip_compiled_prefill:
-        torch._dynamo.reset()
-        compiled = torch.compile(step, fullgraph=True)
-
-        def prefill_compiled():
-            cache.reset()
-            return compiled(ids, positions)
-
-        begin = time.perf_counter()
-        prefill_compiled()
-        synchronize(device)
-        meter("first_compiled_prefill_seconds", time.perf_counter() - begin)
-        value, spread = seconds(prefill_compiled, device, args.rounds)
-        meter("prefill_seconds", value, spread=spread, how="compile")
-        if device == "cuda":
-            measure_graph(prefill_compiled, "compile, graph")
-            measure_graph(
-                lambda: compiled(ids, positions, DynamicCache(config=config)), "compile, graph, growing cache"
-            )
+        measure_compiled(prompt, meter)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,12 @@ def quiet() -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
+def synchronize(device: str) -> None:
+    """Wait for the GPU, if there is one."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def graph_microseconds(
     calls: Sequence[Callable[[], object]], *, rounds: int = 7, at_least: float = 2e-3
 ) -> tuple[float, float]:
