@@ -16,7 +16,7 @@ if not torch.cuda.is_available():  # Triton decides when it is first imported, w
 
 #: Files that take long, for their number of tests or for one of them; longest first. One worker would end alone with them.
 LONG = (
-    "test_accuracy_benchmark.py",
+    "test_accuracy_run.py",
     "test_families.py",
     "test_lm_eval.py",
     "test_real_model.py",

@@ -359,7 +359,7 @@ def test_what_is_learned_never_sees_the_held_out_batch_and_harm_is_taken_back(pa
             config,
         )
 
-    monkeypatch.setattr("optimum_freeact.calibration.blockwise.learn", watched)
+    monkeypatch.setattr("optimum_freeact.calibration.refinement.learn", watched)
     changes = {"n_samples": 6, "batch_size": 2}
     model = quantized(calibration="learned", learned_part=part, epochs=2, learning_rate=50.0, **changes)
     assert {i for i, _ in seen} == {0, 1}

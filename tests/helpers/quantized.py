@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from optimum_freeact.api import quantize
 from optimum_freeact.config import FreeActConfig
+from optimum_freeact.modules.activation import FreeActInput
+from optimum_freeact.modules.linear import FreeActLinear
 from tests.helpers.tiny_models import sample_ids, tiny
 
 
@@ -61,3 +63,13 @@ def answer(run: subprocess.CompletedProcess) -> dict:
     """The JSON object that a fresh interpreter printed last."""
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
+
+
+def own_tensors(model):
+    """Tensors of the quantized modules."""
+    return {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, (FreeActLinear, FreeActInput))
+        for key, tensor in module.state_dict().items()
+    }
