@@ -63,6 +63,14 @@ def make_model(options: argparse.Namespace, device: str, stream: torch.Tensor) -
     return folder
 
 
+def tokenizer_folder(options: argparse.Namespace) -> Path:
+    """Where the tokenizer is: beside the model, or, for one that was adapted before, beside what it was adapted from."""
+    for folder in (options.model, options.source):
+        if folder and any(folder.glob("tokenizer*")):
+            return folder
+    return fetch("smollm2")
+
+
 def scores(model: torch.nn.Module, windows: torch.Tensor) -> dict[str, float]:
     """Masked negative log-likelihood at three mask ratios."""
     return {
@@ -76,8 +84,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     console = Console()
     transformers_logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = options.model or options.source or fetch("smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(where)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(options))
     text = (options.text or fetch_prose()).read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     stream, held_out = ids[: len(ids) * 3 // 4], ids[len(ids) * 3 // 4 :]
@@ -107,7 +114,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     written["W4A4KV4"] = denoise(
         model, prompt, options.new_tokens, options.new_tokens // 2, block=options.new_tokens // 2, use_cache=True
     )
-    page = write_report(types, options.out / "page", Path(where).name, records)
+    page = write_report(types, options.out / "page", Path(options.model or options.source or "smollm2").name, records)
 
     console.print(f"\n[bold]{tokenizer.decode(prompt[0])}[/bold] ...", highlight=False)
     for name, made in written.items():

@@ -62,6 +62,10 @@ def test_quantize_diffusion_lm_on_a_tiny_model(tiny_chat_model, tmp_path, capsys
     assert f"{rows['W4A4KV4']['50% masked']:.3f}" in shown
     assert "| mask |" in (tmp_path / "out" / "page" / "token_types.md").read_text()
     assert json.loads((tmp_path / "out" / "w4a4kv4" / "config.json").read_text())["mask_token_id"] == 103
+    again = example("quantize_diffusion_lm").main(
+        [*options, "--model", str(tmp_path / "out" / "full"), "--out", str(tmp_path / "b")]
+    )
+    assert again["full precision"] == rows["full precision"]
 
 
 def test_quantize_vlm_on_a_tiny_model(tiny_chat_model, tmp_path, capsys):
