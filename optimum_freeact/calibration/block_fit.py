@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from optimum_freeact.calibration.checks import block_experts
+from optimum_freeact.calibration.checks import block_experts, check_moments
 from optimum_freeact.calibration.closed_form import GroupFit
 from optimum_freeact.calibration.experts import fit_experts, routed_tokens
 from optimum_freeact.calibration.ranks import Ranks
@@ -112,7 +112,7 @@ class BlockFit:
         for group, owner in zip(self.groups, owners, strict=True):
             originals = [self.linears[name] for name in group]
             compensation = self._measure_later(group[0], exact)
-            check_finite(self.moments[group[0]], f"{self.name}.{group[0]}")
+            check_moments(self.moments[group[0]], f"{self.name}.{group[0]}")
             source, targets = replace_group(self.block, group, self.config, self.stream.state, self.stream.device)
             replaced.append([source, *targets])
             if owner != self.ranks.rank:
@@ -151,12 +151,3 @@ def note_exclusive(config: FreeActConfig, index: int, group: list[str], source: 
     if source.left_out is not None:
         found = {f"{index}.{group[0]}": source.left_out.shape[1]}
         config.exclusive_sizes = {**(config.exclusive_sizes or {}), **found}
-
-
-def check_finite(moments: Moments, name: str) -> None:
-    """Raise a `ValueError` that names the linear if its inputs are not finite."""
-    if not moments.is_finite():
-        raise ValueError(
-            f"The input of '{name}' holds NaN or inf in calibration: nothing can be fitted to it. Check "
-            "the model in full precision on the same data, or load it in bfloat16 or float32 instead of float16."
-        )

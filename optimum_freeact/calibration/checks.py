@@ -1,4 +1,4 @@
-"""What can be known of a model before the long work of calibrating it."""
+"""What can be known of a model before the long work of calibrating it, and of its inputs as soon as they are measured."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from optimum_freeact.config import FreeActConfig
 from optimum_freeact.modules.experts import find_experts, stand_ins
 from optimum_freeact.modules.layout import block_linears, find_blocks, is_excluded
 from optimum_freeact.modules.surgery import check_linear, resolve_group_sizes
+from optimum_freeact.moments import Moments
 from optimum_freeact.numerics.finite import all_finite
 
 
@@ -66,3 +67,12 @@ def check_finite(model: nn.Module) -> None:
 def block_experts(block: nn.Module, prefix: str, excluded: list[str] | None) -> dict[str, nn.Module]:
     """Experts inside a block that can be quantized, by name relative to the block."""
     return {name: m for name, m in find_experts(block).items() if not is_excluded(f"{prefix}.{name}", excluded)}
+
+
+def check_moments(moments: Moments, name: str) -> None:
+    """Raise a `ValueError` that names the linear if its inputs are not finite."""
+    if not moments.is_finite():
+        raise ValueError(
+            f"The input of '{name}' holds NaN or inf in calibration: nothing can be fitted to it. Check "
+            "the model in full precision on the same data, or load it in bfloat16 or float32 instead of float16."
+        )

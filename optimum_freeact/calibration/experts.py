@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from optimum_freeact.calibration.checks import check_moments
 from optimum_freeact.calibration.choices import (
     MIN_ROWS_PER_TYPE,
     fake_rows,
@@ -146,11 +147,7 @@ class ExpertsFit:
         shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).to(rows.device)
         for part in shuffled.chunk(8):
             moments.update(rows[part], types[part])
-        if not moments.is_finite():
-            raise ValueError(
-                f"The input of {name!r} holds NaN or inf in calibration: nothing can be fitted to it. Check the model in "
-                "full precision on the same data, or load it in bfloat16 or float32 instead of float16."
-            )
+        check_moments(moments, name)
         return moments
 
     def _clip(self, source: FreeActInput, z: torch.Tensor, types: torch.Tensor, weights: list[torch.Tensor]) -> None:

@@ -90,6 +90,8 @@ def test_programs_go_through_rows(device, launch):
 @pytest.mark.parametrize("n_types", [2, 3, 5])
 @pytest.mark.parametrize("d", [96, 1536])
 def test_asking_for_means_changes_nothing(device, d, n_types, channel):
+    if device == "cpu":
+        pytest.skip("the interpreter asks for nothing ahead")
     side = input_side(d, rank=0, n_types=n_types, channel=channel)
     x, types = rows_of(9, d, n_types)
     types[-1] = n_types + 2  # beyond the last
